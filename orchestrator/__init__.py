@@ -1,0 +1,1 @@
+"""Runs, references and the registry on Ray and MLflow: everything that needs a cluster stands here."""

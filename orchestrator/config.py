@@ -1,0 +1,284 @@
+"""The run file: one frozen tree of settings, composed of the configs of the packages that own them.
+
+Nothing here imports torch or Ray, so that a file is refused in a fraction of a second.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from losses.config import LossConfig
+from losses.presets import PRESETS, from_settings
+from models.config import ModelConfig, PolicyConfig
+from preferences.config import DataConfig
+
+POLICY = "policy"
+"""The reference model name that means: the policy's own start, scored in process with the adapter off."""
+
+
+class UsageError(ValueError):
+    """The user's input is wrong; the message says where and what to do. The command exits with 2."""
+
+
+class Settings(BaseModel):
+    """Base of the run file's sections: frozen, and a field that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Settings):
+    """What one replica or worker asks of Ray; `null` means the default for the cluster at hand."""
+
+    cpu: float | None = Field(default=None, ge=0)
+    gpu: float | None = Field(default=None, ge=0)
+    custom: dict[str, float] = Field(default_factory=dict)
+
+
+class ReferenceConfig(ModelConfig):
+    """One frozen reference model: what it is, and how many copies serve it with which resources."""
+
+    replicas: int = Field(default=1, ge=1)
+    resources: Resources = Resources()
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the policy's workers score it themselves, with their adapter off."""
+        return self.model == POLICY
+
+
+class ReferencesConfig(Settings):
+    """The references by name. `primary` centres the trust region and gives entropy and accuracy."""
+
+    primary: str | None = None
+    mode: Literal["live", "precompute"] = "live"
+    models: dict[str, ReferenceConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _primary_is_named(self) -> "ReferencesConfig":
+        names = list(self.models)
+        if not names and self.primary is not None:
+            raise ValueError(f"primary names {self.primary!r}, but references.models is empty")
+        if names and self.primary is None:
+            raise ValueError(f"primary must name one of the references: {', '.join(names)}")
+        if names and self.primary not in names:
+            raise ValueError(f"primary is {self.primary!r}{did_you_mean(str(self.primary), names)}")
+        return self
+
+    @property
+    def ordered(self) -> list[str]:
+        """Names with the primary first, the others as the file has them: the order losses see."""
+        return sorted(self.models, key=lambda name: name != self.primary)
+
+
+class TrainingConfig(Settings):
+    """The optimisation: how long, how much per step, how fast."""
+
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    pairs_per_step: int = Field(default=64, ge=1)
+    tokens_per_microbatch: int = Field(default=8192, ge=1)
+    learning_rate: float = Field(default=5.0e-6, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=200, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class ParallelConfig(Settings):
+    """How many policy workers, what each asks of the cluster, and how they share the policy."""
+
+    workers: int = Field(default=1, ge=1)
+    strategy: Literal["ddp"] = "ddp"
+    resources: Resources = Resources()
+    max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
+
+
+class EvaluationConfig(Settings):
+    """Held-out evaluation: before the first step, every so many steps, and at the end."""
+
+    every_steps: int = Field(default=50, ge=1)
+    metric: str = "eval/accuracy"
+
+
+class TrackingConfig(Settings):
+    """Where MLflow records the run, and the registered model its result becomes a version of."""
+
+    uri: str | None = Field(default=None, description="default: sqlite under storage_path")
+    experiment: str = "polyref"
+    registered_model: str | None = None
+    alias: str | None = Field(default=None, description="alias given to the registered version")
+
+
+class PlacementConfig(Settings):
+    """How long references and workers that fit the cluster may wait for other jobs to make room."""
+
+    wait_minutes: float = Field(default=10, gt=0)
+
+
+def _loss(value: Any) -> Any:
+    return from_settings(value) if isinstance(value, Mapping) else value
+
+
+class RunConfig(Settings):
+    """A whole run file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    policy: PolicyConfig
+    references: ReferencesConfig = ReferencesConfig()
+    data: DataConfig
+    loss: Annotated[LossConfig, BeforeValidator(_loss)]
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    storage_path: str = "./runs"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_by_name(cls, values: Any) -> Any:
+        """`loss.references.weights: {base: 0.7, movie: 0.3}` becomes a list in the references' order."""
+        if not isinstance(values, Mapping):
+            return values
+        stage = (values.get("loss") or {}).get("references") or {}
+        weights = stage.get("weights") if isinstance(stage, Mapping) else None
+        if not isinstance(weights, Mapping):
+            return values
+        references = values.get("references") or {}
+        primary, names = references.get("primary"), list(references.get("models") or {})
+        if set(weights) != set(names):
+            raise ValueError(
+                f"loss.references.weights names {sorted(weights)}, references.models {sorted(names)}: "
+                "give every reference one weight"
+            )
+        ordered = sorted(names, key=lambda name: name != primary)
+        loss = dict(values["loss"], references=dict(stage, weights=[weights[name] for name in ordered]))
+        return dict(values, loss=loss)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "RunConfig":
+        count, loss = len(self.references.models), self.loss
+        if count < loss.min_references:
+            raise ValueError(
+                f"the loss needs {loss.min_references} reference(s), references.models has {count}: "
+                "add references, or choose a loss without (preset simpo, cpo, orpo, sft)"
+            )
+        if loss.references.combine == "single" and count > 1 and not loss.reference_free:
+            raise ValueError(
+                f"references.models has {count} references, but loss.references.combine is single: "
+                "choose harmonic, geometric or multi_loss, or keep only the primary"
+            )
+        weights = loss.references.weights
+        if not isinstance(weights, str) and len(weights) != count:
+            raise ValueError(f"loss.references.weights has {len(weights)} weights for {count} references")
+        if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
+            raise ValueError(
+                "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "
+                "not set: set policy.adapter, or name the reference's model itself"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return Path(self.storage_path) / self.name
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of the options, or the list of them."""
+    options = list(options)
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(map(str, options))}"
+
+
+def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `field.name=value` overrides and validate the whole.
+
+    Raises:
+        UsageError: one message naming the file and the line or the field, and the remedy.
+    """
+    return parse_run(read_yaml(path, overrides), source=str(path))
+
+
+def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with dotted overrides merged over it."""
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UsageError(f"override {override!r} is not of the form field.name=value, e.g. loss.beta=0.2")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; write a run file, or start from one in configs/") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; name the YAML file in it") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
+    return {str(key): value for key, value in content.items()}
+
+
+def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Validate the content of a run file; `source` names it in messages."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(explain(error, source=source)) from None
+
+
+def explain(error: ValidationError, *, source: str) -> str:
+    """A validation error as one line per problem: file, field, what is wrong, what would be right."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"]) or "the file"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown field" + did_you_mean(str(problem["loc"][-1]), _siblings(problem["loc"]))
+        elif problem["type"] == "missing":
+            message = "is required and missing"
+        elif problem["type"] != "value_error" and not isinstance(problem["input"], dict | list):
+            message += f", got {problem['input']!r}"
+        lines.append(f"{source}: {field}: {message}")
+    return "\n".join(lines)
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    """Fields that the section of an unknown field does have."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        else:
+            section = _model_in(section).model_fields[str(part)].annotation
+    return list(_model_in(section).model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel]:
+    """The pydantic model in an annotation such as `LossConfig | None`."""
+    options = (annotation, *get_args(annotation))
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Settings)
+
+
+def run_schema() -> dict[str, Any]:
+    """JSON Schema of the run file, for editors; `loss.preset` included."""
+    schema = RunConfig.model_json_schema()
+    preset = {"enum": sorted(PRESETS), "description": "a named loss; other fields override it"}
+    schema["$defs"]["LossConfig"]["properties"]["preset"] = preset
+    return schema

@@ -1,0 +1,1 @@
+"""Search spaces over dispersion, losses, references and soft labels."""
