@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Idle OpenMP threads that spin make CPU training several times slower when models share cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint types floors wheel lock
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## the locked environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install    ## human ratings to a registered model; FRESH=1 starts over
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/polyref demo $(if $(FRESH),--fresh)
+
+test: install    ## all tests that need no GPU, at most 15 minutes on 2 cores
+	$(BIN)/python -m orchestrator.demo.assets
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q tests $(PYTEST)
+
+check: lint types floors  ## everything that reads the code without running it
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+floors: install
+	$(BIN)/lint-imports
+
+wheel: install   ## build the wheel, install it elsewhere and run it there
+	tests/wheel.sh $(BIN)/python
+
+lock: install    ## write the installed versions to constraints.txt
+	{ echo "# Exact versions that make targets and CI install. Refresh: make lock"; \
+	  $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(pip|setuptools) *=' | sort -fu; } > constraints.tmp
+	mv constraints.tmp constraints.txt

@@ -1,0 +1,197 @@
+"""What a step reports: a row per pair, summed over ranks once, then read as named metrics.
+
+Every pair of a step has a slot in one table that starts as zeros. A rank fills its own pairs' rows;
+summing the tables over ranks gives all of them the exact per-pair values of the whole step with a
+single all-reduce: means with global counts, percentiles, and the pairs to name when a loss is not finite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses.scores import LossOutput, PairScores, ReferenceScores
+
+PAIR_COLUMNS = (
+    "loss",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logp",
+    "rejected_logp",
+    "entropy",
+    "scale",
+    "primary_gap",
+    "soft_label",
+)
+COST_COLUMNS = ("tokens", "padding", "flops", "reference_stall")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a rank spent on a step: real and padding tokens, model FLOPs, seconds blocked on references."""
+
+    tokens: int = 0
+    padding: int = 0
+    flops: float = 0.0
+    reference_stall: float = 0.0
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        return StepCost(
+            self.tokens + other.tokens,
+            self.padding + other.padding,
+            self.flops + other.flops,
+            self.reference_stall + other.reference_stall,
+        )
+
+
+class StepTable:
+    """Per-pair values of one step: (pairs + 1, columns), the last row holding the step's costs.
+
+    Args:
+        pairs: number of pairs in the global batch.
+        references: reference names, the primary first.
+        device: where the ranks' tables are summed.
+    """
+
+    def __init__(self, pairs: int, references: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.references = tuple(references)
+        names = (
+            *PAIR_COLUMNS,
+            *(f"logratio/{name}" for name in references),
+            *(f"weight/{name}" for name in references),
+        )
+        self._column = {name: index for index, name in enumerate(names)}
+        width = max(len(names), len(COST_COLUMNS))
+        self.values = torch.zeros(pairs + 1, width, dtype=torch.float64, device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The column's (pairs,) values."""
+        return self.values[:-1, self._column[name]]
+
+    def record(
+        self,
+        slots: Tensor,
+        policy: PairScores,
+        references: Sequence[ReferenceScores],
+        output: LossOutput,
+        *,
+        entropy: Tensor,
+        soft_labels: Tensor,
+    ) -> None:
+        """Write a micro-batch of pairs into their slots; all arguments are (B,) per pair."""
+        columns = [
+            output.losses,
+            output.chosen_rewards,
+            output.rejected_rewards,
+            policy.chosen,
+            policy.rejected,
+            entropy,
+            output.scale,
+            _gap(policy, references[0] if references else None),
+            soft_labels,
+        ]
+        columns += [
+            (policy.chosen - reference.chosen + policy.rejected - reference.rejected) / 2
+            for reference in references
+        ]
+        columns += list(output.weights.unbind(dim=1))
+        rows = torch.stack([column.detach().to(self.values) for column in columns], dim=1)
+        self.values[slots, : rows.shape[1]] = rows
+
+    def spend(self, cost: StepCost) -> None:
+        """Add this rank's costs."""
+        figures = [cost.tokens, cost.padding, cost.flops, cost.reference_stall]
+        self.values[-1, : len(figures)] += torch.tensor(figures, dtype=torch.float64, device=self.values.device)
+
+    @property
+    def cost(self) -> StepCost:
+        """All ranks' costs once the table is summed."""
+        tokens, padding, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
+        return StepCost(int(tokens), int(padding), flops, stall)
+
+    def non_finite(self) -> list[int]:
+        """Slots of the pairs whose loss is NaN or infinite."""
+        return torch.nonzero(~torch.isfinite(self["loss"])).flatten().tolist()
+
+
+def _gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
+    """h against the primary reference, of raw sums: what accuracy is the sign of, for every loss alike."""
+    gap = policy.chosen - policy.rejected
+    return gap if primary is None else gap - (primary.chosen - primary.rejected)
+
+
+def training_metrics(table: StepTable, *, dispersed: bool, weighted: bool) -> dict[str, float]:
+    """Named means over a step's pairs.
+
+    Args:
+        table: summed over ranks.
+        dispersed: whether the loss has a dispersion, whose scale is then reported.
+        weighted: whether several references are weighed.
+    """
+    rewards = table["chosen_reward"] - table["rejected_reward"]
+    metrics = {
+        "loss": table["loss"].mean(),
+        "rewards/chosen": table["chosen_reward"].mean(),
+        "rewards/rejected": table["rejected_reward"].mean(),
+        "rewards/margins": rewards.mean(),
+        "rewards/accuracies": (rewards > 0).double().mean(),
+        "logps/chosen": table["chosen_logp"].mean(),
+        "logps/rejected": table["rejected_logp"].mean(),
+        "entropy": table["entropy"].mean(),
+    }
+    for name in table.references:
+        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean()
+        if weighted:
+            metrics[f"weights/{name}"] = table[f"weight/{name}"].mean()
+    if dispersed:
+        scale = table["scale"]
+        metrics["dispersion/mean"] = scale.mean()
+        metrics["dispersion/p10"] = torch.quantile(scale, 0.1)
+        metrics["dispersion/p90"] = torch.quantile(scale, 0.9)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def held_out_metrics(
+    table: StepTable, *, dispersed: bool, weighted: bool, soft: bool, paired: bool
+) -> dict[str, float]:
+    """`eval/` metrics: those of training, and agreement with the people who were asked.
+
+    `eval/accuracy` is the share of pairs whose h against the primary reference has the sign of the
+    majority's label (h = 0 counts one half; pairs with p = 1/2 are left out), with the half-width of its
+    95 % normal interval. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
+    compare sigma(beta h), beta h being the implied reward margin, with the soft labels.
+    """
+    metrics = training_metrics(table, dispersed=dispersed, weighted=weighted)
+    if paired:
+        correct = agreement(table)
+        if len(correct):
+            accuracy = correct.mean()
+            metrics["accuracy"] = float(accuracy)
+            metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(correct)).sqrt())
+    if soft:
+        margin = table["chosen_reward"] - table["rejected_reward"]
+        metrics["label_nll"] = float(label_nll(margin, table["soft_label"]))
+        metrics["calibration_error"] = float(calibration_error(margin.sigmoid(), table["soft_label"]))
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def agreement(table: StepTable) -> Tensor:
+    """1, 0 or (h = 0) one half for every pair that has a majority: (pairs with p != 1/2,)."""
+    label = table["soft_label"] - 0.5
+    gap = table["primary_gap"][label != 0] * label[label != 0].sign()
+    return torch.where(gap == 0, 0.5, (gap > 0).double())
+
+
+def label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:
+    """Mean -[p log sigma(m) + (1 - p) log sigma(-m)] of implied reward margins m against labels p."""
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(soft_labels * log_sigmoid(margins) + (1 - soft_labels) * log_sigmoid(-margins)).mean()
+
+
+def calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int = 10) -> Tensor:
+    """Expected calibration error: |mean prediction - mean label| over equal-width bins, weighted by count."""
+    index = (predicted * bins).long().clamp(0, bins - 1)
+    zeros = torch.zeros(bins, dtype=predicted.dtype)
+    gap = zeros.index_add(0, index, predicted - soft_labels)
+    return gap.abs().sum() / len(predicted)

@@ -1,0 +1,148 @@
+"""One optimizer step on plain tensors. No Ray in here, so that tests, benchmarks and a bare GPU machine
+run exactly what a cluster runs."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses.config import LossConfig
+from losses.preference import preference_loss
+from losses.reduction import global_mean
+from losses.scores import PairScores, ReferenceScores
+from models.logprobs import SequenceScores
+from models.parallel import Parallel
+from models.rows import Rows
+from orchestrator.metrics import StepCost, StepTable
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite; `slots` are the pairs' places in the global batch."""
+
+    def __init__(self, what: str, slots: Sequence[int]) -> None:
+        super().__init__(what)
+        self.slots = tuple(slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Pairs that go through the policy together.
+
+    Attributes:
+        rows: the policy's rows, chosen before rejected for each pair.
+        slots: (B,) each pair's place in the step's global batch. Shorter than the rows hold pairs only
+            when empty: such a micro-batch keeps this rank in step with the others' collectives.
+        soft_labels: (B,) probability that chosen beats rejected.
+        references: scores of the same pairs under every reference, the primary first.
+        paired: whether pairs have a rejected response (false for supervised rows).
+    """
+
+    rows: Rows
+    slots: Tensor
+    soft_labels: Tensor
+    references: tuple[ReferenceScores, ...]
+    paired: bool = True
+
+
+def training_step(
+    parallel: Parallel,
+    microbatches: Sequence[MicroBatch],
+    *,
+    loss: LossConfig,
+    table: StepTable,
+    clip_norm: float,
+    precision: torch.dtype = torch.float32,
+) -> tuple[StepTable, float]:
+    """Accumulate gradients over this rank's micro-batches and take one optimizer step.
+
+    Losses are divided by the number of pairs in the *global* batch, so the step does not depend on how
+    pairs are split over ranks and micro-batches.
+
+    Args:
+        parallel: the policy and its optimizer; every rank calls with as many micro-batches.
+        microbatches: this rank's share.
+        loss: resolved settings (`phi_star` is a number).
+        table: empty, one row per pair of the global batch.
+        clip_norm: largest norm of the whole gradient.
+        precision: dtype that matrix products run in.
+
+    Returns:
+        The table summed over ranks, and the norm of the whole gradient before clipping.
+
+    Raises:
+        NonFiniteLoss: before any weight is touched.
+    """
+    pairs = len(table["loss"])
+    for index, batch in enumerate(microbatches):
+        with parallel.accumulate(last=index == len(microbatches) - 1):
+            with _autocast(parallel.device, precision):
+                scores = parallel.module(batch.rows, entropy=True)
+            losses = _score(scores, batch, loss=loss, table=table)
+            parallel.backward(global_mean(losses, global_count=pairs, world_size=parallel.world_size))
+    parallel.all_reduce_sum(table.values)
+    if bad := table.non_finite():
+        parallel.zero_grad()
+        raise NonFiniteLoss("the loss is not finite", bad)
+    grad_norm = float(parallel.clip(clip_norm))
+    if not torch.isfinite(torch.tensor(grad_norm)):
+        parallel.zero_grad()
+        raise NonFiniteLoss("the gradient is not finite", range(pairs))
+    parallel.step()
+    parallel.zero_grad()
+    return table, grad_norm
+
+
+@torch.no_grad()
+def evaluation_pass(
+    parallel: Parallel,
+    microbatches: Iterator[MicroBatch] | Sequence[MicroBatch],
+    *,
+    loss: LossConfig,
+    table: StepTable,
+    precision: torch.dtype = torch.float32,
+) -> StepTable:
+    """The same scores and losses without gradients, dropout off; returns the table summed over ranks."""
+    parallel.module.eval()
+    try:
+        for batch in microbatches:
+            with _autocast(parallel.device, precision):
+                scores = parallel.module(batch.rows, entropy=True)
+            _score(scores, batch, loss=loss, table=table)
+    finally:
+        parallel.module.train()
+    parallel.all_reduce_sum(table.values)
+    return table
+
+
+def _score(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
+    """Per-pair losses of a micro-batch, written down in the table: (B,)."""
+    table.spend(StepCost(tokens=batch.rows.tokens, padding=batch.rows.padding))
+    if not len(batch.slots):
+        return scores.logps * 0
+    policy, entropy = pair_scores(scores, paired=batch.paired)
+    output = preference_loss(policy, batch.references, config=loss, soft_labels=batch.soft_labels)
+    table.record(
+        batch.slots, policy, batch.references, output, entropy=entropy, soft_labels=batch.soft_labels
+    )
+    return output.losses
+
+
+def pair_scores(scores: SequenceScores, *, paired: bool) -> tuple[PairScores, Tensor]:
+    """Sequences in row order to pairs, with the (B,) mean entropy of a pair's responses.
+
+    A supervised row has no rejected response: its place is taken by a log-prob of 0 over one token.
+    """
+    assert scores.entropy is not None
+    if not paired:
+        absent = torch.zeros_like(scores.logps)
+        rejected, lengths, entropy = absent, torch.ones_like(scores.lengths), scores.entropy
+        return PairScores(scores.logps, rejected, scores.lengths, lengths), entropy
+    chosen, rejected = scores.logps[0::2], scores.logps[1::2]
+    entropy = (scores.entropy[0::2] + scores.entropy[1::2]) / 2
+    return PairScores(chosen, rejected, scores.lengths[0::2], scores.lengths[1::2]), entropy
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)

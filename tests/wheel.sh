@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Build the wheel, install it without the source tree beside it, and run it from another folder.
+# usage: tests/wheel.sh PYTHON   (an interpreter whose environment has the dependencies)
+set -euo pipefail
+python=$(realpath -s "$1")
+source=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m build --quiet --wheel --outdir "$work/dist" "$source"
+"$python" -m pip install --quiet --no-deps --no-index --target "$work/site" "$work"/dist/polyref-*.whl
+cd "$work"
+# -P and -I would hide PYTHONPATH; the target folder comes first, so the editable source is not what runs.
+export PYTHONPATH="$work/site"
+"$python" - <<'PY'
+import losses, models, orchestrator, preferences, tune_spaces
+for package in (losses, models, orchestrator, preferences, tune_spaces):
+    assert "/site/" in package.__file__, package.__file__
+PY
+"$python" -m orchestrator --version
+"$python" -m orchestrator schema run > schema.json
+"$python" -c "import json; assert 'loss' in json.load(open('schema.json'))['properties']"
+echo "the wheel installs and runs"
