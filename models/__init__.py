@@ -1,0 +1,1 @@
+"""Frozen and trained causal language models: loading, exact log-probs, adapters, fingerprints, parallelism."""

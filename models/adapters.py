@@ -1,0 +1,74 @@
+"""LoRA adapters: put one on, look past it, melt it in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.config import LoraSettings, ModelError
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -> PeftModel:
+    """Freeze `model` and put a trainable LoRA adapter on it, in place.
+
+    Adapter weights are float32 whatever the base's dtype; A is drawn from `seed` alone and B is zero, so the
+    policy starts as exactly its base. Raises ModelError where no module matches `target_modules`.
+    """
+    if isinstance(model, PeftModel):
+        raise ModelError("the model already carries an adapter; merge it first (models.adapters.merge)")
+    targets = settings.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise ModelError(
+                f"adapter.target_modules {targets!r} does not fit {model.config.model_type}: {error}; "
+                f"its linear layers are {', '.join(names)}, or use all-linear"
+            ) from error
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Let `model` (a PeftModel, or anything that holds one: a Scorer, a DDP wrapper) be its frozen base.
+
+    Inside, dropout is off as well and no gradient is recorded; modes are put back after. Only under the same
+    weights is this "the policy's own start": with no adapter there is nothing to switch off, and ModelError says so.
+    """
+    peft = find_adapter(model)
+    if peft is None:
+        raise ModelError(
+            "a reference with model: policy is the policy without its adapter, and this policy has none; "
+            "add policy.adapter: {r: 16}, or name the start as a model of its own under references.models"
+        )
+    training = [m for m in peft.modules() if m.training]
+    peft.eval()
+    try:
+        with torch.no_grad(), peft.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model with its adapter's product added to the weights, in place; a model without adapter as it is."""
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def find_adapter(model: nn.Module) -> PeftModel | None:
+    """The PeftModel that `model` is or holds."""
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), None)
