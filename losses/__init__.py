@@ -1,0 +1,1 @@
+"""Preference losses as a pipeline of five stages over per-pair sequence log-probabilities."""

@@ -1,0 +1,8 @@
+"""Squared link: IPO (Azar et al. 2023, arXiv:2310.12036, Eq. 17)."""
+
+from torch import Tensor
+
+
+def ipo(h: Tensor, *, beta: float) -> Tensor:
+    """(h - 1 / (2 beta))^2, elementwise: h is drawn to a finite target, the smaller the larger beta."""
+    return (h - 1 / (2 * beta)).square()

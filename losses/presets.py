@@ -1,0 +1,121 @@
+"""Named losses. A name is only a setting of the five stages, so any part of it can be overridden.
+
+Torch-free. Values are the papers' where they give one, and beta 0.1 elsewhere.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+
+from losses.config import LossConfig
+from losses.settings import LossError, unknown
+
+_REFERENCE_FREE = {"combine": "none"}
+_ENTROPY = {"type": "entropy", "phi_star": 0.29}
+_GEOMETRIC = {"type": "geometric"}
+_MIXTURE = {"type": "mixture"}
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    # One reference, hard labels.
+    "dpo": {},  # Rafailov et al. 2023, arXiv:2305.18290
+    "ipo": {"link": {"type": "ipo"}},  # Azar et al. 2023, arXiv:2310.12036
+    "ipo_length_normalized": {"link": {"type": "ipo"}, "length_normalized": True},
+    "hinge": {"link": {"type": "hinge"}},  # SLiC-HF, Zhao et al. 2023, arXiv:2305.10425
+    "robust_dpo": {"link": {"type": "robust"}},  # Chowdhury et al. 2024, arXiv:2403.00409
+    "ropo": {"link": {"type": "ropo"}},  # Liang et al. 2024, arXiv:2404.04102
+    "exo": {"link": {"type": "exo"}},  # Ji et al. 2024, arXiv:2402.00856
+    "nca": {"link": {"type": "nca"}},  # Chen et al. 2024, arXiv:2402.05369
+    "bco_pair": {"link": {"type": "bco_pair"}},  # Jung et al. 2024, arXiv:2404.04656
+    "apo_zero": {"link": {"type": "apo_zero"}},  # D'Oosterlinck et al. 2024, arXiv:2408.06266
+    "apo_down": {"link": {"type": "apo_down"}},
+    "sppo": {"link": {"type": "sppo"}},  # Wu et al. 2024, arXiv:2405.00675
+    "discopop": {"link": {"type": "discopop"}},  # Lu et al. 2024, arXiv:2406.08414
+    "rpo": {"sft_weight": 0.5},  # Pang et al. 2024, arXiv:2404.19733
+    # Soft labels. This GDPO (Furuta et al. 2024, arXiv:2409.06691) is geometric-averaged DPO;
+    # a variant of GRPO elsewhere has the same four letters and nothing else in common.
+    "cdpo": {"soft_label": _MIXTURE},  # Mitchell 2023, "A note on DPO with noisy preferences"
+    "cipo": {"soft_label": _MIXTURE, "link": {"type": "ipo"}},
+    "gdpo": {"soft_label": _GEOMETRIC},
+    "gipo": {"soft_label": _GEOMETRIC, "link": {"type": "ipo"}},
+    "gropo": {"soft_label": _GEOMETRIC, "link": {"type": "ropo"}},
+    # Dispersion: MallowsPO, Chen et al. 2024, arXiv:2405.14953.
+    "mallows_theta": {"dispersion": _ENTROPY},
+    "mallows_theta_ipo": {"dispersion": _ENTROPY, "link": {"type": "ipo"}},
+    "mallows_phi": {"dispersion": _ENTROPY, "link": {"type": "mallows_phi"}},
+    # Several references: MRPO, Le et al. 2024, arXiv:2405.16388, and two simpler baselines.
+    "mrpo": {"references": {"combine": "harmonic", "weights": "adaptive", "trust_region": 0.1}},
+    "geometric_references": {"references": {"combine": "geometric"}},
+    "multi_dpo": {"references": {"combine": "multi_loss", "weights": "adaptive_per_token"}},
+    # No reference in the loss.
+    "simpo": {  # Meng et al. 2024, arXiv:2405.14734
+        "references": _REFERENCE_FREE,
+        "length_normalized": True,
+        "beta": 10.0,
+        "margin": 0.3,
+    },
+    "mallows_simpo": {  # MallowsPO as a plug-in; one reference is still read, for its entropy
+        "references": _REFERENCE_FREE,
+        "length_normalized": True,
+        "beta": 10.0,
+        "margin": 0.3,
+        "dispersion": _ENTROPY,
+    },
+    "orpo": {  # Hong et al. 2024, arXiv:2403.07691
+        "references": _REFERENCE_FREE,
+        "length_normalized": True,
+        "link": {"type": "orpo"},
+        "sft_weight": 1.0,
+    },
+    "cpo": {"references": _REFERENCE_FREE, "sft_weight": 1.0},  # Xu et al. 2024, arXiv:2401.08417
+    "sft": {"references": _REFERENCE_FREE, "link": {"type": "none"}, "sft_weight": 1.0},
+}
+
+PRESETS: Mapping[str, LossConfig] = MappingProxyType(
+    {name: LossConfig.model_validate(settings) for name, settings in _SETTINGS.items()}
+)
+
+
+def preset(name: str, **overrides: Any) -> LossConfig:
+    """A named loss with any of its fields overridden; nested mappings are merged into the preset's.
+
+    A stage given another `type` than the preset's replaces that stage whole.
+
+    Raises:
+        LossError: no such preset; names the nearest.
+        pydantic.ValidationError: what results is refused by LossConfig.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return LossConfig.model_validate(_merged(PRESETS[name].model_dump(), overrides))
+
+
+def from_settings(settings: Mapping[str, Any]) -> LossConfig:
+    """The `loss:` section of a run file: `{preset: name, field: override, ...}`, or all stages spelled out.
+
+    Raises:
+        LossError: no such preset, or neither a preset nor a link is named.
+        pydantic.ValidationError: what results is refused by LossConfig.
+    """
+    if "preset" in settings:
+        overrides = {field: value for field, value in settings.items() if field != "preset"}
+        return preset(str(settings["preset"]), **overrides)
+    if "link" not in settings:
+        raise LossError("the loss is not named; add preset: dpo (or another), or a link: {type: ...}")
+    return LossConfig.model_validate(settings)
+
+
+def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for field, value in overrides.items():
+        value = value.model_dump() if isinstance(value, BaseModel) else value
+        old = merged.get(field)
+        if (
+            isinstance(old, dict)
+            and isinstance(value, Mapping)
+            and value.get("type") in (None, old.get("type"))
+        ):
+            value = _merged(old, value)
+        merged[field] = value
+    return merged

@@ -1,0 +1,87 @@
+"""What the settings of a loss are made of: checked numbers and known names. Torch-free."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+
+class LossError(ValueError):
+    """A loss that was asked for cannot be computed; the message names the field and the remedy."""
+
+
+def unknown(what: str, name: object, options: Iterable[str]) -> LossError:
+    """The error for a name that is none of `options`, with the nearest of them."""
+    names = list(options)
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return LossError(f"unknown {what} {name!r}{hint} Choose from: {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Within:
+    """Annotates a number with its bounds and with a value that works, for the message and the JSON Schema."""
+
+    example: float
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def _bounds(self) -> list[tuple[str, str, float]]:
+        named = [
+            (">", "exclusiveMinimum", self.above),
+            (">=", "minimum", self.at_least),
+            ("<", "exclusiveMaximum", self.below),
+            ("<=", "maximum", self.at_most),
+        ]
+        return [(sign, keyword, bound) for sign, keyword, bound in named if bound is not None]
+
+    def check(self, value: float | str, info: ValidationInfo) -> float | str:
+        """The value itself, if it is within the bounds or a word that stands for a number to come."""
+        if isinstance(value, str):
+            return value
+        inside = (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+        if not (inside and math.isfinite(value)):
+            rule = " and ".join(f"{sign} {bound:g}" for sign, _, bound in self._bounds()) or "finite"
+            raise LossError(f"{info.field_name} must be {rule}, got {value:g}; try {self.example:g}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), **{keyword: bound for _, keyword, bound in self._bounds()}}
+
+
+class Settings(BaseModel):
+    """Frozen settings; an unknown field is refused with the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise unknown("field", name, cls.model_fields)
+        return values
