@@ -1,0 +1,1 @@
+"""Human preferences: rows become pairs, pairs become tokens, tokens become batches."""

@@ -1,0 +1,54 @@
+"""How sure people were of a preference: a soft label, counted votes, or nothing said."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from preferences.pairs import BadRow
+
+
+def soft_label(fields: Mapping[str, Any], place: str) -> float:
+    """Share of people who preferred `chosen`: given, counted from votes, or 1 when the row says nothing."""
+    votes = [name for name in ("votes_chosen", "votes_rejected") if name in fields]
+    if "soft_label" in fields and votes:
+        raise BadRow(
+            place, "two labels", f"give soft_label or votes, not both (data.columns: {{soft_label: null}} reads the votes)"
+        )
+    if len(votes) == 1:
+        raise BadRow(place, "bad votes", f"{votes[0]} is given alone; votes_chosen and votes_rejected go together")
+    if votes:
+        return _share_of_votes(*(_votes(fields[name], name, place) for name in votes), place)
+    if "soft_label" not in fields:
+        return 1.0
+    label = number(fields["soft_label"])
+    if label is None or not 0.0 <= label <= 1.0:
+        raise BadRow(
+            place,
+            "bad soft label",
+            f"soft_label must be a number from 0 to 1 (the share that preferred chosen), got {fields['soft_label']!r}",
+        )
+    return label
+
+
+def _votes(value: Any, field: str, place: str) -> float:
+    votes = number(value)
+    if votes is None or votes < 0 or votes != int(votes):
+        raise BadRow(place, "bad votes", f"{field} must be a whole number >= 0, got {value!r}")
+    return votes
+
+
+def _share_of_votes(chosen: float, rejected: float, place: str) -> float:
+    if chosen + rejected == 0:
+        raise BadRow(place, "no votes", "votes_chosen and votes_rejected are both 0, so nobody preferred either")
+    return chosen / (chosen + rejected)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also as text (CSV); None for anything else, a bool or NaN included."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        parsed = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return parsed if math.isfinite(parsed) else None
