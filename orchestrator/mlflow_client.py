@@ -1,0 +1,164 @@
+"""Reaching an MLflow server without its global state, and what may be written to it: no secret."""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from orchestrator.config import UsageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_PARAM_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 8000, 250  # MLflow's limits
+_SETTINGS_PER_BATCH = 100
+_environment = threading.Lock()
+_SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
+_SECRET_VALUES = (
+    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@"), r"\1***@"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
+    (
+        re.compile(r"([?&](?:[\w.-]*(?:token|secret|password|signature|key)|sig)=)[^&\s]+", re.IGNORECASE),
+        r"\1***",
+    ),
+)
+
+
+def redact(text: str) -> str:
+    """The text without `user:password@` in URIs, signed query parameters and hub tokens."""
+    for pattern, shown in _SECRET_VALUES:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: dotted keys, redacted text values, cut to MLflow's limits."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            shown = "***" if value and _SECRET_KEY.search(name) else redact(str(value))
+            flat[metric_key(name)] = _cut(shown, _PARAM_LENGTH)
+    return flat
+
+
+def tracking_uri(uri: str | None, storage_path: str) -> str:
+    """The MLflow server: `uri` as given, or sqlite under the storage path; sqlite paths become absolute.
+
+    Raises UsageError where MLflow has no such store.
+    """
+    if uri is None:
+        if "://" in storage_path:
+            raise UsageError(
+                f"storage_path is {redact(storage_path)}, where no sqlite file can live: "
+                "set tracking.uri to an MLflow server, as in http://mlflow.example:5000"
+            )
+        return f"sqlite:///{Path(storage_path).resolve() / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        raise UsageError(
+            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes: "
+            "use sqlite:///runs/mlflow.db or a server, as in http://mlflow.example:5000"
+        )
+    if scheme == "sqlite":
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    return uri
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client for one server, without MLflow's global state or telemetry.
+
+    Raises UsageError within seconds when the server does not answer, where MLflow would retry for minutes.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for noisy in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _impatient_http():
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise UsageError(
+            f"the MLflow server {redact(uri)} does not answer: {first_line(error)}; "
+            "check tracking.uri and that the server runs, or leave tracking.uri out for a sqlite file"
+        ) from error
+    return client
+
+
+@contextmanager
+def _impatient_http() -> Iterator[None]:
+    # MLflow reads these at every request and offers no argument for them.
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    with _environment:
+        before = {key: os.environ.get(key) for key in short}
+        os.environ.update(short)
+        try:
+            yield
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+
+
+def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    """The experiment's id, made where it is missing. Raises UsageError when it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # A sqlite file has no server with a place for artifacts; MLflow would choose the current folder.
+        folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+        try:
+            return client.create_experiment(name, folder.as_uri() if uri.startswith("sqlite:///") else None)
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another run may have made it in between
+            if found is None:
+                raise UsageError(f"tracking.experiment {name!r}: {first_line(error)}") from error
+    if found.lifecycle_stage != "active":
+        raise UsageError(
+            f"tracking.experiment {name!r} was deleted in MLflow: choose another name, or restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return found.experiment_id
+
+
+def log_settings(
+    client: "MlflowClient", run_id: str, params: Mapping[str, str], tags: Mapping[str, str]
+) -> None:
+    """Write parameters and tags in batches MLflow takes; tag values are redacted and cut."""
+    from mlflow.entities import Param, RunTag
+
+    entries = [Param(key, value) for key, value in params.items()]
+    labels = [RunTag(metric_key(key), _cut(redact(str(value)), _TAG_LENGTH)) for key, value in tags.items()]
+    for start in range(0, max(len(entries), len(labels)), _SETTINGS_PER_BATCH):
+        part = slice(start, start + _SETTINGS_PER_BATCH)
+        client.log_batch(run_id, params=entries[part], tags=labels[part])
+
+
+def metric_key(name: str) -> str:
+    """The name with characters MLflow refuses replaced, cut to its length."""
+    return re.sub(r"[^\w./ -]", "_", name)[:_KEY_LENGTH]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def first_line(error: Exception) -> str:
+    """The error in one line, redacted."""
+    lines = redact(str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

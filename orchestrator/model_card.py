@@ -1,0 +1,145 @@
+"""The model card: what a trained policy is, what it was trained against and on, and how to load it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+from orchestrator.mlflow_client import redact
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen reference model as the run's record pins it."""
+
+    model: str
+    """Where it came from, pinned: a hub id with its commit, `models:/name/3`, or a folder's name."""
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where a policy comes from. Metrics are those of the held-out pairs, by name."""
+
+    base_model: str
+    preset: str
+    loss: Mapping[str, Any]
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    primary: str | None = None
+    data_digest: str
+    eval_digest: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """How many pairs were used and left out: `{"train pairs": 900, "skipped, too long": 3}`."""
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The whole run file."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """`tracking.code_tags()`."""
+
+    def to_json(self) -> str:
+        """All of it as JSON text, without secrets."""
+        return redact(json.dumps(asdict(self), indent=2, sort_keys=True, default=str)) + "\n"
+
+
+def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
+    """The README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": lineage.base_model,
+        "tags": ["polyref", "preference-optimization", lineage.preset],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"`{lineage.base_model}` fine-tuned on human preferences by "
+        f"[polyref](https://pypi.org/project/polyref/), loss preset `{lineage.preset}`.\n",
+        _references(lineage),
+        _data(lineage),
+        _metrics(lineage),
+        "## Loss\n\n```yaml\n" + yaml.safe_dump(_plain(lineage.loss), sort_keys=False) + "```\n",
+        _loading(name, lineage, adapter=adapter),
+    ]
+    return redact("\n".join(part for part in parts if part))
+
+
+def _references(lineage: Lineage) -> str:
+    if not lineage.references:
+        return "## References\n\nNone: this loss compares the policy with itself only.\n"
+    rows = [
+        [f"{name} (primary)" if name == lineage.primary else name, f"`{r.model}`", f"`{r.fingerprint[:16]}`"]
+        for name, r in lineage.references.items()
+    ]
+    return "## References\n\n" + _table(["reference", "model", "fingerprint"], rows)
+
+
+def _data(lineage: Lineage) -> str:
+    rows = [["training data", f"`{lineage.data_digest[:16]}`"]]
+    if lineage.eval_digest:
+        rows.append(["held-out data", f"`{lineage.eval_digest[:16]}`"])
+    rows += [[what, str(count)] for what, count in lineage.counts.items()]
+    return "## Data\n\n" + _table(["", "digest or count"], rows)
+
+
+def _metrics(lineage: Lineage) -> str:
+    if not lineage.after:
+        return ""
+    rows = [
+        [name, _number(lineage.before.get(name)), _number(value)]
+        for name, value in sorted(lineage.after.items())
+        if not name.startswith("perf/")
+    ]
+    return "## Held-out metrics\n\n" + _table(["metric", "before", "after"], rows)
+
+
+def _loading(name: str, lineage: Lineage, *, adapter: bool) -> str:
+    ways = f"""## Loading
+
+As a folder, after `polyref models get {name}@ALIAS --to {name}`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+From the registry:
+
+```python
+import mlflow
+model = mlflow.transformers.load_model("models:/{name}@ALIAS", return_type="components")["model"]
+```
+"""
+    if adapter:
+        ways += f"""
+The adapter alone, on its base model:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("{lineage.base_model}")
+model = PeftModel.from_pretrained(base, "{name}/adapter")
+```
+"""
+    return ways
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        + "\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as YAML writes them: no tuples, no enums."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain

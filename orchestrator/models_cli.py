@@ -1,0 +1,208 @@
+"""`polyref models ...`: what is registered, where it comes from, which is better, and how to get it."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.config import UsageError
+from orchestrator.mlflow_client import connect, redact, tracking_uri
+from orchestrator.promotion import ACCURACY, METRIC_PREFIX, metrics, promotion_refusal
+from orchestrator.registry import fetch, find_version, names, resolve_version, split_ref, versions
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+app = typer.Typer(help="Registered models: list, show, get, promote, compare.", no_args_is_help=True)
+
+_Uri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        help="The MLflow server; left out, the sqlite file under --storage-path.",
+    ),
+]
+_Storage = Annotated[str, typer.Option("--storage-path", help="The runs' storage_path.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@ALIAS or NAME/VERSION.")]
+
+
+@dataclass(frozen=True)
+class _Registry:
+    client: "MlflowClient"
+    uri: str
+
+    @classmethod
+    def open(cls, uri: str | None, storage: str) -> "_Registry":
+        address = tracking_uri(uri, storage)
+        database = Path(address.removeprefix("sqlite:///"))
+        if address.startswith("sqlite:///") and not database.is_file():
+            raise UsageError(
+                f"there is no MLflow database at {database}: give --storage-path as in the run file, "
+                "or --tracking-uri (or MLFLOW_TRACKING_URI) for a server"
+            )
+        return cls(connect(address), address)
+
+    def run(self, version: "ModelVersion") -> "Run | None":
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(version.run_id) if version.run_id else None
+        except MlflowException:  # the run was deleted, the version stays
+            return None
+
+    def describe(self, version: "ModelVersion") -> dict[str, Any]:
+        run = self.run(version)
+        return {
+            "name": version.name,
+            "version": int(version.version),
+            "aliases": sorted(version.aliases),
+            "created": _time(version.creation_timestamp),
+            ACCURACY: metrics(self.client, version).get(ACCURACY),
+            "run": run.info.run_name if run else None,
+        }
+
+
+@app.command("list")
+def list_models(uri: _Uri = None, storage: _Storage = "runs", as_json: _Json = False) -> None:
+    """All registered models, their versions newest first."""
+    registry = _Registry.open(uri, storage)
+    found = [registry.describe(v) for name in names(registry.client) for v in versions(registry.client, name)]
+    _print_versions(found, as_json=as_json)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(metavar="NAME[@ALIAS|/VERSION]", help="A model or one version.")],
+    uri: _Uri = None,
+    storage: _Storage = "runs",
+    as_json: _Json = False,
+) -> None:
+    """One version's lineage, metrics and source; for a bare name, its versions."""
+    registry = _Registry.open(uri, storage)
+    if split_ref(ref).open:
+        found = [registry.describe(v) for v in versions(registry.client, split_ref(ref).name)]
+        _print_versions(found, as_json=as_json)
+        return
+    version = find_version(registry.client, ref)
+    about = registry.describe(version)
+    about["source"] = redact(version.source)
+    about["run_id"] = version.run_id
+    about["lineage"] = {k: v for k, v in sorted(version.tags.items()) if not k.startswith(METRIC_PREFIX)}
+    about["metrics"] = metrics(registry.client, version)
+    if as_json:
+        print(json.dumps(about, indent=2))
+        return
+    rows = [[key, _text(value)] for key, value in about.items() if not isinstance(value, dict)]
+    rows += [[key, value] for key, value in about["lineage"].items()]
+    rows += [[key, _text(value)] for key, value in sorted(about["metrics"].items()) if key != ACCURACY]
+    _print_table(["", f"{version.name}/{version.version}"], rows)
+
+
+@app.command()
+def get(
+    ref: _Ref,
+    to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    uri: _Uri = None,
+    storage: _Storage = "runs",
+) -> None:
+    """Copy a version's transformers folder, with its adapter and model card, and check it."""
+    registry = _Registry.open(uri, storage)
+    model = resolve_version(registry.client, find_version(registry.client, ref), registry.uri)
+    fetch(model, to)
+    checked = "checked against its digest" if model.digest else "registered without a digest, so not checked"
+    print(f"{model.uri_pinned} is in {to} ({checked})")
+
+
+@app.command()
+def promote(
+    ref: _Ref,
+    alias: Annotated[str, typer.Option(help="The alias to give.")] = "champion",
+    force: Annotated[bool, typer.Option(help="Promote in spite of a worse or unknown evaluation.")] = False,
+    uri: _Uri = None,
+    storage: _Storage = "runs",
+) -> None:
+    """Give a version an alias, unless the version that has it is better."""
+    registry = _Registry.open(uri, storage)
+    candidate = find_version(registry.client, ref)
+    holder = {a: v for v in versions(registry.client, candidate.name) for a in v.aliases}.get(alias)
+    refusal = promotion_refusal(registry.client, candidate, holder)
+    if refusal is not None and not force:
+        raise UsageError(f"{ref} was not promoted to {alias!r}: {refusal}; --force promotes it all the same")
+    registry.client.set_registered_model_alias(candidate.name, alias, str(candidate.version))
+    before = f", until now version {holder.version}" if holder and holder.version != candidate.version else ""
+    print(f"models:/{candidate.name}@{alias} is version {candidate.version}{before}")
+
+
+@app.command()
+def compare(
+    refs: Annotated[list[str], typer.Argument(metavar="REF REF...", help="NAME@ALIAS or NAME/VERSION each.")],
+    uri: _Uri = None,
+    storage: _Storage = "runs",
+    as_json: _Json = False,
+) -> None:
+    """What was set differently for several versions, and how they did."""
+    if len(refs) < 2:
+        raise UsageError("compare needs two versions or more: NAME@ALIAS or NAME/VERSION each")
+    registry = _Registry.open(uri, storage)
+    found = [find_version(registry.client, ref) for ref in refs]
+    runs = [registry.run(version) for version in found]
+    params = _rows([run.data.params if run else {} for run in runs])
+    differing = {key: values for key, values in params.items() if len(set(values)) > 1}
+    measured = _rows([metrics(registry.client, version) for version in found])
+    if as_json:
+        print(json.dumps({"versions": refs, "params": differing, "metrics": measured}, indent=2))
+        return
+    rows = [[key, *map(_text, values)] for key, values in (differing | measured).items()]
+    _print_table(["", *refs], rows)
+
+
+def _rows(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [column.get(key) for column in columns] for key in sorted(set().union(*columns))}
+
+
+def _print_versions(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    if not found:
+        print("no models are registered yet", file=sys.stderr)
+        return
+    _print_table(list(found[0]), [[_text(value) for value in line.values()] for line in found])
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A drawn table on a terminal; tab-separated lines, for other programs, on a pipe."""
+    if not sys.stdout.isatty():
+        for line in (header, *rows):
+            print("\t".join(line))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for line in rows:
+        table.add_row(*line)
+    Console().print(table, markup=False)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _time(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,90 @@
+"""A trained policy in MLflow's layout for transformers models, the exported folder in it byte for byte.
+
+    MLmodel lineage.json requirements.txt python_env.yaml
+    model/                  the transformers folder: safetensors, config, tokenizer, README.md
+    model/adapter/          for LoRA, the adapter alone; model/ is the merged model
+    components/tokenizer/   where MLflow looks for it
+
+`MLmodel` is written through `mlflow.models.Model` and not by `mlflow.transformers.save_model`, which would
+load the weights, move them to a GPU that others use, write them again, and lose a LoRA adapter silently.
+"""
+
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from orchestrator.config import UsageError
+from orchestrator.model_card import Lineage, render
+from orchestrator.registry import folder_digest, link_tree
+
+_REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
+
+
+def refuse_unfit(folder: Path, adapter: Path | None) -> None:
+    """Raise UsageError unless the folders hold a model with its tokenizer and, if given, an adapter."""
+    needed = {folder / "config.json": "a model", folder / "tokenizer_config.json": "a tokenizer"}
+    if adapter is not None:
+        needed[adapter / "adapter_config.json"] = "an adapter"
+        needed[adapter / "adapter_model.safetensors"] = "an adapter"
+    for path, what in needed.items():
+        if not path.is_file():
+            raise UsageError(
+                f"{path.parent} holds no {path.name}: export {what} there before it is registered"
+            )
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"{folder} holds no safetensors: export the model's weights there first")
+
+
+def pack(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lineage) -> str:
+    """Lay out the version under the empty folder `root`; returns the digest of `root/model`."""
+    from transformers import AutoTokenizer
+
+    model = root / "model"
+    link_tree(folder, model)
+    if adapter is not None:
+        shutil.rmtree(model / "adapter", ignore_errors=True)
+        link_tree(adapter, model / "adapter")
+    card = model / "README.md"
+    card.unlink(missing_ok=True)  # a hard link: writing through it would change the export
+    card.write_text(render(name, lineage, adapter=adapter is not None), encoding="utf-8")
+    (root / "lineage.json").write_text(lineage.to_json(), encoding="utf-8")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(root / "components" / "tokenizer")
+    _write_environment(root)
+    _write_mlmodel(root, lineage.base_model)
+    return folder_digest(model)
+
+
+def _write_environment(root: Path) -> None:
+    # A local version such as 2.13.0+cpu is on no public index.
+    pins = [f"{package}=={version(package).partition('+')[0]}" for package in _REQUIRED]
+    (root / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
+    environment = f"python: {platform.python_version()}\ndependencies:\n- -r requirements.txt\n"
+    (root / "python_env.yaml").write_text(environment, encoding="utf-8")
+
+
+def _write_mlmodel(root: Path, base_model: str) -> None:
+    import mlflow.pyfunc
+    import transformers
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    config = json.loads((root / "model" / "config.json").read_text(encoding="utf-8"))
+    text = Schema([ColSpec(DataType.string)])
+    model = Model(signature=ModelSignature(inputs=text, outputs=text))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    model.add_flavor(
+        "transformers",
+        transformers_version=transformers.__version__,
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=config["architectures"][0],
+        source_model_name=base_model,
+        model_binary="model",
+        torch_dtype=f"torch.{dtype}",
+        components=["tokenizer"],
+        tokenizer_type="AutoTokenizer",
+    )
+    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.transformers", python_env="python_env.yaml")
+    model.save(str(root / "MLmodel"))

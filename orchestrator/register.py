@@ -1,0 +1,228 @@
+"""Registering a trained policy: packed, uploaded, loaded back, compared; only then does a version count."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orchestrator.config import UsageError
+from orchestrator.mlflow_client import connect, first_line, metric_key, redact
+from orchestrator.model_card import Lineage
+from orchestrator.packing import pack, refuse_unfit
+from orchestrator.promotion import EVAL_DIGEST_TAG, METRIC_PREFIX, PRIMARY_TAG, REFERENCE_PREFIX
+from orchestrator.registry import (
+    DIGEST_TAG,
+    STATE_TAG,
+    VERIFIED,
+    VERIFYING,
+    DamagedError,
+    ResolvedModel,
+    check_digest,
+    folder_digest,
+    resolve_version,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+EXPORT_TAG = "polyref.export"
+_PROBE_ROWS, _PROBE_TOKENS = 4, 16
+# Allowed difference of logits in units of the largest: merging an adapter and another device's order of sums
+# move float32 by about 1e-6 a layer, half precision by its own rounding.
+_TOLERANCE = {torch.float32: 2e-4, torch.float64: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+class RegistryError(RuntimeError):
+    """What came back from the registry is not the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few token rows and the trained model's logits for them, taken before it was exported."""
+
+    rows: Tensor
+    """(R, T) token ids, all rows equally long."""
+    logits: Tensor
+    """(R, T, V) float32."""
+    dtype: torch.dtype
+    """What the model in hand computed in."""
+
+    @classmethod
+    def of(cls, model: "torch.nn.Module", sequences: Sequence[Sequence[int]]) -> "Probe":
+        """Run the model in hand (adapter on) over the first tokens of a few sequences.
+
+        Raises ValueError when all sequences are empty.
+        """
+        chosen = [s for s in sequences if len(s) > 0][:_PROBE_ROWS]
+        if not chosen:
+            raise ValueError("a probe needs at least one token row that is not empty")
+        length = min(_PROBE_TOKENS, *(len(s) for s in chosen))
+        parameter = next(model.parameters())
+        rows = torch.tensor([list(map(int, s[:length])) for s in chosen])
+        return cls(rows, _logits(model, rows), parameter.dtype)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, for a registration by another process."""
+        save_file(
+            {"rows": self.rows, "logits": self.logits},
+            path,
+            {"dtype": str(self.dtype).removeprefix("torch.")},
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Probe":
+        """Read what `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            dtype = getattr(torch, file.metadata()["dtype"])
+        tensors = load_file(path)
+        return cls(tensors["rows"], tensors["logits"], dtype)
+
+
+def register(
+    tracking_uri: str,
+    *,
+    name: str,
+    folder: Path,
+    run_id: str,
+    lineage: Lineage,
+    probe: Probe,
+    adapter: Path | None = None,
+    alias: str | None = None,
+) -> ResolvedModel:
+    """Make the exported `folder` (with LoRA: the merged model, and `adapter` alone) a version of `name`.
+
+    Called again for the same run and the same weights it finishes what was cut short, and makes no second
+    version. Raises UsageError when the server does not answer or the folder is not whole; RegistryError when
+    what comes back from the registry is not what was trained: that version is deleted.
+    """
+    refuse_unfit(folder, adapter)
+    client = connect(tracking_uri)
+    export = folder_digest(folder, ".safetensors")
+    mine = [v for v in client.search_model_versions(f"run_id='{run_id}'") if v.name == name]
+    same = [v for v in mine if v.tags.get(EXPORT_TAG) == export]
+    done = [v for v in same if v.tags.get(STATE_TAG) == VERIFIED]
+    if not done:
+        for stale in (v for v in mine if v.tags.get(STATE_TAG) == VERIFYING and v not in same):
+            client.delete_model_version(name, str(stale.version))
+        with tempfile.TemporaryDirectory(prefix=".register-", dir=folder.parent) as part:
+            root = Path(part)
+            tags = _tags(lineage) | {
+                EXPORT_TAG: export,
+                DIGEST_TAG: pack(root, name, folder, adapter, lineage),
+            }
+            version = _upload(client, name, root, run_id, tags, same[0] if same else None)
+        done = [_verified(client, version, tracking_uri, probe)]
+    if alias is not None:
+        client.set_registered_model_alias(name, alias, str(done[0].version))
+    return resolve_version(client, done[0], tracking_uri)
+
+
+def verify(folder: Path, probe: Probe) -> None:
+    """Load a folder as users will and compare its logits with the probe's. Raises RegistryError."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    wrong = sorted(
+        [*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])]
+    )
+    if wrong:
+        raise RegistryError(f"{len(wrong)} weights are missing or do not belong: {', '.join(wrong[:3])}")
+    logits = _logits(model, probe.rows)
+    if logits.shape != probe.logits.shape:
+        raise RegistryError(f"its logits are {tuple(logits.shape)}, not {tuple(probe.logits.shape)}")
+    allowed = max(_TOLERANCE[model.dtype], _TOLERANCE[probe.dtype])
+    apart = ((logits - probe.logits).abs().max() / probe.logits.abs().max()).item()
+    if not apart <= allowed:
+        raise RegistryError(
+            f"its logits differ by {apart:.1e} of the largest, where {allowed:.0e} is rounding"
+        )
+
+
+def _logits(model: "torch.nn.Module", rows: Tensor) -> Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=rows.to(next(model.parameters()).device), use_cache=False).logits
+    finally:
+        model.train(was_training)
+    return logits.float().cpu().contiguous()
+
+
+def _upload(
+    client: "MlflowClient",
+    name: str,
+    root: Path,
+    run_id: str,
+    tags: Mapping[str, str],
+    pending: "ModelVersion | None",
+) -> "ModelVersion":
+    """Upload the packed version as an artifact of the run and enter it, not yet counting, in the registry."""
+    from mlflow.exceptions import MlflowException
+
+    place = f"model-{tags[EXPORT_TAG][:12]}"
+    try:
+        client.log_artifacts(run_id, str(root), place)
+        _ensure_registered(client, name)
+        if pending is None:
+            source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            return client.create_model_version(name, source, run_id, tags={**tags, STATE_TAG: VERIFYING})
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(pending.version), key, value)
+        return client.get_model_version(name, str(pending.version))
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"{name!r} could not be registered: {first_line(error)}; "
+            "the model is kept: start the same run again to register it"
+        ) from error
+
+
+def _ensure_registered(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            raise UsageError(f"tracking.registered_model {name!r}: {first_line(error)}") from error
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _verified(
+    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, probe: Probe
+) -> "ModelVersion":
+    """Load the version back from the registry: it counts from here on, or is deleted (RegistryError)."""
+    where = f"models:/{version.name}/{version.version}"
+    try:
+        back = resolve_version(client, version, tracking_uri)
+        check_digest(back.folder, back.digest, where)
+        verify(back.folder, probe)
+    except (RegistryError, DamagedError) as error:
+        client.delete_model_version(version.name, str(version.version))
+        raise RegistryError(f"{where} is not the model that was trained, and was deleted: {error}") from error
+    client.set_model_version_tag(version.name, str(version.version), STATE_TAG, VERIFIED)
+    return client.get_model_version(version.name, str(version.version))
+
+
+def _tags(lineage: Lineage) -> dict[str, str]:
+    tags = {f"{REFERENCE_PREFIX}{name}": r.fingerprint for name, r in lineage.references.items()}
+    tags |= {f"pin.{name}": r.model for name, r in lineage.references.items()}
+    tags |= {f"{METRIC_PREFIX}{name}": repr(float(value)) for name, value in lineage.after.items()}
+    tags |= {
+        PRIMARY_TAG: lineage.primary or "none",
+        "data.digest": lineage.data_digest,
+        EVAL_DIGEST_TAG: lineage.eval_digest or "none",
+        "base_model": lineage.base_model,
+        "loss.preset": lineage.preset,
+        **lineage.code,
+    }
+    return {metric_key(key): redact(value) for key, value in tags.items()}

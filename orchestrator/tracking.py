@@ -1,0 +1,327 @@
+"""What a run was and how it went, in MLflow: one MLflow run per training run, restarts included.
+
+`metrics.jsonl` in the run's folder is the record; a background thread feeds MLflow from it. So the training
+loop only ever appends a line to a file, and a server that goes away for an hour costs neither a step nor a
+metric: the thread goes on where the server stopped answering. Its position needs no file of its own, since
+MLflow knows the last step it holds of every metric: after a restart, points up to that step are not sent
+again. A resumed run first cuts from `metrics.jsonl` what came after its checkpoint; it repeats those steps
+exactly, so what MLflow already holds of them stays true.
+"""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config import UsageError
+from orchestrator.mlflow_client import (
+    connect,
+    experiment_id,
+    first_line,
+    flatten,
+    log_settings,
+    metric_key,
+    redact,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
+_MOST_SCALES = 20_000
+_METRICS_PER_BATCH = 1000  # MLflow's limit
+_SEND_SECONDS, _LONGEST_BACKOFF_SECONDS = 1.0, 60.0
+
+
+def code_tags(folder: Path | None = None) -> dict[str, str]:
+    """Which code ran: polyref's version and, inside a git checkout, the commit."""
+    try:
+        tags = {"polyref.version": version("polyref")}
+    except PackageNotFoundError:  # run from a working folder, as in a submitted job
+        tags = {"polyref.version": "not installed"}
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return tags
+    return tags | {"mlflow.source.git.commit": done.stdout.strip()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in order; a last line torn by a crash is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Tracker:
+    """One training run's record: `metrics.jsonl` in `folder`, and an MLflow run.
+
+    The driver makes it with `resume_or_start` and keeps `run_id` in the run's record; the worker of rank 0
+    makes its own with the constructor. Nothing but `resume_or_start` raises when the server is away.
+    """
+
+    def __init__(self, uri: str, run_id: str, folder: Path, *, resume_step: int | None = None) -> None:
+        """`resume_step` is the checkpoint's step, -1 for a start from scratch: later metrics are cut.
+
+        With None `metrics.jsonl` stays as it is.
+        """
+        self.uri, self.run_id, self.folder = uri, run_id, folder
+        self._path = folder / METRICS_FILE
+        self._sender: _Sender | None = None
+        self._scales: list[float] | None = None
+        self._scales_written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            _keep_until(self._path, resume_step)
+        if resume_step == -1:
+            (folder / SCALES_FILE).unlink(missing_ok=True)
+
+    @classmethod
+    def resume_or_start(
+        cls,
+        run_id: str | None,
+        *,
+        name: str,
+        uri: str,
+        folder: Path,
+        experiment: str = "polyref",
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
+    ) -> "Tracker":
+        """Open the run `run_id` again, or start one where it is None or gone from the server.
+
+        `params` may be nested. MLflow parameters never change: one that differs from the first start's goes
+        into the tag `changed.<key>`. `parent` is the MLflow run that this one is nested under.
+
+        Raises UsageError when the server does not answer or the experiment was deleted.
+        """
+        client = connect(uri)
+        known = _existing_run(client, run_id)
+        if known is None:
+            nested = {"mlflow.parentRunId": parent} if parent else {}
+            run = client.create_run(experiment_id(client, uri, experiment), run_name=name, tags=nested)
+            run_id, before = run.info.run_id, {}
+        else:
+            run_id, before = known.info.run_id, known.data.params
+            client.update_run(run_id, status="RUNNING")
+        flat = flatten(params or {})
+        changed = {f"changed.{key}": flat[key] for key in flat if key in before and before[key] != flat[key]}
+        new = {key: value for key, value in flat.items() if key not in before}
+        log_settings(client, run_id, new, {**(tags or {}), **changed})
+        return cls(uri, run_id, folder)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to `metrics.jsonl` and return; a value that is not finite becomes null there."""
+        values = {key: float(value) for key, value in metrics.items()}
+        line = {"step": step, "time": round(time.time(), 3)}
+        line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        if self._sender is None:
+            self._sender = _Sender(self.uri, self.run_id, self._path)
+        self._sender.append(json.dumps(line, allow_nan=False) + "\n")
+
+    def log_scales(self, scales: Sequence[float]) -> None:
+        """Keep a step's dispersion scales, one per pair, in `dispersion.json`: the first 20,000 of the run.
+
+        Pairs come in shuffled order, so that these are a sample of all.
+        """
+        if self._scales is None:
+            self._scales = _read_scales(self.folder)
+            self._scales_written = len(self._scales)
+        room = _MOST_SCALES - len(self._scales)
+        self._scales += [round(float(scale), 6) for scale in scales[: max(room, 0)]]
+        if len(self._scales) >= 2 * self._scales_written + 100:  # few writes, whatever the number of steps
+            self._write_scales()
+
+    def _write_scales(self) -> None:
+        if self._scales is not None and len(self._scales) > self._scales_written:
+            _replace(self.folder / SCALES_FILE, json.dumps(self._scales))
+            self._scales_written = len(self._scales)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the MLflow run."""
+        with self._warned("tags"):
+            log_settings(connect(self.uri), self.run_id, {}, tags)
+
+    def log_files(self, paths: Iterable[Path], under: str | None = None) -> None:
+        """Copy files (pictures, tables) to the MLflow run's artifacts."""
+        with self._warned("files"):
+            client = connect(self.uri)
+            for path in paths:
+                client.log_artifact(self.run_id, str(path), under)
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Wait until MLflow has all that was logged; False when it has not within `timeout` seconds."""
+        return self._sender is None or self._sender.flush(timeout)
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Send what is left and stop the thread; what cannot be sent stays in `metrics.jsonl`."""
+        self._write_scales()
+        if self._sender is not None and not self._sender.close(timeout):
+            log.warning("MLflow at %s misses the last metrics; %s has them all", redact(self.uri), self._path)
+        self._sender = None
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Close and set the MLflow run's end status: FINISHED, FAILED or KILLED."""
+        self.close()
+        with self._warned("the run's end"):
+            connect(self.uri).set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (UsageError, MlflowException, OSError) as error:
+            log.warning("MLflow did not take %s of run %s: %s", what, self.run_id, first_line(error))
+
+
+class _Sender:
+    """Feeds MLflow from `metrics.jsonl`: the file is the queue, nothing is dropped, memory is bounded."""
+
+    def __init__(self, uri: str, run_id: str, path: Path) -> None:
+        self._uri, self._run_id, self._path = uri, run_id, path
+        self._file = path.open("ab")
+        _drop_torn_line(path)
+        self._changed = threading.Condition()
+        self._written = path.stat().st_size
+        self._sent = 0
+        self._closing = False
+        self._backoff = 0.0
+        self._client: MlflowClient | None = None
+        self._last: dict[str, int] = {}  # per metric, the last step MLflow holds
+        self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
+        self._thread.start()
+
+    def append(self, line: str) -> None:
+        data = line.encode()
+        self._file.write(data)
+        self._file.flush()
+        with self._changed:
+            self._written += len(data)
+
+    def flush(self, timeout: float) -> bool:
+        with self._changed:
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: self._sent >= self._written, timeout)
+
+    def close(self, timeout: float) -> bool:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        self._file.close()
+        return self._sent >= self._written
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait(self._backoff or _SEND_SECONDS)
+                closing, behind = self._closing, self._sent < self._written
+            if behind:
+                self._try_send()
+            if closing:
+                return
+
+    def _try_send(self) -> None:
+        try:
+            if self._client is None:
+                client = connect(self._uri)
+                self._last = _last_steps(client, self._run_id)
+                self._client = client
+            self._send()
+            self._backoff = 0.0
+        except Exception as error:  # whatever the server does, the training goes on
+            if not self._backoff:
+                log.warning("MLflow takes no metrics (kept in %s): %s", self._path, first_line(error))
+            self._backoff = min(max(2 * self._backoff, _SEND_SECONDS), _LONGEST_BACKOFF_SECONDS)
+
+    def _send(self) -> None:
+        assert self._client is not None
+        while self._sent < self._written:
+            lines, end = self._next_lines()
+            points = self._unsent(lines)
+            for start in range(0, len(points), _METRICS_PER_BATCH):
+                self._client.log_batch(self._run_id, metrics=points[start : start + _METRICS_PER_BATCH])
+            self._last |= {point.key: point.step for point in points}
+            with self._changed:
+                self._sent = end
+                self._changed.notify_all()
+
+    def _next_lines(self) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines after the last one sent, as many as about fill a batch, and where they end."""
+        lines, values = [], 0
+        with self._path.open("rb") as file:
+            file.seek(self._sent)
+            while file.tell() < self._written and values < _METRICS_PER_BATCH:
+                lines.append(json.loads(file.readline()))
+                values += len(lines[-1])
+            return lines, file.tell()
+
+    def _unsent(self, lines: list[dict[str, Any]]) -> list[Any]:
+        from mlflow.entities import Metric
+
+        points = []
+        for line in lines:
+            step, stamp = int(line.pop("step")), int(1000 * line.pop("time", 0))
+            for key, value in line.items():
+                if step > self._last.get(metric_key(key), -1):
+                    points.append(Metric(metric_key(key), math.nan if value is None else value, stamp, step))
+        return points
+
+
+def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _read_scales(folder: Path) -> list[float]:
+    path = folder / SCALES_FILE
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _existing_run(client: "MlflowClient", run_id: str | None) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage != "active":
+        log.warning("MLflow no longer has run %s: a new one is started", run_id)
+        return None
+    return run

@@ -1,0 +1,43 @@
+"""What a finished run hands over for registration, in small."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+
+from orchestrator.model_card import Lineage, Reference
+from orchestrator.register import Probe
+
+ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a finished LoRA run leaves in its folder, and the model still in hand."""
+
+    model: PeftModel
+    base: Path
+    merged: Path
+    adapter: Path
+    probe: Probe
+
+
+def lineage(base: str = "tiny/base", accuracy: float = 0.75, **changes: object) -> Lineage:
+    settings: dict[str, object] = {
+        "base_model": base,
+        "preset": "mallows_theta",
+        "loss": {"beta": 0.1, "link": {"type": "logistic"}, "references": {"weights": (0.5, 0.5)}},
+        "references": {
+            "base": Reference("tiny/base@0123abc", "f" * 40),
+            "movie": Reference("models:/movie-sft/4", "e" * 40),
+        },
+        "primary": "base",
+        "data_digest": "d" * 40,
+        "eval_digest": "a" * 40,
+        "counts": {"train pairs": 900, "held-out pairs": 100, "skipped, too long": 3},
+        "before": {"eval/accuracy": 0.5},
+        "after": {"eval/accuracy": accuracy, "eval/label_nll": 0.61},
+        "config": {"name": "a-run", "tracking": {"uri": "http://me:hunter2@mlflow.example"}},
+        "code": {"polyref.version": "0.1.0"},
+    }
+    return Lineage(**(settings | changes))  # type: ignore[arg-type]
