@@ -1,0 +1,203 @@
+"""The worker's side: ask all references for a batch early, collect the scores late, count the wait."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+
+from orchestrator.references.messages import Floats, Group, Ids, Score, ScoreRequest, Scores, ScoringError
+from orchestrator.references.pool import explained
+from orchestrator.references.store import response_key
+
+NAMESPACE = "polyref"
+
+
+class TokenPairLike(Protocol):
+    """Token ids of one row; `rejected` is None where the data has only completions."""
+
+    @property
+    def prompt(self) -> Ids: ...  # noqa: D102
+    @property
+    def chosen(self) -> Ids: ...  # noqa: D102
+    @property
+    def rejected(self) -> Ids | None: ...  # noqa: D102
+
+
+class TokenTableLike(Protocol):
+    """`preferences.tokenize.TokenTable`, as far as it is needed here."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> TokenPairLike: ...
+
+
+@dataclass(frozen=True)
+class ReferenceArrays:
+    """One reference's scores of B pairs: (B,) float64 each, the caller's own to write.
+
+    Log-probs are sums in nats, lengths are response tokens, entropies are means over log V. A row without a
+    rejected response has zeros there. NaN log-probs mark what an in-process reference still has to score.
+    """
+
+    chosen: Floats
+    rejected: Floats
+    chosen_lengths: Floats
+    rejected_lengths: Floats
+    chosen_entropy: Floats
+    rejected_entropy: Floats
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """(B,): rows not scored yet; never true for a reference that has replicas."""
+        return np.isnan(self.chosen) | np.isnan(self.rejected)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An open request of one reference, and where the scores of each pair's responses will be."""
+
+    answer: Any
+    chosen_at: NDArray[np.int64]
+    rejected_at: NDArray[np.int64]  # -1: none
+
+
+class ReferenceClient:
+    """Asks the routers of all references about rows of their token tables.
+
+    Args:
+        routers: a router's actor handle by reference name.
+        tables: the same rows in each reference's own tokens, by reference name.
+        in_process: references that this worker scores itself: their store is asked, their misses come back
+            as NaN, and `record` saves what the worker made of them.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Any],
+        tables: Mapping[str, TokenTableLike],
+        *,
+        in_process: Collection[str] = (),
+    ) -> None:
+        if set(routers) != set(tables):
+            raise ValueError(f"routers for {sorted(routers)}, but token tables for {sorted(tables)}")
+        self.stall_seconds = 0.0
+        """Time spent in `collect`, waiting, since the beginning."""
+        self._routers, self._tables, self._in_process = dict(routers), dict(tables), frozenset(in_process)
+        self._asked: dict[Any, dict[str, _Asked]] = {}
+        self._recording: list[tuple[str, Any]] = []
+
+    def ask(self, ticket: Any, indices: Sequence[int] | NDArray[np.integer]) -> None:
+        """Send the requests for these rows and return at once; `ticket` names them for `collect`."""
+        if ticket in self._asked:
+            raise ValueError(f"ticket {ticket!r} is still open: collect it first")
+        self._asked[ticket] = {name: self._send(name, indices) for name in self._routers}
+
+    def collect(self, ticket: Any) -> dict[str, ReferenceArrays]:
+        """Wait for what was asked under `ticket`; rows in the order they were asked.
+
+        Raises:
+            ScoringError: a reference could not score.
+            ModelError: a reference could not be loaded.
+        """
+        asked = self._asked.pop(ticket)
+        began = time.perf_counter()
+        try:
+            answers = {name: answer_of(name, one.answer) for name, one in asked.items()}
+        finally:
+            self.stall_seconds += time.perf_counter() - began
+        return {name: _arrays(answers[name], one) for name, one in asked.items()}
+
+    def record(
+        self, name: str, indices: Sequence[int] | NDArray[np.integer], arrays: ReferenceArrays
+    ) -> None:
+        """Save an in-process reference's scores of these rows, without waiting.
+
+        A failure to save is raised by a later call, or by `close`.
+        """
+        groups = pair_groups(self._tables[name], indices)
+        scores = [
+            score
+            for group, row in zip(groups, zip(*astuple(arrays), strict=True), strict=True)
+            for score in (Score(row[0], row[2], row[4]), Score(row[1], row[3], row[5]))[: len(group.keys)]
+        ]
+        columns = Scores(*(np.array(column) for column in zip(*scores, strict=True)))
+        request = ScoreRequest.pack(groups)
+        self._recording.append((name, self._routers[name].put.remote(request.keys, columns)))
+        self._settle(timeout=0)
+
+    def close(self) -> None:
+        """Wait until everything recorded has arrived."""
+        self._settle(timeout=None)
+
+    def _send(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _Asked:
+        groups = pair_groups(self._tables[name], indices)
+        request = ScoreRequest.pack(groups)
+        router = self._routers[name]
+        local = name in self._in_process
+        answer = router.lookup.remote(request.keys) if local else router.score.remote(request)
+        starts = request.group_offsets[:-1]
+        paired = np.diff(request.group_offsets) == 2
+        return _Asked(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
+
+    def _settle(self, timeout: float | None) -> None:
+        waiting = [answer for _, answer in self._recording]
+        if not waiting:
+            return
+        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
+        arrived = [(name, answer) for name, answer in self._recording if answer in done]
+        self._recording = [(name, answer) for name, answer in self._recording if answer not in done]
+        for name, answer in arrived:
+            answer_of(name, answer)
+
+
+def connect(addresses: Mapping[str, str]) -> dict[str, Any]:
+    """Router handles by reference name, from `ReferenceService.addresses`.
+
+    Raises:
+        ScoringError: a router is not there (any more).
+    """
+    handles = {}
+    for name, address in addresses.items():
+        try:
+            handles[name] = ray.get_actor(address, namespace=NAMESPACE)
+        except ValueError:
+            raise ScoringError(f"reference {name!r}: its router {address} is not running") from None
+    return handles
+
+
+def pair_groups(table: TokenTableLike, indices: Sequence[int] | NDArray[np.integer]) -> list[Group]:
+    """One group per row: its prompt, then the chosen and, where there is one, the rejected response."""
+    groups = []
+    for index in indices:
+        pair = table[int(index)]
+        responses = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
+        keys = [response_key(pair.prompt, response) for response in responses]
+        groups.append(Group(pair.prompt, responses, keys))
+    return groups
+
+
+def _arrays(scores: Scores, asked: _Asked) -> ReferenceArrays:
+    columns = (scores.logps, scores.lengths, scores.entropies)
+    picked = []
+    for column in columns:
+        picked.append(column[asked.chosen_at].astype(np.float64))
+        # With -1 the last score is read, then replaced.
+        rejected = column[asked.rejected_at].astype(np.float64)
+        picked.append(np.where(asked.rejected_at < 0, 0.0, rejected))
+    return ReferenceArrays(*picked)
+
+
+def answer_of(name: str, answer: Any) -> Any:
+    """A router's answer, or its error as one that says which reference and why."""
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        raise explained(name, error) from error
+    except RayActorError as error:
+        raise ScoringError(
+            f"reference {name!r}: its router died and could not be restarted, or was shut down: {error}"
+        ) from error

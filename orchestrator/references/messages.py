@@ -1,0 +1,158 @@
+"""What travels between worker, router and replica: plain numpy columns, never lists of Python numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.config import ModelConfig
+
+Ids = NDArray[np.int32]
+Offsets = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Keys = NDArray[np.uint8]
+"""(S, 16): one `response_key` per response."""
+
+KEY_BYTES = 16
+
+
+class ScoringError(RuntimeError):
+    """A reference cannot give scores; the message names the reference and says why."""
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """One frozen reference: which model, under which identity, on how many copies of which size.
+
+    `config` must be resolved and pinned (a folder every node sees, or a hub id with its revision), because
+    each replica locates it on its own node. `replicas=0` is a reference that the workers score themselves:
+    its router only keeps the store.
+    """
+
+    name: str
+    config: ModelConfig
+    fingerprint: str
+    replicas: int = 1
+    num_cpus: float = 0.5
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    max_tokens_per_batch: int = 16384
+    max_retries: int = 5
+    """How often in a row replicas, or a batch's replica, may die before everyone who waits gets an error."""
+    start_timeout_s: float = 600.0
+    """How long a replica may wait for free resources; loading the model is not counted."""
+
+
+class Group(NamedTuple):
+    """A prompt and the responses to score behind it, with their keys."""
+
+    prompt: Ids
+    responses: list[Ids]
+    keys: list[bytes]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the shared row: the prompt once, every response once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+class Score(NamedTuple):
+    """Of one response: summed log-prob (nats), response tokens, mean token entropy over log V in [0, 1]."""
+
+    logp: float
+    length: int
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Columns of S scores; `logps` and `entropies` are NaN (and `lengths` 0) where a score is unknown."""
+
+    logps: Floats
+    lengths: Offsets
+    entropies: Floats
+
+    @classmethod
+    def unknown(cls, count: int) -> Self:
+        """S unknown scores, to be filled in."""
+        return cls(np.full(count, np.nan), np.zeros(count, dtype=np.int64), np.full(count, np.nan))
+
+    def __len__(self) -> int:
+        return len(self.logps)
+
+    def __getitem__(self, index: int) -> Score:
+        return Score(float(self.logps[index]), int(self.lengths[index]), float(self.entropies[index]))
+
+    def __setitem__(self, index: int, score: Score) -> None:
+        self.logps[index], self.lengths[index], self.entropies[index] = score
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """(S,): whether the score is unknown."""
+        return np.isnan(self.logps)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """G prompts and the S responses behind them as flat ids with offsets; each prompt travels once."""
+
+    prompts: Ids
+    prompt_offsets: Offsets  # (G + 1,) into prompts
+    responses: Ids
+    response_offsets: Offsets  # (S + 1,) into responses
+    group_offsets: Offsets  # (G + 1,) into the S responses
+    keys: Keys  # (S, 16)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def pack(cls, groups: Sequence[Group]) -> Self:
+        """Concatenate groups; responses keep their order, group by group."""
+        responses = [response for group in groups for response in group.responses]
+        keys = b"".join(key for group in groups for key in group.keys)
+        return cls(
+            prompts=_flat([group.prompt for group in groups]),
+            prompt_offsets=_offsets([len(group.prompt) for group in groups]),
+            responses=_flat(responses),
+            response_offsets=_offsets([len(response) for response in responses]),
+            group_offsets=_offsets([len(group.responses) for group in groups]),
+            keys=np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES),
+        )
+
+    def groups(self) -> list[Group]:
+        """The groups again, as views into the columns."""
+        ends, packed = self.response_offsets, []
+        for g in range(len(self.prompt_offsets) - 1):
+            prompt = self.prompts[self.prompt_offsets[g] : self.prompt_offsets[g + 1]]
+            span = range(self.group_offsets[g], self.group_offsets[g + 1])
+            responses = [self.responses[ends[s] : ends[s + 1]] for s in span]
+            packed.append(Group(prompt, responses, [self.keys[s].tobytes() for s in span]))
+        return packed
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """Counts since the router's process began. asked = from_store + joined + newly queued."""
+
+    asked: int = 0
+    from_store: int = 0
+    joined: int = 0
+    """Responses that were already in flight for someone else (or asked twice in one request)."""
+    scored: int = 0
+    batches: int = 0
+    """Batches that replicas answered."""
+    forwards: int = 0
+    """Forward passes those batches took."""
+    retries: int = 0
+    replicas_started: int = 0
+
+
+def _flat(arrays: Sequence[Ids]) -> Ids:
+    return np.concatenate(arrays, dtype=np.int32) if arrays else np.zeros(0, dtype=np.int32)
+
+
+def _offsets(lengths: Sequence[int]) -> Offsets:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

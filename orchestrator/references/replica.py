@@ -1,0 +1,151 @@
+"""One frozen model behind a Ray actor. The model's part (`FrozenModel`) knows nothing of Ray."""
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.references.batching import cut
+from orchestrator.references.messages import Group, ReferenceSpec, ScoreRequest, Scores, ScoringError
+
+if TYPE_CHECKING:  # the router imports this module to start replicas, and needs no torch for that
+    import torch
+
+    from models.logprobs import Scorer
+
+
+class FrozenModel:
+    """Scores responses with a frozen model in micro-batches of at most `budget` tokens, padding included.
+
+    Where memory runs out, the micro-batch is halved, and so is the budget of the next ones.
+    """
+
+    def __init__(
+        self, name: str, scorer: "Scorer", *, device: "torch.device", shared: bool, budget: int
+    ) -> None:
+        self.forwards = 0
+        self._name, self._scorer, self._device, self._shared = name, scorer, device, shared
+        self._budget = budget
+
+    def score(self, request: ScoreRequest) -> Scores:
+        """Scores of the request's responses, in its order."""
+        scores = Scores.unknown(len(request))
+        rows = _rows(request.groups())
+        if not self._shared:
+            rows = [single for row in rows for single in _apart(row)]
+        waiting = [[rows[i] for i in batch] for batch in cut([row.tokens for row in rows], self._budget)]
+        while waiting:
+            batch = waiting.pop(0)
+            part = self._forward([row.group for row in batch])
+            if part is None:
+                waiting = self._smaller(batch) + waiting
+                continue
+            places = np.concatenate([row.places for row in batch])
+            scores.logps[places], scores.lengths[places] = part.logps, part.lengths
+            scores.entropies[places] = part.entropies
+        return scores
+
+    def _forward(self, groups: list[Group]) -> Scores | None:
+        """One forward pass, or None if memory ran out."""
+        import torch
+
+        from models.rows import Prompted, build_rows
+
+        prompted = [Prompted(group.prompt, group.responses) for group in groups]
+        try:
+            with torch.inference_mode():
+                # Padding is masked by length, so any id in the vocabulary will do.
+                rows = build_rows(prompted, shared=self._shared, pad_id=0).to(self._device)
+                out = self._scorer(rows, entropy=True)
+                scores = Scores(
+                    out.logps.double().cpu().numpy(),
+                    out.lengths.long().cpu().numpy(),
+                    out.entropy.double().cpu().numpy(),
+                )
+        except torch.OutOfMemoryError:
+            return None
+        self.forwards += 1
+        return scores
+
+    def _smaller(self, batch: "list[_Row]") -> "list[list[_Row]]":
+        """Two halves of what did not fit; a row of several responses falls apart last of all."""
+        import torch
+
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            batch = _apart(batch[0])
+        if len(batch) == 1:
+            raise ScoringError(
+                f"reference {self._name!r}: memory ran out on a single row of {batch[0].tokens} tokens; "
+                "give its replicas a larger device, or lower data.max_length"
+            )
+        half = len(batch) // 2
+        self._budget = len(batch[:half]) * max(row.tokens for row in batch)
+        return [batch[:half], batch[half:]]
+
+
+class _Row(NamedTuple):
+    """A group, and the places of its responses in the request."""
+
+    group: Group
+    places: NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        return self.group.tokens
+
+
+def _rows(groups: list[Group]) -> list[_Row]:
+    starts = np.cumsum([0, *(len(group.keys) for group in groups)])
+    return [_Row(group, np.arange(starts[g], starts[g + 1])) for g, group in enumerate(groups)]
+
+
+def _apart(row: _Row) -> list[_Row]:
+    """The same responses, each behind a prompt of its own."""
+    group = row.group
+    singles = [Group(group.prompt, [r], [k]) for r, k in zip(group.responses, group.keys, strict=True)]
+    return [_Row(single, row.places[i : i + 1]) for i, single in enumerate(singles)]
+
+
+class Replica:
+    """The actor. Its constructor is cheap, so that a failure to load reaches whoever called `setup`."""
+
+    def __init__(self, spec: ReferenceSpec) -> None:
+        self._spec = spec
+        self._model: FrozenModel | None = None
+
+    def pid(self) -> int:
+        """Process id; an answer also says that the replica has its resources."""
+        return os.getpid()
+
+    def setup(self) -> None:
+        """Load the model.
+
+        Raises:
+            ModelError: the model cannot be found or loaded.
+        """
+        import torch
+
+        from models.load import load_model, locate
+        from models.logprobs import Scorer
+
+        spec = self._spec
+        device = torch.device("cuda" if spec.num_gpus and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, int(spec.num_cpus)))
+        model = load_model(locate(spec.config), spec.config, device=device, trainable=False)
+        scorer = Scorer(model)
+        shared = spec.config.prefix_sharing == "auto" and scorer.sharing_refusal is None
+        self._model = FrozenModel(
+            spec.name, scorer, device=device, shared=shared, budget=spec.max_tokens_per_batch
+        )
+
+    def score(self, request: ScoreRequest) -> tuple[Scores, int]:
+        """Scores in the request's order, and how many forward passes they took."""
+        if self._model is None:
+            raise ScoringError(f"reference {self._spec.name!r}: score was called before setup")
+        before = self._model.forwards
+        scores = self._model.score(request)
+        return scores, self._model.forwards - before

@@ -1,0 +1,289 @@
+"""The router of one reference: answers from the store, joins what is in flight, batches the rest, retries.
+
+One async Ray actor, single-threaded on its event loop: between two `await`s nothing else changes its state.
+All it must not lose is in the store, and a score depends on its key alone, so that asking again is always
+safe: Ray restarts a dead router and sends the open requests again.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+from ray.exceptions import ObjectLostError, RayActorError
+
+from orchestrator.references.batching import Batch, WaitingGroups, cut
+from orchestrator.references.messages import (
+    Keys,
+    ReferenceSpec,
+    RouterStats,
+    Score,
+    ScoreRequest,
+    Scores,
+    ScoringError,
+)
+from orchestrator.references.pool import Member, ReplicaPool, explained
+from orchestrator.references.replica import Replica
+from orchestrator.references.store import ScoreStore
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 0.004
+"""How long the first response of a batch waits for company: ranks reach a step within milliseconds."""
+FLUSH_SCORES = 8192
+FLUSH_S = 20.0
+WINDOW = 8
+"""Batches cut from one drain of what waits: wide enough to sort by length, short enough to be fair."""
+ADMITTED = 256
+"""Requests worked on at once; further ones wait unread."""
+
+
+class Router:
+    """See the module. Methods are called through Ray; keys are (S, 16) uint8."""
+
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        storage_path: str,
+        *,
+        replica_class: type = Replica,
+        linger_s: float = LINGER_S,
+        flush_scores: int = FLUSH_SCORES,
+        flush_s: float = FLUSH_S,
+    ) -> None:
+        self._spec, self._storage_path = spec, storage_path
+        self._linger_s, self._flush_scores, self._flush_s = linger_s, flush_scores, flush_s
+        self._store: ScoreStore | None = None
+        self._opening, self._flushing = asyncio.Lock(), asyncio.Lock()
+        self._admission = asyncio.Semaphore(ADMITTED)
+        self._pool = ReplicaPool(spec, replica_class, on_ready=self._pump, on_failure=self._fail_all)
+        self._waiting = WaitingGroups(spec.max_tokens_per_batch)
+        self._cut: deque[Batch] = deque()
+        self._in_flight: dict[bytes, asyncio.Future[Score]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._linger: asyncio.TimerHandle | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._asked = self._from_store = self._joined = self._scored = 0
+        self._batches = self._forwards = self._retries = 0
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """Scores in the request's order, made where the store has none.
+
+        Raises:
+            ScoringError: a replica cannot score, or gave a score that is not finite.
+            ModelError: the reference cannot be loaded.
+        """
+        store = await self._opened()
+        async with self._admission:
+            scores = store.lookup(request.keys)
+            missing = np.flatnonzero(scores.missing)
+            self._asked += len(scores)
+            self._from_store += len(scores) - len(missing)
+            if len(missing):
+                if not self._spec.replicas:
+                    raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
+                futures = self._enqueue(request, set(missing.tolist()))
+                # Not gather: that would cancel a future others wait for, if this request is cancelled.
+                await asyncio.wait(set(futures.values()))
+                for index, future in futures.items():
+                    scores[index] = future.result()
+        return scores
+
+    async def lookup(self, keys: Keys) -> Scores:
+        """What the store has, without scoring anything; the rest stays unknown."""
+        return (await self._opened()).lookup(keys)
+
+    async def put(self, keys: Keys, scores: Scores) -> None:
+        """Store scores that a worker made itself."""
+        store = await self._opened()
+        for index in range(len(scores)):
+            store.put(keys[index].tobytes(), self._finite(keys[index].tobytes(), scores[index]))
+        self._scored += len(scores)
+        self._plan_flush(store)
+
+    async def missing(self, keys: Keys) -> int:
+        """How many different keys the store has no score for."""
+        known = (await self._opened()).known(keys)
+        return len(np.unique(keys[~known], axis=0))
+
+    async def start(self) -> None:
+        """Start the replicas now rather than at the first miss, and wait until they have their model."""
+        self._pool.ensure_started()
+        await self._pool.wait_ready()
+
+    async def release(self) -> None:
+        """Finish what is in flight, save, and free the replicas' devices; a later miss starts them again."""
+        while self._in_flight:
+            await asyncio.wait(set(self._in_flight.values()))
+        try:
+            await self.flush()
+        finally:
+            self._pool.stop()
+
+    async def flush(self) -> int:
+        """Save the scores that no file holds yet; returns how many."""
+        store = await self._opened()
+        async with self._flushing:
+            saved = await asyncio.to_thread(store.flush)
+        store.settle()
+        return saved
+
+    async def close(self) -> None:
+        """Save, end the replicas, and tell those who still wait."""
+        try:
+            await self.flush()
+        finally:
+            self._pool.stop()
+            self._fail_all(ScoringError(f"reference {self._spec.name!r}: the service was shut down"))
+
+    async def stats(self) -> RouterStats:
+        """Counts since this process began."""
+        return RouterStats(
+            asked=self._asked,
+            from_store=self._from_store,
+            joined=self._joined,
+            scored=self._scored,
+            batches=self._batches,
+            forwards=self._forwards,
+            retries=self._retries,
+            replicas_started=self._pool.started,
+        )
+
+    async def replica_pids(self) -> list[int]:
+        """Process ids of the live replicas, on whichever nodes they are."""
+        return await self._pool.pids()
+
+    async def _opened(self) -> ScoreStore:
+        async with self._opening:
+            if self._store is None:
+                self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
+            return self._store
+
+    def _enqueue(self, request: ScoreRequest, missing: set[int]) -> dict[int, asyncio.Future[Score]]:
+        """A future for every missing response, shared with all who ask for the same one."""
+        futures: dict[int, asyncio.Future[Score]] = {}
+        index = 0
+        for group in request.groups():
+            for response, key in zip(group.responses, group.keys, strict=True):
+                if index in missing:
+                    if key in self._in_flight:
+                        self._joined += 1
+                    else:
+                        self._in_flight[key] = asyncio.get_running_loop().create_future()
+                        self._waiting.add(group.prompt, response, key)
+                    futures[index] = self._in_flight[key]
+                index += 1
+        self._pool.ensure_started()
+        if self._linger is None:
+            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self._pump)
+        return futures
+
+    def _pump(self) -> None:
+        """Send batches while there are batches and replicas with room."""
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        while (self._cut or len(self._waiting)) and (member := self._pool.free()) is not None:
+            if not self._cut:
+                self._cut.extend(self._next_window())
+            batch = self._cut.popleft()
+            member.take(batch.tokens)
+            self._spawn(self._run(batch, member))
+        if self._cut or len(self._waiting):
+            self._pool.ensure_started()
+
+    def _next_window(self) -> list[Batch]:
+        budget = self._spec.max_tokens_per_batch
+        groups = self._waiting.drain(WINDOW * budget)
+        return [Batch([groups[i] for i in part]) for part in cut([g.tokens for g in groups], budget)]
+
+    async def _run(self, batch: Batch, member: Member) -> None:
+        try:
+            scores, forwards = await member.handle.score.remote(ScoreRequest.pack(batch.groups))
+        except (RayActorError, ObjectLostError) as error:
+            self._retry(batch)
+            self._pool.died(member, error)
+        except Exception as error:
+            # What a failed kernel left of the process is unknown: the next batch gets a new one.
+            self._pool.drop(member)
+            self._fail(batch.keys, explained(self._spec.name, error))
+        else:
+            self._batches += 1
+            self._forwards += forwards
+            self._pool.answered(member, batch.tokens)
+            self._finish(batch, scores)
+        self._pump()
+
+    def _finish(self, batch: Batch, scores: Scores) -> None:
+        store = self._store
+        assert store is not None  # opened before anything was asked
+        for index, key in enumerate(batch.keys):
+            score = scores[index]
+            try:
+                store.put(key, self._finite(key, score))
+            except ScoringError as error:
+                self._fail([key], error)
+                continue
+            self._scored += 1
+            future = self._in_flight.pop(key, None)
+            if future is not None:
+                future.set_result(score)
+        self._plan_flush(store)
+
+    def _finite(self, key: bytes, score: Score) -> Score:
+        if np.isfinite(score.logp) and np.isfinite(score.entropy):
+            return score
+        raise ScoringError(
+            f"reference {self._spec.name!r} gave a score that is not finite for the response with digest "
+            f"{key.hex()}: log-prob {score.logp}, entropy {score.entropy}, {score.length} tokens; "
+            "try dtype float32 for it, and check that its weights are sound"
+        )
+
+    def _retry(self, batch: Batch) -> None:
+        """Put a batch whose replica died back in front, unless it has had its chances or nobody waits."""
+        batch.attempts += 1
+        if batch.attempts > self._spec.max_retries:
+            error = ScoringError(
+                f"reference {self._spec.name!r}: a batch of {batch.tokens} tokens lost its replica "
+                f"{batch.attempts} times; most often memory ran out"
+            )
+            self._fail(batch.keys, error)
+        elif any(key in self._in_flight for key in batch.keys):
+            self._retries += 1
+            self._cut.appendleft(batch)
+
+    def _fail(self, keys: list[bytes], error: Exception) -> None:
+        for key in keys:
+            future = self._in_flight.pop(key, None)
+            if future is not None:
+                future.set_exception(error)
+                future.exception()  # seen: whoever asked may be gone
+
+    def _fail_all(self, error: Exception) -> None:
+        self._cut.clear()
+        self._waiting = WaitingGroups(self._spec.max_tokens_per_batch)
+        self._fail(list(self._in_flight), error)
+
+    def _plan_flush(self, store: ScoreStore) -> None:
+        if store.unsaved >= self._flush_scores:
+            self._spawn(self._flush_quietly())
+        elif self._flush_timer is None and store.unsaved:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(self._flush_s, lambda: self._spawn(self._flush_quietly()))
+
+    async def _flush_quietly(self) -> None:
+        """A failed save is tried again at the next occasion; only `flush` and `close` raise."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        try:
+            await self.flush()
+        except ScoringError as error:
+            logger.warning("%s; the scores stay in memory and are saved later", error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)

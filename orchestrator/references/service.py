@@ -1,0 +1,211 @@
+"""The driver's side: routers for a run's references, scored in bulk, and ended with the run."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from orchestrator.references.client import NAMESPACE, TokenTableLike, answer_of, pair_groups
+from orchestrator.references.messages import Group, ReferenceSpec, RouterStats, ScoreRequest
+from orchestrator.references.pool import explained
+from orchestrator.references.replica import Replica
+from orchestrator.references.router import Router
+
+ROUTER_CPUS = 0.01
+"""A router waits nearly always: it only must not be counted as a whole core on a small machine."""
+RESTARTS = 8
+CONCURRENCY = 1000
+BULK_ROWS = 256
+BULK_REQUESTS = 8
+"""Requests of this many rows, and how many of them per reference are on their way at once."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with reference name, rows done and rows in all."""
+
+
+class ReferenceService:
+    """The running routers by reference name. A context manager: leaving it ends every actor it started.
+
+    Routers belong to the driver that started them: they end with it, however it ends. References that have
+    the same fingerprint share one router.
+    """
+
+    def __init__(
+        self, routers: Mapping[str, Any], addresses: Mapping[str, str], owned: Mapping[str, Any]
+    ) -> None:
+        self.routers = dict(routers)
+        """Actor handles by reference name."""
+        self.addresses = dict(addresses)
+        """Actor names by reference name, for `client.connect` in another process of this job."""
+        self._owned = dict(owned)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def start(self) -> None:
+        """Start all replicas now and wait until they have their model; raises what prevents it."""
+        self._all("start")
+
+    def missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
+        """How many different responses of the tables have no score in the store, by reference name."""
+        counts = dict.fromkeys(tables, 0)
+        for name, table in tables.items():
+            parts = [ScoreRequest.pack(pair_groups(table, rows)).keys for rows in _chunks(len(table))]
+            if parts:
+                counts[name] = answer_of(name, self.routers[name].missing.remote(np.concatenate(parts)))
+        return counts
+
+    def score_all(self, tables: Mapping[str, TokenTableLike], on_progress: Progress | None = None) -> None:
+        """Fill the stores with every response of the tables and save them, all references at once.
+
+        Rows whose scores are known are passed over without sending their tokens.
+        """
+        done = dict.fromkeys(tables, 0)
+        open_requests: dict[Any, tuple[str, int]] = {}
+
+        def progress(name: str, rows: int) -> None:
+            done[name] += rows
+            if on_progress is not None:
+                on_progress(name, done[name], len(tables[name]))
+
+        def finish_one() -> None:
+            (answer, *_), _ = ray.wait(list(open_requests), num_returns=1)
+            name, rows = open_requests.pop(answer)
+            answer_of(name, answer)
+            progress(name, rows)
+
+        for name, rows in _in_turn({name: len(table) for name, table in tables.items()}):
+            unknown = self._unknown(name, tables[name], rows)
+            progress(name, len(rows) - len(unknown))
+            if unknown:
+                if len(open_requests) >= BULK_REQUESTS * len(tables):
+                    finish_one()
+                answer = self.routers[name].score.remote(ScoreRequest.pack(unknown))
+                open_requests[answer] = (name, len(unknown))
+        while open_requests:
+            finish_one()
+        self.flush()
+
+    def stats(self) -> dict[str, RouterStats]:
+        """Counts by reference name."""
+        return self._all("stats")
+
+    def flush(self) -> None:
+        """Save all scores that no file holds yet."""
+        self._all("flush")
+
+    def release(self) -> None:
+        """Save, and free the replicas' devices; the routers go on answering from their stores."""
+        self._all("release")
+
+    def shutdown(self) -> None:
+        """Save and end every actor this service started; again is harmless.
+
+        Raises:
+            ScoringError: scores could not be saved. The actors are ended all the same.
+        """
+        owned, self._owned = self._owned, {}
+        closing = {name: router.close.remote() for name, router in owned.items()}
+        failures = []
+        for name, answer in closing.items():
+            try:
+                ray.get(answer)
+            except RayActorError:
+                continue  # dead already, and its replicas with it
+            except RayTaskError as error:
+                failures.append(explained(name, error))
+        for router in owned.values():
+            ray.kill(router)
+        if failures:
+            raise failures[0]
+
+    def _all(self, method: str) -> dict[str, Any]:
+        answers = {name: getattr(router, method).remote() for name, router in self.routers.items()}
+        return {name: answer_of(name, answer) for name, answer in answers.items()}
+
+    def _unknown(self, name: str, table: TokenTableLike, rows: range) -> list[Group]:
+        groups = pair_groups(table, rows)
+        request = ScoreRequest.pack(groups)
+        scores = answer_of(name, self.routers[name].lookup.remote(request.keys))
+        unknown = np.add.reduceat(scores.missing, request.group_offsets[:-1]) > 0
+        return [group for group, wanted in zip(groups, unknown, strict=True) if wanted]
+
+
+def start_references(
+    specs: Sequence[ReferenceSpec],
+    storage_path: str | os.PathLike[str],
+    *,
+    replica_class: type = Replica,
+    **router_options: float,
+) -> ReferenceService:
+    """A router for each reference; replicas start at the first response that the store does not know.
+
+    A router of the same fingerprint and storage that this job already runs is used and left running.
+
+    Args:
+        specs: the references, under different names.
+        storage_path: folder or pyarrow URI that every node reaches; scores lie in `scores/` under it.
+        replica_class: the actor that scores, `Replica` or one with its methods.
+        router_options: `linger_s`, `flush_scores`, `flush_s` of `Router`.
+    """
+    storage = os.fspath(storage_path)
+    routers: dict[str, Any] = {}
+    addresses: dict[str, str] = {}
+    owned: dict[str, Any] = {}
+    for spec in specs:
+        address = _address(spec.fingerprint, storage)
+        if address not in addresses.values() and not _running(address):
+            actor = ray.remote(Router).options(
+                name=address,
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                num_cpus=ROUTER_CPUS,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+                max_concurrency=CONCURRENCY,
+            )
+            owned[spec.name] = actor.remote(spec, storage, replica_class=replica_class, **router_options)
+        addresses[spec.name] = address
+        routers[spec.name] = owned.get(spec.name) or ray.get_actor(address, namespace=NAMESPACE)
+    return ReferenceService(routers, addresses, owned)
+
+
+def _address(fingerprint: str, storage: str) -> str:
+    """Actor name of a router: one per reference, storage and job.
+
+    Not shared between jobs, although the store is: a router ends with its driver, and would leave the other
+    job without.
+    """
+    place = hashlib.blake2b(storage.encode(), digest_size=4).hexdigest()
+    return f"router-{fingerprint}-{place}-{ray.get_runtime_context().get_job_id()}"
+
+
+def _running(address: str) -> bool:
+    try:
+        ray.get_actor(address, namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def _chunks(count: int) -> list[range]:
+    return [range(start, min(start + BULK_ROWS, count)) for start in range(0, count, BULK_ROWS)]
+
+
+def _in_turn(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
+    """Chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
+    for chunks in zip_longest(*(_chunks(count) for count in counts.values())):
+        for name, rows in zip(counts, chunks, strict=True):
+            if rows is not None:
+                yield name, rows

@@ -1,0 +1,208 @@
+"""Scores on storage: one folder per reference fingerprint, immutable Parquet files, all of it in memory.
+
+In memory a score costs 36 bytes (sorted keys beside three columns, found by bisection), a fifth of what a
+dictionary of tuples takes: ten million responses fit in 0.4 GB. Scores of this process lie in a small
+dictionary over it until enough of them are worth a sort.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from orchestrator.references.messages import KEY_BYTES, Keys, Score, Scores, ScoringError
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("logp", pa.float64(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("entropy", pa.float64(), nullable=False),
+    ]
+)
+_FINGERPRINT = b"polyref.fingerprint"
+_SORT_AFTER = 65536
+_READERS = 8
+
+
+def response_key(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
+    """The 16 bytes that identify a response behind its prompt: BLAKE2b of prompt length and all token ids."""
+    prompt = np.ascontiguousarray(prompt_ids, dtype="<i4")
+    digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(prompt.tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+class ScoreStore:
+    """Scores of one reference under `<uri>/scores/<fingerprint>/`, `uri` being a path or a pyarrow URI.
+
+    Files are uniquely named and never changed, so any number of processes may write at once; a response
+    scored twice is kept once. A file that cannot be read (cut short, or of another fingerprint) is skipped
+    with a warning and what it held is scored again: scores are cheap to make anew, a stopped run is not.
+    For one thread, but `flush` may run in another beside it.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
+        self._fingerprint = fingerprint.encode()
+        try:
+            self._files, root = _filesystem(os.fspath(uri))
+            self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
+            parts = self._read_all()
+        except (OSError, pa.ArrowException) as error:
+            raise ScoringError(f"the score store under {uri} cannot be opened: {error}") from error
+        self._sorted_keys, self._sorted = _merge(parts)
+        self._recent: dict[bytes, Score] = {}
+        self._unsaved: dict[bytes, Score] = {}
+        self._saving = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sorted_keys) + len(self._recent)
+
+    @property
+    def unsaved(self) -> int:
+        """How many scores no file holds yet."""
+        return len(self._unsaved)
+
+    def known(self, keys: Keys) -> NDArray[np.bool_]:
+        """(S,): whether each of the keys (S, 16) has a score."""
+        return ~self.lookup(keys).missing
+
+    def lookup(self, keys: Keys) -> Scores:
+        """Scores of the keys (S, 16), unknown ones left NaN. The arrays are the caller's own."""
+        found = Scores.unknown(len(keys))
+        wanted = _as_strings(keys)
+        places = np.searchsorted(self._sorted_keys, wanted)
+        places[places == len(self._sorted_keys)] = 0
+        hits = self._sorted_keys[places] == wanted if len(self._sorted_keys) else np.zeros(len(keys), bool)
+        for column, source in zip(_columns(found), _columns(self._sorted), strict=True):
+            column[hits] = source[places[hits]]
+        if self._recent:
+            for index in np.flatnonzero(~hits).tolist():
+                score = self._recent.get(keys[index].tobytes())
+                if score is not None:
+                    found[index] = score
+        return found
+
+    def get(self, key: bytes) -> Score | None:
+        """One score, or None."""
+        found = self.lookup(np.frombuffer(key, dtype=np.uint8).reshape(1, KEY_BYTES))
+        return None if found.missing[0] else found[0]
+
+    def put(self, key: bytes, score: Score) -> None:
+        """Remember a score; what is known already stays as it is.
+
+        Raises:
+            ScoringError: the score is not finite.
+        """
+        if not (np.isfinite(score.logp) and np.isfinite(score.entropy)):
+            raise ScoringError(f"a score that is not finite cannot be stored: {score}")
+        if key not in self._recent and self.get(key) is None:
+            with self._saving:
+                self._recent[key] = self._unsaved[key] = score
+
+    def flush(self) -> int:
+        """Write the unsaved scores as one new file; returns how many. On failure they stay unsaved."""
+        with self._saving:
+            unsaved, self._unsaved = self._unsaved, {}
+        if not unsaved:
+            return 0
+        try:
+            self._write(unsaved)
+        except OSError as error:
+            with self._saving:
+                self._unsaved = unsaved | self._unsaved
+            raise ScoringError(f"scores cannot be written to {self.folder}: {error}") from error
+        return len(unsaved)
+
+    def settle(self) -> None:
+        """Sort recent scores into the rest once they are many; cheap when they are few."""
+        if len(self._recent) >= max(_SORT_AFTER, len(self._sorted_keys) // 4):
+            recent = _from_mapping(self._recent)
+            self._sorted_keys, self._sorted = _merge([(self._sorted_keys, self._sorted), recent])
+            self._recent = {}
+
+    def _write(self, scores: dict[bytes, Score]) -> None:
+        keys, columns = _from_mapping(scores)
+        buffer = pa.py_buffer(keys.tobytes())
+        table = pa.table(
+            [
+                pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer]),
+                columns.logps,
+                columns.lengths.astype(np.int32),
+                columns.entropies,
+            ],
+            schema=_SCHEMA.with_metadata({_FINGERPRINT: self._fingerprint}),
+        )
+        name = uuid.uuid4().hex
+        self._files.create_dir(self.folder, recursive=True)
+        if self._files.type_name != "local":
+            # An object appears whole or not at all when it is closed, and has no rename.
+            pq.write_table(table, f"{self.folder}/{name}.parquet", filesystem=self._files, compression="zstd")
+            return
+        unfinished = f"{self.folder}/.{name}.unfinished"
+        pq.write_table(table, unfinished, filesystem=self._files, compression="zstd")
+        os.replace(unfinished, f"{self.folder}/{name}.parquet")
+
+    def _read_all(self) -> list[tuple[NDArray[np.bytes_], Scores]]:
+        entries = self._files.get_file_info(pafs.FileSelector(self.folder, allow_not_found=True))
+        paths = sorted(e.path for e in entries if e.is_file and e.extension == "parquet")
+        with ThreadPoolExecutor(_READERS) as readers:
+            return [part for part in readers.map(self._read, paths) if part is not None]
+
+    def _read(self, path: str) -> tuple[NDArray[np.bytes_], Scores] | None:
+        try:
+            with self._files.open_input_file(path) as file:
+                table = pq.ParquetFile(file).read()
+        except (OSError, pa.ArrowException) as error:
+            logger.warning("%s is skipped and its scores are made again: %s", path, error)
+            return None
+        if not table.schema.equals(_SCHEMA) or table.schema.metadata.get(_FINGERPRINT) != self._fingerprint:
+            logger.warning("%s is skipped: it does not hold scores of reference %s", path, self._fingerprint)
+            return None
+        column = table["key"].combine_chunks()
+        keys = np.frombuffer(column.buffers()[1], dtype=f"S{KEY_BYTES}")[column.offset :][: len(column)]
+        logps, lengths, entropies = (table[name].to_numpy() for name in ("logp", "length", "entropy"))
+        return keys, Scores(logps, lengths.astype(np.int64), entropies)
+
+
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    if "://" in uri:
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), str(Path(uri).resolve())
+
+
+def _as_strings(keys: Keys) -> NDArray[np.bytes_]:
+    """(S, 16) bytes as (S,) fixed-width strings, which numpy sorts and bisects (zero bytes included)."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
+
+
+def _columns(scores: Scores) -> tuple[NDArray, NDArray, NDArray]:
+    return scores.logps, scores.lengths, scores.entropies
+
+
+def _from_mapping(scores: dict[bytes, Score]) -> tuple[NDArray[np.bytes_], Scores]:
+    keys = np.frombuffer(b"".join(scores), dtype=f"S{KEY_BYTES}")
+    logps, lengths, entropies = zip(*scores.values(), strict=True)
+    columns = Scores(np.array(logps), np.array(lengths, dtype=np.int64), np.array(entropies))
+    return keys, columns
+
+
+def _merge(parts: Iterable[tuple[NDArray[np.bytes_], Scores]]) -> tuple[NDArray[np.bytes_], Scores]:
+    """Parts as one, sorted by key; of a key that occurs twice the first is kept."""
+    parts = [(np.zeros(0, dtype=f"S{KEY_BYTES}"), Scores.unknown(0)), *parts]
+    keys, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
+    columns = zip(*(_columns(scores) for _, scores in parts), strict=True)
+    return keys, Scores(*(np.concatenate(column)[first] for column in columns))

@@ -1,0 +1,122 @@
+"""One Ray for all of these tests, token tables by hand, and replicas that need no model."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from models.config import ModelConfig
+from orchestrator.references.messages import ReferenceSpec, ScoreRequest, Scores
+from orchestrator.references.replica import Replica
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray | None
+
+
+class Table(list[TokenPair]):
+    """What the client needs of a token table."""
+
+
+@pytest.fixture(scope="session")
+def ray_running() -> Iterator[None]:
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_table() -> Callable[..., Table]:
+    """`make_table(rows, seed)`: random ids below 256, lengths all over the place."""
+
+    def make(rows: int, seed: int = 0, *, completions_only: bool = False) -> Table:
+        random = np.random.default_rng(seed)
+
+        def ids(longest: int) -> np.ndarray:
+            return random.integers(0, 256, random.integers(1, longest), dtype=np.int32)
+
+        return Table(
+            TokenPair(ids(20), ids(12), None if completions_only else ids(12)) for _ in range(rows)
+        )
+
+    return make
+
+
+def expected(prompt: np.ndarray, response: np.ndarray) -> tuple[float, int, float]:
+    """What `SumReplica` gives."""
+    digest = hashlib.sha256(prompt.tobytes() + b"|" + response.tobytes()).digest()
+    return -float(int.from_bytes(digest[:3])), len(response), digest[3] / 256
+
+
+class SumReplica(Replica):
+    """Scores from a digest of the ids; the folder in `spec.config.model` steers and records what happens.
+
+    `gate` in it holds every call back until it is gone; `die` kills the process at the next call (removing
+    one letter of it each time); every call appends its process id to `calls`.
+    """
+
+    def setup(self) -> None:
+        self._folder = Path(self._spec.config.model)
+        if (self._folder / "refuse").exists():
+            raise RuntimeError("no such weights")
+
+    def score(self, request: ScoreRequest) -> tuple[Scores, int]:
+        import time
+
+        with open(self._folder / "calls", "a") as calls:
+            calls.write(f"{os.getpid()} {len(request)}\n")
+        die = self._folder / "die"
+        if die.exists() and (left := die.read_text()):
+            die.write_text(left[1:])
+            os._exit(9)
+        while (self._folder / "gate").exists():
+            time.sleep(0.01)
+        scores, index = Scores.unknown(len(request)), 0
+        for group in request.groups():
+            for response in group.responses:
+                scores[index] = expected(group.prompt, response)
+                index += 1
+        if (self._folder / "nan").exists():
+            scores.logps[0] = np.nan
+        return scores, 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder that steers `SumReplica`."""
+    path = tmp_path / "steer"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def spec(folder: Path) -> Callable[..., ReferenceSpec]:
+    """`spec(**changes)`: a reference for `SumReplica`."""
+
+    def make(**changes: Any) -> ReferenceSpec:
+        settings: dict[str, Any] = dict(
+            name="base",
+            config=ModelConfig(model=str(folder)),
+            fingerprint="f" * 32,
+            num_cpus=0.1,
+            max_retries=2,
+        )
+        return ReferenceSpec(**(settings | changes))
+
+    return make
