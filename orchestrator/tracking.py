@@ -139,7 +139,7 @@ class Tracker:
         Pairs come in shuffled order, so that these are a sample of all.
         """
         if self._scales is None:
-            self._scales = _read_scales(self.folder)
+            self._scales = read_scales(self.folder)
             self._scales_written = len(self._scales)
         room = _MOST_SCALES - len(self._scales)
         self._scales += [round(float(scale), 6) for scale in scales[: max(room, 0)]]
@@ -300,7 +300,8 @@ def _replace(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _read_scales(folder: Path) -> list[float]:
+def read_scales(folder: Path) -> list[float]:
+    """The dispersion scales that `Tracker.log_scales` kept."""
     path = folder / SCALES_FILE
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 

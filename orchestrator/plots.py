@@ -1,0 +1,233 @@
+"""Pictures of a run from its `metrics.jsonl` and `dispersion.json`: what is absent is not drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.tracking import read_metrics, read_scales
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The Okabe-Ito colours, told apart with any colour vision.
+_TRAINING, _HELD_OUT = "#0072B2", "#D55E00"
+_COLOURS = (_TRAINING, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _HELD_OUT, "#000000")
+_STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+_WIDTH, _PANEL_HEIGHT = 7.5, 2.7
+_LOG_RATIO = "$\\log\\,\\pi - \\log\\,\\pi_\\mathrm{ref}$\n(nats per response)"
+_SMOOTH_FROM = 60  # points; fewer are drawn as they are
+
+
+@dataclass(frozen=True)
+class _Series:
+    """The steps at which one metric is finite, and its values there."""
+
+    steps: list[int]
+    values: list[float]
+
+
+def draw(run_folder: Path, to: Path | None = None) -> list[Path]:
+    """Draw what the run's folder has metrics for, as PNG files in `to` (default `run_folder/plots`).
+
+    Up to four pictures: learning.png (loss, reward margin, accuracy), references.png (log ratios and weights
+    per reference), dispersion.png (scales of the training pairs) and optimizer.png (learning rate, gradient
+    norm). Returns their paths.
+    """
+    import matplotlib
+
+    series = _collect(read_metrics(run_folder))
+    target = to or run_folder / "plots"
+    with matplotlib.rc_context(_STYLE):
+        figures = {
+            "learning.png": _learning(series),
+            "references.png": _references(series),
+            "dispersion.png": _dispersion(read_scales(run_folder)),
+            "optimizer.png": _optimizer(series),
+        }
+        return [_save(figure, target / name) for name, figure in figures.items() if figure is not None]
+
+
+def _collect(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
+    series: dict[str, _Series] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ("step", "time") and value is not None:
+                one = series.setdefault(key, _Series([], []))
+                one.steps.append(line["step"])
+                one.values.append(value)
+    return series
+
+
+def _learning(series: Mapping[str, _Series]) -> "Figure | None":
+    panels = [
+        ("loss", "Loss", "mean loss per pair"),
+        ("rewards/margins", "Reward margin", "chosen − rejected reward\n(β × nats)"),
+        ("accuracy", "Agreement with people", "share of held-out pairs"),
+    ]
+    present = [panel for panel in panels if panel[0] in series or f"eval/{panel[0]}" in series]
+    if not present:
+        return None
+    figure, axes = _panels(len(present))
+    _explain(axes[-1], [series[name] for name, _, _ in present if name in series])
+    for ax, (name, title, unit) in zip(axes, present, strict=True):
+        ax.set(title=title, ylabel=unit)
+        if name in series:
+            _line(ax, series[name], _TRAINING, "training")
+        if f"eval/{name}" in series:
+            _held_out(ax, series[f"eval/{name}"], series.get(f"eval/{name}_interval"))
+        if name == "rewards/margins":
+            ax.axhline(0, color="#888888", linewidth=0.8)
+        if name == "accuracy":
+            ax.axhline(0.5, color="#888888", linewidth=0.8, linestyle=":", label="chance")
+        _legend(ax)
+    return figure
+
+
+def _references(series: Mapping[str, _Series]) -> "Figure | None":
+    groups = [
+        ("logratio/", "Log ratio to each reference", _LOG_RATIO),
+        ("weights/", "Weight of each reference", "mean weight"),
+    ]
+    present = [group for group in groups if any(key.startswith(group[0]) for key in series)]
+    if not present:
+        return None
+    # One colour per reference in all panels, whichever panels it is in.
+    found = sorted({key.partition("/")[2] for key in series if key.startswith(("logratio/", "weights/"))})
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(found)}
+    figure, axes = _panels(len(present))
+    _explain(axes[-1], [one for key, one in series.items() if key.startswith(("logratio/", "weights/"))])
+    for ax, (prefix, title, unit) in zip(axes, present, strict=True):
+        ax.set(title=title, ylabel=unit)
+        for name, colour in colours.items():
+            if prefix + name in series:
+                _line(ax, series[prefix + name], colour, name)
+        if prefix == "logratio/":
+            ax.axhline(0, color="#888888", linewidth=0.8)
+        else:
+            ax.set_ylim(-0.02, 1.02)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+    return figure
+
+
+def _dispersion(scales: Sequence[float]) -> "Figure | None":
+    if not scales:
+        return None
+    figure, (ax,) = _panels(1, height=3.4)
+    ordered = sorted(scales)
+    mean = sum(ordered) / len(ordered)
+    top = ordered[min(int(0.995 * len(ordered)), len(ordered) - 1)]
+    bins = min(50, max(8, len(ordered) // 8))
+    ax.hist(ordered, bins=bins, range=(min(0.0, ordered[0]), top or 1.0), color=_TRAINING, alpha=0.75)
+    ax.axvline(mean, color=_HELD_OUT, linewidth=1.6, label=f"mean {mean:.2f}")
+    beyond = sum(scale > top for scale in ordered)
+    ax.set(
+        title=f"Dispersion scale of {len(ordered):,} training pairs",
+        xlabel=f"scale of a pair's margin{f' ({beyond:,} above {top:.2f} not shown)' if beyond else ''}",
+        ylabel="pairs",
+    )
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    return figure
+
+
+def _optimizer(series: Mapping[str, _Series]) -> "Figure | None":
+    panels = [
+        ("learning_rate", "Learning rate", "step size"),
+        ("grad_norm", "Gradient norm", "before clipping"),
+    ]
+    present = [panel for panel in panels if panel[0] in series]
+    if not present:
+        return None
+    figure, axes = _panels(len(present), height=2.3)
+    _explain(axes[-1], [series["grad_norm"]] if "grad_norm" in series else [])
+    for ax, (name, title, unit) in zip(axes, present, strict=True):
+        ax.set(title=title, ylabel=unit)
+        if name == "learning_rate":
+            ax.plot(series[name].steps, series[name].values, color=_TRAINING, linewidth=1.6)
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        else:
+            _line(ax, series[name], _TRAINING, "")
+        ax.set_ylim(bottom=0)
+    return figure
+
+
+def _panels(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
+    # Figure itself and not pyplot: no display, no global list of open figures.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(_WIDTH, height * count + 0.4), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, axes
+
+
+def _line(ax: "Axes", series: _Series, colour: str, label: str) -> None:
+    """Each step thinly and, where there are many, their running mean on top."""
+    if len(series.steps) < _SMOOTH_FROM:
+        marker = "o" if len(series.steps) == 1 else None
+        ax.plot(series.steps, series.values, color=colour, linewidth=1.6, label=label, marker=marker)
+        return
+    window = _window(series)
+    ax.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.3)
+    smooth = _running_mean(series.values, window)
+    ax.plot(series.steps[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
+
+
+def _held_out(ax: "Axes", series: _Series, interval: _Series | None) -> None:
+    style = {"color": _HELD_OUT, "marker": "o", "markersize": 4, "linewidth": 1.2}
+    if interval is None or interval.steps != series.steps:
+        ax.plot(series.steps, series.values, label="held out", **style)
+    else:
+        label = "held out, with 95 % interval"
+        ax.errorbar(series.steps, series.values, yerr=interval.values, capsize=2.5, label=label, **style)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the `window - 1` before it, from the first value that has so many."""
+    means, total = [], sum(values[: window - 1])
+    for i in range(window - 1, len(values)):
+        total += values[i]
+        means.append(total / window)
+        total -= values[i - window + 1]
+    return means
+
+
+def _window(series: _Series) -> int:
+    return max(len(series.steps) // 30, 5)
+
+
+def _explain(ax: "Axes", drawn: Sequence[_Series]) -> None:
+    """Say below the picture what thin and bold lines are, where there are both."""
+    longest = max(drawn, key=lambda one: len(one.steps), default=None)
+    if longest is not None and len(longest.steps) >= _SMOOTH_FROM:
+        ax.set_xlabel(f"optimizer step (thin: each step; bold: mean of {_window(longest)} steps)")
+
+
+def _legend(ax: "Axes") -> None:
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="best", fontsize=9)
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png")
+    os.replace(part, path)
+    return path
