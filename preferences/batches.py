@@ -29,6 +29,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every pair once."""
         return -(-self.count // self.pairs_per_step)
 
     def indices(self, epoch: int, step: int) -> Indices:
@@ -54,10 +55,10 @@ def split(
 
     `lengths` (N,) are the tokens of every pair of the table (`TokenTable.pair_lengths`: the prompt once and
     both responses), looked up by `indices`. A micro-batch of n pairs takes n x its longest pair, padding
-    included, and stays within `tokens_per_microbatch`; a pair longer than that goes alone. Every rank gets the
-    same number of micro-batches, because a forward pass may hold collectives; the k-th ones of all ranks are
-    of similar size, and ranks carry similar sums. A micro-batch is empty only where there are fewer pairs
-    than places.
+    included, and stays within `tokens_per_microbatch`; a pair longer than that goes alone. Every rank gets
+    the same number of micro-batches, because a forward pass may hold collectives; the k-th ones of all ranks
+    are of similar size, and ranks carry similar sums. A micro-batch is empty only where there are fewer
+    pairs than places.
     """
     if world_size < 1 or tokens_per_microbatch < 1:
         raise ValueError(
@@ -97,7 +98,7 @@ def _within_budget(sizes: Sequence[int], budget: int) -> list[Bound]:
 
 
 def _levelled(sizes: Sequence[int], budget: int, world_size: int) -> list[Bound]:
-    """As many micro-batches as the budget asks for, rounded up to the ranks, the largest as small as can be."""
+    """As many micro-batches as the budget asks for, rounded up to the ranks, the largest made small."""
     places = -(-len(_within_budget(sizes, budget)) // world_size) * world_size
     low, high = 1, budget
     while low < high:

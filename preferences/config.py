@@ -22,9 +22,9 @@ FIELDS = (
 """What a row can say. `context` is another name for `prompt`."""
 
 METADATA_COLUMNS = (
-    "id", "*_id", "idx", "index", "_*", "source", "meta", "metadata", "dataset", "category", "language", "lang",
-    "url", "timestamp",
-)  # fmt: skip
+    *("id", "*_id", "idx", "index", "", "_*", "Unnamed: *"),  # the last three: a pandas index
+    *("source", "meta", "metadata", "dataset", "category", "language", "lang", "url", "timestamp"),
+)
 """Columns that every data set carries and that cannot be mistaken for a field: never read, never refused."""
 
 
@@ -78,13 +78,15 @@ class DataConfig(BaseModel):
         for field in value:
             if field not in FIELDS:
                 raise ValueError(
-                    f"columns maps a field to a column, and {field!r} is no field{did_you_mean(field, FIELDS)}; "
-                    f"fields are {', '.join(FIELDS)}"
+                    f"columns maps a field to a column, and {field!r} is no field"
+                    f"{did_you_mean(field, FIELDS)}; fields are {', '.join(FIELDS)}"
                 )
         named = [column for column in value.values() if column is not None]
         for column in named:
             if named.count(column) > 1:
-                raise ValueError(f"columns reads {column!r} for two fields; give each field a column of its own")
+                raise ValueError(
+                    f"columns reads {column!r} for two fields; give each field a column of its own"
+                )
         return value
 
     @field_validator("ignore", mode="before")

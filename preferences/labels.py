@@ -11,13 +11,19 @@ def soft_label(fields: Mapping[str, Any], place: str) -> float:
     """Share of people who preferred `chosen`: given, counted from votes, or 1 when the row says nothing."""
     votes = [name for name in ("votes_chosen", "votes_rejected") if name in fields]
     if "soft_label" in fields and votes:
-        raise BadRow(
-            place, "two labels", f"give soft_label or votes, not both (data.columns: {{soft_label: null}} reads the votes)"
-        )
+        remedy = "data.columns: {soft_label: null} reads the votes"
+        raise BadRow(place, "two labels", f"give soft_label or votes, not both ({remedy})")
     if len(votes) == 1:
-        raise BadRow(place, "bad votes", f"{votes[0]} is given alone; votes_chosen and votes_rejected go together")
+        raise BadRow(
+            place, "bad votes", f"{votes[0]} is given alone; votes_chosen and votes_rejected go together"
+        )
     if votes:
-        return _share_of_votes(*(_votes(fields[name], name, place) for name in votes), place)
+        chosen, rejected = (_votes(fields[name], name, place) for name in votes)
+        if chosen + rejected == 0:
+            raise BadRow(
+                place, "no votes", "votes_chosen and votes_rejected are both 0: nobody preferred either"
+            )
+        return chosen / (chosen + rejected)
     if "soft_label" not in fields:
         return 1.0
     label = number(fields["soft_label"])
@@ -25,7 +31,8 @@ def soft_label(fields: Mapping[str, Any], place: str) -> float:
         raise BadRow(
             place,
             "bad soft label",
-            f"soft_label must be a number from 0 to 1 (the share that preferred chosen), got {fields['soft_label']!r}",
+            "soft_label must be a number from 0 to 1 (the share that preferred chosen), "
+            f"got {fields['soft_label']!r}",
         )
     return label
 
@@ -35,12 +42,6 @@ def _votes(value: Any, field: str, place: str) -> float:
     if votes is None or votes < 0 or votes != int(votes):
         raise BadRow(place, "bad votes", f"{field} must be a whole number >= 0, got {value!r}")
     return votes
-
-
-def _share_of_votes(chosen: float, rejected: float, place: str) -> float:
-    if chosen + rejected == 0:
-        raise BadRow(place, "no votes", "votes_chosen and votes_rejected are both 0, so nobody preferred either")
-    return chosen / (chosen + rejected)
 
 
 def number(value: Any) -> float | None:

@@ -41,8 +41,9 @@ def load_pairs(
 ) -> LoadedPairs:
     """Read and check every row of a file, folder, URI or hub id.
 
-    `completions_only` reads prompts with one good response each, for `sft`. `split` overrides `config.split`.
-    Raises `DataError` for a source that cannot be used, and for the first bad row unless `on_bad_row` is `skip`.
+    `completions_only` reads prompts with one good response each, for `sft`; of a pair that is its `chosen`.
+    `split` overrides `config.split`. Raises `DataError` for a source that cannot be used, and for the first
+    bad row unless `on_bad_row` is `skip`.
     """
     pairs: list[Pair] = []
     skipped: Counter[str] = Counter()
@@ -56,7 +57,9 @@ def load_pairs(
                 raise
             skipped[bad.reason] += 1
     if not pairs:
-        raise DataError(f"{source}: " + (_all_skipped(skipped) or "holds no rows; check data.train and data.eval"))
+        raise DataError(
+            f"{source}: " + (_all_skipped(skipped) or "holds no rows; check data.train and data.eval")
+        )
     return LoadedPairs(pairs, skipped, digest(pairs))
 
 
@@ -66,7 +69,8 @@ def load_splits(
     """The training pairs, and the held-out pairs if the settings name any.
 
     With `eval_fraction`, whole prompts are held out: no prompt stands on both sides. Which ones depends on
-    the seed and the prompts alone, not on the order of the rows. Rows skipped are counted with the training pairs.
+    the seed and the prompts alone, not on the order of the rows. Rows skipped are counted with the training
+    pairs.
     """
     train = load_pairs(config.train, config, completions_only=completions_only)
     if config.eval_fraction is not None:
@@ -83,8 +87,8 @@ def hold_out(loaded: LoadedPairs, fraction: float, *, seed: int) -> tuple[Loaded
     sizes = Counter(prompts)
     if len(sizes) < 2:
         raise DataError(
-            f"data.eval_fraction: {loaded.pairs[0].source}: all pairs have the same prompt, so none can be held out; "
-            "name held-out pairs with data.eval"
+            f"data.eval_fraction: {loaded.pairs[0].source}: all pairs have the same prompt, so none can be "
+            "held out; name held-out pairs with data.eval"
         )
     held: set[bytes] = set()
     count = 0
@@ -123,4 +127,4 @@ def _all_skipped(skipped: Counter[str]) -> str | None:
     if not skipped:
         return None
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-    return f"no row is left, all were skipped ({reasons}); set data.on_bad_row: stop to see the first one in full"
+    return f"no row is left, all were skipped ({reasons}); data.on_bad_row: stop shows the first one in full"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]
-"""One turn of a conversation: `role`, `content` (text), and what the chat template knows, such as `tool_calls`."""
+"""One turn: `role`, `content` (text), and what else the chat template knows, such as `tool_calls`."""
 
 
 class DataError(ValueError):
@@ -20,7 +20,9 @@ class BadRow(DataError):
         self.place, self.reason, self.detail = place, reason, detail
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.detail}; fix the row, or set data.on_bad_row: skip to leave such rows out"
+        return (
+            f"{self.place}: {self.detail}; fix the row, or set data.on_bad_row: skip to leave such rows out"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,11 @@ class Pair:
         if self.soft_label >= 0.5 or self.rejected is None:
             return self
         return replace(
-            self, chosen=self.rejected, rejected=self.chosen, soft_label=1.0 - self.soft_label, turned_round=True
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            soft_label=1.0 - self.soft_label,
+            turned_round=True,
         )
 
 

@@ -1,16 +1,19 @@
-"""One row of a file or data set, as it was written, becomes pairs: columns named, texts and labels checked."""
+"""One row of a file or data set becomes pairs: columns named, texts and labels checked."""
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
 from preferences.config import FIELDS, METADATA_COLUMNS, DataConfig, did_you_mean
 from preferences.labels import number, soft_label
-from preferences.pairs import BadRow, DataError, Message, Pair, shared_length, shared_text
+from preferences.messages import checked_prompt, checked_response, kind, split_off_prompt, text_or_messages
+from preferences.pairs import BadRow, DataError, Pair
 
 Row = Mapping[str, Any]
+PAIRWISE = ("chosen", "rejected", "completion", "soft_label", "votes_chosen", "votes_rejected")
 
 
 def check_columns(names: Iterable[str], place: str, config: DataConfig) -> None:
@@ -32,9 +35,9 @@ def check_columns(names: Iterable[str], place: str, config: DataConfig) -> None:
         one = unknown[0]
         raise DataError(
             f"{place}: unknown column{'s' if len(unknown) > 1 else ''} "
-            f"{', '.join(repr(name) for name in unknown)}{did_you_mean(one, FIELDS)}; say which field it holds with "
-            f"data.columns: {{<field>: {one}}} (fields: {', '.join(FIELDS)}), or do not read it with "
-            f"data.ignore: [{', '.join(unknown)}]"
+            f"{', '.join(repr(name) for name in unknown)}{did_you_mean(one, FIELDS)}; say which field it "
+            f"holds with data.columns: {{<field>: {one}}} (fields: {', '.join(FIELDS)}), or do not read it "
+            f"with data.ignore: [{', '.join(unknown)}]"
         )
 
 
@@ -61,7 +64,7 @@ def pairs_of(row: Row, place: str, config: DataConfig, *, completions_only: bool
             raise BadRow(
                 place,
                 "a completion without a rival",
-                "a row of prompt and completion trains the preset sft only; a preference needs chosen and rejected",
+                "prompt and completion train the preset sft only; a preference needs chosen and rejected",
             )
         return [_completion(fields, place, tools)]
     elif completions_only and "chosen" in fields and "rejected" not in fields:
@@ -99,18 +102,24 @@ def _pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None
             raise BadRow(
                 place,
                 "missing field",
-                f"{field} is missing or empty; if another column holds it, say data.columns: {{{field}: <column>}}",
+                f"{field} is missing or empty; if another column holds it, set data.columns: "
+                f"{{{field}: <column>}}",
             )
-    chosen, rejected = (_text_or_messages(fields[name], name, place) for name in ("chosen", "rejected"))
+    chosen, rejected = (text_or_messages(fields[name], name, place) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow(place, "text and messages mixed", "chosen and rejected must both be text or both message lists")
+        raise BadRow(
+            place, "text and messages mixed", "chosen and rejected must both be text or both message lists"
+        )
     if chosen == rejected:
-        raise BadRow(place, "chosen equals rejected", "chosen and rejected are the same, so there is no preference")
-    prompt = _prompt(fields.get("prompt"), place)
-    prompt, responses = _split_off_prompt(prompt, [chosen, rejected], place)
+        raise BadRow(
+            place, "chosen equals rejected", "chosen and rejected are the same, so there is no preference"
+        )
+    prompt = text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
+    prompt, responses = split_off_prompt(prompt, [chosen, rejected], place)
     pair = Pair(
-        _checked_prompt(prompt, place),
-        *(_response(response, name, place) for response, name in zip(responses, ("chosen", "rejected"), strict=True)),
+        checked_prompt(prompt, place),
+        checked_response(responses[0], "chosen", place),
+        checked_response(responses[1], "rejected", place),
         soft_label=soft_label(fields, place),
         source=place,
         tools=tools,
@@ -119,13 +128,17 @@ def _pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None
 
 
 def _completion(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None) -> Pair:
-    completion = _text_or_messages(fields["completion"], "completion", place)
-    prompt = _prompt(fields.get("prompt"), place)
-    if prompt is None and not isinstance(completion, str):
-        prompt, completion = completion[:-1], completion[-1:]  # a whole conversation: its last turn is trained on
-    prompt, (completion,) = _split_off_prompt(prompt, [completion], place)
+    completion = text_or_messages(fields["completion"], "completion", place)
+    prompt = text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
+    if prompt is None and not isinstance(completion, str):  # a whole conversation
+        prompt, completion = completion[:-1], completion[-1:]
+    prompt, (completion,) = split_off_prompt(prompt, [completion], place)
     pair = Pair(
-        _checked_prompt(prompt, place), _response(completion, "completion", place), None, source=place, tools=tools
+        checked_prompt(prompt, place),
+        checked_response(completion, "completion", place),
+        None,
+        source=place,
+        tools=tools,
     )
     return _tools_need_messages(pair, place)
 
@@ -134,9 +147,7 @@ def _chosen_alone(pairs: list[Pair]) -> list[Pair]:
     """The preferred responses of one row, each once."""
     kept: list[Pair] = []
     for pair in pairs:
-        alone = Pair(
-            pair.prompt, pair.chosen, None, source=pair.source, tools=pair.tools, turned_round=pair.turned_round
-        )
+        alone = replace(pair, rejected=None, soft_label=1.0)
         if all(alone.chosen != other.chosen for other in kept):
             kept.append(alone)
     return kept
@@ -150,9 +161,9 @@ def _ranked(
     Completions stand best first; a `ranks` column (1 is best) overrides that. Two completions of equal rank
     make no pair, and a completion whose rank is null is left out.
     """
-    surplus = [name for name in ("chosen", "rejected", "completion", "soft_label", "votes_chosen") if name in fields]
-    if surplus:
-        raise BadRow(place, "two kinds of row", f"a row of ranked completions cannot also have {surplus[0]}")
+    for name in PAIRWISE:
+        if name in fields:
+            raise BadRow(place, "two kinds of row", f"a row of ranked completions cannot also have {name}")
     completions = _from_json(fields["completions"], "completions", place)
     ranks = _ranks(fields, completions, place)
     order = sorted((i for i, rank in enumerate(ranks) if rank is not None), key=lambda i: (ranks[i], i))
@@ -176,7 +187,9 @@ def _ranks(fields: dict[str, Any], completions: list[Any], place: str) -> list[A
     ranks = _from_json(fields["ranks"], "ranks", place)
     if len(ranks) != len(completions):
         raise BadRow(
-            place, "bad ranks", f"ranks has {len(ranks)} entries for {len(completions)} completions; give one for each"
+            place,
+            "bad ranks",
+            f"ranks has {len(ranks)} entries for {len(completions)} completions; give one for each",
         )
     for rank in ranks:
         if rank is not None and number(rank) is None:
@@ -190,9 +203,11 @@ def _from_json(value: Any, field: str, place: str) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise BadRow(place, f"bad {field}", f"{field} must be a list, or JSON text of one ({error})") from None
+            raise BadRow(
+                place, f"bad {field}", f"{field} must be a list, or JSON text of one ({error})"
+            ) from None
     if not isinstance(value, list):
-        raise BadRow(place, f"bad {field}", f"{field} must be a list, got {_kind(value)}")
+        raise BadRow(place, f"bad {field}", f"{field} must be a list, got {kind(value)}")
     return value
 
 
@@ -207,126 +222,7 @@ def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
 
 def _tools_need_messages(pair: Pair, place: str) -> Pair:
     if pair.tools and not pair.is_chat:
-        raise BadRow(place, "bad tools", "tools reach the model through the chat template, so prompt must be messages")
+        raise BadRow(
+            place, "bad tools", "tools reach the model through the chat template, so prompt must be messages"
+        )
     return pair
-
-
-def _prompt(value: Any, place: str) -> str | list[Message] | None:
-    return None if value is None else _text_or_messages(value, "prompt", place)
-
-
-def _split_off_prompt(
-    prompt: str | list[Message] | None, responses: list[Any], place: str
-) -> tuple[str | list[Message], list[Any]]:
-    """The prompt, and the responses without it, whichever of the ecosystem's ways the row was written in."""
-    conversations = not isinstance(responses[0], str)
-    if prompt is None:
-        if len(responses) < 2:
-            raise BadRow(place, "missing field", "prompt is missing or empty; give the text that was completed")
-        length = (shared_length if conversations else shared_text)(*responses)
-        return responses[0][:length], [response[length:] for response in responses]
-    if isinstance(prompt, str) and conversations:
-        return _prompt_among_messages(prompt, responses, place)
-    if not isinstance(prompt, str):
-        responses = [response if conversations else [_answer(response)] for response in responses]
-        if all(response[: len(prompt)] == prompt for response in responses):
-            responses = [response[len(prompt) :] for response in responses]
-    return prompt, responses
-
-
-def _prompt_among_messages(
-    prompt: str, responses: list[list[Message]], place: str
-) -> tuple[list[Message], list[list[Message]]]:
-    """A text prompt beside message lists: the question they answer, or a copy of the one they begin with."""
-    if all(len(response) == 1 for response in responses):
-        return [{"role": "user", "content": prompt}], responses
-    length = shared_length(*responses) if len(responses) > 1 else len(responses[0]) - 1
-    if not any(message["content"].strip() == prompt.strip() for message in responses[0][:length]):
-        raise BadRow(
-            place,
-            "two prompts",
-            "prompt is not among the messages that chosen and rejected share; data.columns: {prompt: null} "
-            "takes the shared messages as the prompt",
-        )
-    return responses[0][:length], [response[length:] for response in responses]
-
-
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _checked_prompt(prompt: str | list[Message], place: str) -> str | list[Message]:
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise BadRow(
-                place,
-                "no prompt",
-                "prompt is empty, and chosen and rejected begin with no words in common; give a prompt",
-            )
-    elif not prompt:
-        raise BadRow(place, "no prompt", "there is no message before the response; give a prompt")
-    elif prompt[-1]["role"] == "assistant":
-        raise BadRow(
-            place, "bad messages", "the prompt ends with an assistant message; end it with what is to be answered"
-        )
-    elif prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
-        raise BadRow(place, "no prompt", "the last message of the prompt is empty")
-    return prompt
-
-
-def _response(response: str | list[Message], field: str, place: str) -> str | list[Message]:
-    if isinstance(response, str):
-        if not response.strip():
-            raise BadRow(place, "empty response", f"{field} is empty after the prompt")
-        return response
-    if len(response) != 1:
-        raise BadRow(
-            place,
-            "bad messages",
-            f"{field} has {len(response)} messages after the prompt; the loss is on one final assistant message, so "
-            "the turns before it must be the same in chosen and rejected",
-        )
-    if response[0]["role"] != "assistant":
-        raise BadRow(
-            place, "bad messages", f"the last message of {field} must be from assistant, got {response[0]['role']!r}"
-        )
-    if not response[0]["content"].strip() and not response[0].get("tool_calls"):
-        raise BadRow(place, "empty response", f"the last message of {field} is empty")
-    return response
-
-
-def _text_or_messages(value: Any, field: str, place: str) -> str | list[Message]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise BadRow(place, "empty text", f"{field} is missing or empty")
-        return value
-    if not isinstance(value, list):
-        raise BadRow(place, "not text", f"{field} must be text or a list of messages, got {_kind(value)}")
-    if not value:
-        raise BadRow(place, "empty text", f"{field} is an empty list of messages")
-    return [_message(message, f"{field}[{i}]", place) for i, message in enumerate(value)]
-
-
-def _message(value: Any, field: str, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(place, "bad messages", f"{field} must be a message {{role, content}}, got {_kind(value)}")
-    message = {name: part for name, part in value.items() if part is not None}
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise BadRow(
-            place, "bad messages", f"{field} has no role; a message is {{role: user, content: ...}}, got {list(value)}"
-        )
-    content = message.get("content", "" if message.get("tool_calls") else None)
-    if isinstance(content, list):  # the content parts of multimodal formats, when all of them are text
-        content = _joined(content)
-    if not isinstance(content, str):
-        raise BadRow(place, "bad messages", f"{field} must have a text as content; images and sound cannot be read")
-    return {"role": message.pop("role"), **message, "content": content}
-
-
-def _joined(parts: list[Any]) -> str | None:
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    return None if None in texts else "".join(str(text) for text in texts)
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"

@@ -19,7 +19,9 @@ Placed = tuple[str, dict[str, Any] | BadRow]
 """A place (`train.jsonl:17`) with its row, or with why there is none."""
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-FORMATS = "JSON lines (.jsonl, .ndjson, .json), a JSON array (.json), .parquet, .csv, .tsv, each also compressed (.gz, ...)"
+FORMATS = (
+    ".jsonl, .ndjson, .json (an array or lines), .parquet, .csv, .tsv, each also compressed (.gz, .zst, ...)"
+)
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LONGEST_CSV_CELL = 2**31 - 1
@@ -50,7 +52,9 @@ def _located(source: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.url_to_fs(source)
     except (ValueError, ImportError) as error:
-        raise DataError(f"{source}: cannot be opened ({error}); give a path, an fsspec URI or a hub id") from error
+        raise DataError(
+            f"{source}: cannot be opened ({error}); give a path, an fsspec URI or a hub id"
+        ) from error
     return filesystem, path
 
 
@@ -107,7 +111,9 @@ def _json_row(text: bytes, place: str) -> dict[str, Any] | BadRow:
     except UnicodeDecodeError as error:
         return BadRow(place, "not UTF-8", f"the line is not UTF-8 text ({error.reason})")
     except json.JSONDecodeError as error:
-        return BadRow(place, "malformed JSON", f"the line is not valid JSON ({error.msg} at column {error.colno})")
+        return BadRow(
+            place, "malformed JSON", f"the line is not valid JSON ({error.msg} at column {error.colno})"
+        )
     return _an_object(row, place)
 
 
@@ -116,11 +122,13 @@ def _json_array(data: bytes, path: str) -> Iterator[Placed]:
         rows = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: the file is not UTF-8 text ({error.reason}); convert it to UTF-8") from None
+        raise DataError(
+            f"{path}:{line}: the file is not UTF-8 text ({error.reason}); convert it to UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{error.lineno}: the JSON array is not valid ({error.msg} at column {error.colno}); correct it, "
-            "or write one JSON object on each line"
+            f"{path}:{error.lineno}: the JSON array is not valid ({error.msg} at column {error.colno}); "
+            "correct it, or write one JSON object on each line"
         ) from None
     for number, row in enumerate(rows, start=1):
         place = f"{path}:row {number}"
@@ -131,7 +139,9 @@ def _an_object(row: Any, place: str) -> dict[str, Any] | BadRow:
     if isinstance(row, dict):
         return row
     return BadRow(
-        place, "not an object", f"a row must be an object like {{\"prompt\": ..., \"chosen\": ...}}, got {type(row).__name__}"
+        place,
+        "not an object",
+        f'a row must be an object like {{"prompt": ..., "chosen": ...}}, got {type(row).__name__}',
     )
 
 
@@ -152,7 +162,7 @@ def _csv(file: IO[bytes], path: str, delimiter: str) -> Iterator[Placed]:
                 yield f"{path}:{line}", _csv_row(header, cells, f"{path}:{line}")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}); quote texts as \"...\"") from None
+        raise DataError(f'{path}:{reader.line_num}: not valid CSV ({error}); quote texts as "..."') from None
     finally:
         csv.field_size_limit(limit)
 
@@ -172,7 +182,7 @@ def _csv_row(header: list[str], cells: list[str], place: str) -> dict[str, Any] 
         return BadRow(
             place,
             "wrong number of cells",
-            f"the row has {len(cells)} cells and the header {len(header)}; quote texts that hold the delimiter",
+            f"the row has {len(cells)} cells, the header {len(header)}; quote texts that hold the delimiter",
         )
     row: dict[str, Any] = {}
     for name, cell in zip(header, cells, strict=True):
@@ -182,7 +192,9 @@ def _csv_row(header: list[str], cells: list[str], place: str) -> dict[str, Any] 
                 row[name] = json.loads(cell)
             except json.JSONDecodeError as error:
                 return BadRow(
-                    place, "malformed JSON", f"{name} looks like a message list and is not valid JSON ({error.msg})"
+                    place,
+                    "malformed JSON",
+                    f"{name} looks like a message list and is not valid JSON ({error.msg})",
                 )
     return row
 
@@ -211,8 +223,8 @@ def _saved_dataset(source: str, config: DataConfig, split: str) -> Iterator[Plac
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(
-                f"{source}: has no split {split!r}{did_you_mean(split, list(loaded))}; set data.split to one of "
-                f"{', '.join(loaded)}"
+                f"{source}: has no split {split!r}{did_you_mean(split, list(loaded))}; set data.split to "
+                f"one of {', '.join(loaded)}"
             )
         loaded = loaded[split]
     yield from _dataset_rows(loaded, source, config)
@@ -225,8 +237,8 @@ def _hub_dataset(source: str, config: DataConfig, split: str) -> Iterator[Placed
         loaded = datasets.load_dataset(source, name=config.subset, split=split, revision=config.revision)
     except (FileNotFoundError, ConnectionError) as error:
         raise DataError(
-            f"{source}: is neither a file or folder here nor a data set that the hub gives ({error}); check the "
-            "name, and the network or the access token"
+            f"{source}: is neither a file or folder here nor a data set that the hub gives ({error}); check "
+            "the name, and the network or the access token"
         ) from error
     except ValueError as error:
         raise DataError(f"{source}: {error}; check data.subset, data.split and data.revision") from error
@@ -235,7 +247,9 @@ def _hub_dataset(source: str, config: DataConfig, split: str) -> Iterator[Placed
 
 def _dataset_rows(dataset: Any, name: str, config: DataConfig) -> Iterator[Placed]:
     check_columns(dataset.column_names, name, config)
-    for number, row in enumerate(dataset.select_columns(_read_columns(dataset.column_names, config)), start=1):
+    for number, row in enumerate(
+        dataset.select_columns(_read_columns(dataset.column_names, config)), start=1
+    ):
         yield f"{name}:row {number}", _columnar(row)
 
 
@@ -268,7 +282,9 @@ def _data_files(filesystem: Any, path: str, source: str, split: str) -> list[str
     mine = [file for file in files if split_of[file] == split]
     if not mine:
         found = sorted({name for name in split_of.values() if name})
-        raise DataError(f"{source}: has no file of split {split!r}; set data.split to one of {', '.join(found)}")
+        raise DataError(
+            f"{source}: has no file of split {split!r}; set data.split to one of {', '.join(found)}"
+        )
     return mine
 
 
