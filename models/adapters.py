@@ -1,5 +1,6 @@
 """LoRA adapters: put one on, look past it, melt it in."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,12 +30,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), known_warnings_off():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            names = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            )
             raise ModelError(
                 f"adapter.target_modules {targets!r} does not fit {model.config.model_type}: {error}; "
                 f"its linear layers are {', '.join(names)}, or use all-linear"
@@ -67,6 +70,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model with its adapter's product added to the weights, in place; a model without adapter as it is."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def known_warnings_off() -> Iterator[None]:
+    """Silence what PEFT says about its own code and about GPT-2's transposed layers, which it handles itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        yield
 
 
 def find_adapter(model: nn.Module) -> PeftModel | None:

@@ -30,7 +30,7 @@ class ModelConfig(BaseModel):
     base: str | None = None
     """For an adapter folder: the base model, where it is not at the place adapter_config.json names."""
     dtype: DTypeName = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """auto: float32 on a CPU unless quantised, else bfloat16."""
     quantization: Quantization = "none"
     trust_remote_code: bool = False
     attention: Attention = "auto"
@@ -59,8 +59,16 @@ class ModelConfig(BaseModel):
                 "use a safetensors model to load in 4 or 8 bits"
             )
         if self.quantization != "none" and self.dtype == "float32":
-            raise ValueError("dtype float32 with quantization is slow and no more exact; use bfloat16 or auto")
+            raise ValueError(
+                "dtype float32 with quantization is slow and no more exact; use bfloat16 or auto"
+            )
         return self
+
+    def dtype_on(self, device_type: str) -> str:
+        """The dtype the weights have on a device of that type (`cpu`, `cuda`)."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if device_type == "cpu" and self.quantization == "none" else "bfloat16"
 
     @property
     def is_gguf(self) -> bool:

@@ -79,7 +79,9 @@ class LinearHead:
         """See `Head`."""
         weight, bias = self.linear.weight, self.linear.bias
         dtype = _compute_dtype(hidden.device, weight.dtype)
-        logps, entropies = _ChunkedLinear.apply(hidden, weight, bias, targets, self.tail, dtype, chunk_tokens, entropy)
+        logps, entropies = _ChunkedLinear.apply(
+            hidden, weight, bias, targets, self.tail, dtype, chunk_tokens, entropy
+        )
         return logps, entropies if entropy else None, weight.shape[0]
 
 
@@ -167,7 +169,9 @@ class _ChunkedLinear(torch.autograd.Function):
         if hidden is None:
             return (None,) * 8
         tail, dtype, chunk_tokens = ctx.settings
-        grads = [torch.zeros_like(t) if n else None for t, n in zip((hidden, weight, bias), ctx.needs_input_grad)]
+        grads = [
+            torch.zeros_like(t) if n else None for t, n in zip((hidden, weight, bias), ctx.needs_input_grad)
+        ]
         grad_hidden, grad_weight, grad_bias = grads
         with torch.autocast(hidden.device.type, enabled=False):
             matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -5,7 +5,10 @@ response token.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -15,17 +18,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.config import ModelError
-from models.head import head_of, max_entropy
+from models.head import Head, head_of, max_entropy
 from models.rows import Prompted, Rows, build_rows
 
 log = logging.getLogger(__name__)
 
-SCORING_VERSION = 1
-"""Part of every fingerprint; raised when a change here changes scores."""
-
 _PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # nats per token
 _PROBE_TOLERANCE_LOW = 0.15  # bfloat16 and float16; a leak between the probe's equal responses is far larger
 _ALIBI = frozenset({"bloom", "mpt"})
+_refusals: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary()
 
 
 class SequenceScores(NamedTuple):
@@ -52,22 +53,19 @@ class Scorer(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         causal = causal_model(model)
-        _check_attention(causal)
-        self._head, slow = head_of(causal)
-        if slow is not None:
-            log.info("%s: the lm head runs through the model's own forward, because %s", causal.name_or_path, slow)
-        _check_decoder(self)
-        self.sharing_refusal = _refusal_by_config(causal) or _refusal_by_probe(self)
-        """Why rows must not be shared (None where they may)."""
-        if self.sharing_refusal is not None:
-            log.info("%s: prompts are not shared between responses: %s", causal.name_or_path, self.sharing_refusal)
+        self._head = _checked_head(causal)
+        self.sharing_refusal = sharing_refusal(model)
         self._sizes = _Sizes.of(causal)
 
     def forward(self, rows: Rows, *, entropy: bool = False) -> SequenceScores:
         """Score every sequence of `rows`, which must lie on the model's device."""
         if rows.shared and self.sharing_refusal is not None:
-            raise ModelError(f"prefix sharing is not exact for this model: {self.sharing_refusal}; build plain rows")
-        return self._score(rows, entropy)
+            raise ModelError(
+                f"prefix sharing is not exact for this model: {self.sharing_refusal}; build plain rows"
+            )
+        return _score(
+            causal_model(self.model), self._head, rows, chunk_tokens=self.chunk_tokens, entropy=entropy
+        )
 
     def forward_flops(self, rows: Rows) -> float:
         """Floating-point operations of one forward pass over `rows`, an estimate for utilisation figures.
@@ -80,23 +78,6 @@ class Scorer(nn.Module):
         matrices = 2.0 * (sizes.body * rows.tokens + sizes.head * rows.response_tokens)
         return matrices + 4.0 * sizes.attention * rows.attended
 
-    def _score(self, rows: Rows, entropy: bool) -> SequenceScores:
-        states = self._hidden(rows).flatten(0, 1).index_select(0, rows.predictors)
-        logps, spread, width = self._head(states, rows.targets, chunk_tokens=self.chunk_tokens, entropy=entropy)
-        sums = logps.new_zeros(len(rows.lengths)).index_add(0, rows.sequences, logps)
-        if spread is None:
-            return SequenceScores(sums, rows.lengths, None)
-        spreads = spread.new_zeros(len(rows.lengths)).index_add(0, rows.sequences, spread)
-        return SequenceScores(sums, rows.lengths, spreads / rows.lengths / max_entropy(width))
-
-    def _hidden(self, rows: Rows) -> Tensor:
-        """(R, T, d) last hidden states. Plain rows need no mask: padding is on the right of a causal model."""
-        causal = causal_model(self.model)
-        inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
-        if rows.shared:
-            inputs |= {"attention_mask": _attention_mask(causal, rows), "position_ids": rows.position_ids}
-        return causal.get_decoder()(**inputs)[0]
-
 
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, adapters in place."""
@@ -106,9 +87,37 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def sharing_refusal(model: PreTrainedModel | PeftModel) -> str | None:
     """Why computing a prompt once for several responses is not exact for `model`; None where it is.
 
+
     Known causes are read from the config; what remains is tried out on a few random tokens.
     """
-    return Scorer(model).sharing_refusal
+    causal = causal_model(model)
+    if causal not in _refusals:
+        with _frozen(causal):
+            refusal = _refusal_by_config(causal) or _refusal_by_probe(causal)
+        if refusal is not None:
+            log.info("%s: prompts are not shared between responses: %s", causal.name_or_path, refusal)
+        _refusals[causal] = refusal
+    return _refusals[causal]
+
+
+def _score(
+    model: PreTrainedModel, head: Head, rows: Rows, *, chunk_tokens: int, entropy: bool
+) -> SequenceScores:
+    states = _hidden(model, rows).flatten(0, 1).index_select(0, rows.predictors)
+    logps, spread, width = head(states, rows.targets, chunk_tokens=chunk_tokens, entropy=entropy)
+    sums = logps.new_zeros(len(rows.lengths)).index_add(0, rows.sequences, logps)
+    if spread is None:
+        return SequenceScores(sums, rows.lengths, None)
+    spreads = spread.new_zeros(len(rows.lengths)).index_add(0, rows.sequences, spread)
+    return SequenceScores(sums, rows.lengths, spreads / rows.lengths / max_entropy(width))
+
+
+def _hidden(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """(R, T, d) last hidden states. Plain rows need no mask: padding is on the right of a causal model."""
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
+    if rows.shared:
+        inputs |= {"attention_mask": _attention_mask(model, rows), "position_ids": rows.position_ids}
+    return model.get_decoder()(**inputs)[0]
 
 
 def _attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockMask:
@@ -121,7 +130,9 @@ def _attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockMask:
             own = segments[row, key]
             return (query >= key) & ((own == 0) | (own == segments[row, query]))
 
-        return create_block_mask(visible, rows.input_ids.shape[0], None, width, width, device=str(segments.device))
+        return create_block_mask(
+            visible, rows.input_ids.shape[0], None, width, width, device=str(segments.device)
+        )
     mask = rows.mask()
     if kind == "sdpa":
         return mask
@@ -130,27 +141,34 @@ def _attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockMask:
     )
 
 
-def _check_attention(model: PreTrainedModel) -> None:
-    kind = model.config._attn_implementation
-    if kind == "flex_attention" and model.device.type == "cpu":
-        raise ModelError("attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU")
-
-
-def _check_decoder(scorer: Scorer) -> None:
-    """Compare padded rows of different length with the model's own logits, one sequence at a time."""
-    causal = causal_model(scorer.model)
-    prompt, responses = _probe(causal)
-    groups = [Prompted(prompt, [responses[0]]), Prompted(prompt[:1], [responses[2]])]
-    with _frozen(scorer):
-        found = scorer._score(build_rows(groups, shared=False, pad_id=0).to(causal.device), False).logps
-        expected = torch.stack([_plain_score(causal, g.prompt, g.responses[0]) for g in groups])
-    per_token = (found - expected).abs().max().item() / len(responses[0])
-    if not per_token <= _tolerance(causal):
+def _checked_head(model: PreTrainedModel) -> Head:
+    """The head to use, after decoder and head have given the model's own log-probs on padded random rows."""
+    name = model.name_or_path or type(model).__name__
+    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
         raise ModelError(
-            f"{causal.name_or_path or type(causal).__name__} ({causal.config.model_type}): log-probs from its hidden "
-            f"states differ from its logits by {per_token:.2g} nats per token, so it cannot be scored; use a causal "
-            "language model whose forward is decoder, then head"
+            f"{name}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
         )
+    prompt, responses = _probe(model)
+    groups = [Prompted(prompt, [responses[0]]), Prompted(prompt[:1], [responses[2]])]
+    with _frozen(model):
+        head, slow = head_of(model)
+        found = _probe_scores(model, head, groups, shared=False)
+        expected = torch.stack([_plain_score(model, g.prompt, g.responses[0]) for g in groups])
+    per_token = (found - expected).abs().max().item() / len(responses[0])
+    if not per_token <= _tolerance(model):
+        raise ModelError(
+            f"{name} ({model.config.model_type}): log-probs from its hidden states differ from its logits by "
+            f"{per_token:.2g} nats per token, so it cannot be scored; use a causal language model whose forward is "
+            "decoder, then head"
+        )
+    if slow is not None:
+        log.info("%s: the lm head runs through the model's own forward, because %s", name, slow)
+    return head
+
+
+def _probe_scores(model: PreTrainedModel, head: Head, groups: list[Prompted], *, shared: bool) -> Tensor:
+    rows = build_rows(groups, shared=shared, pad_id=0).to(model.device)
+    return _score(model, head, rows, chunk_tokens=1024, entropy=False).logps
 
 
 def _plain_score(model: PreTrainedModel, prompt: Any, response: Any) -> Tensor:
@@ -180,22 +198,18 @@ def _refusal_by_config(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _refusal_by_probe(scorer: Scorer) -> str | None:
+def _refusal_by_probe(model: PreTrainedModel) -> str | None:
     """Two equal responses and another behind one prompt: whatever leaks between them makes the copy likelier."""
-    causal = causal_model(scorer.model)
-    prompt, responses = _probe(causal)
+    prompt, responses = _probe(model)
     group = [Prompted(prompt, responses)]
-    kind = causal.config.model_type
+    kind = model.config.model_type
+    head, _ = head_of(model)
     try:
-        with _frozen(scorer):
-            shared, plain = (
-                scorer._score(build_rows(group, shared=s, pad_id=0).to(causal.device), False).logps
-                for s in (True, False)
-            )
+        shared, plain = (_probe_scores(model, head, group, shared=s) for s in (True, False))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"{kind} does not take a block mask with own positions ({type(error).__name__}: {error})"
     per_token = (shared - plain).abs().max().item() / len(responses[0])
-    if not per_token <= _tolerance(causal):
+    if not per_token <= _tolerance(model):
         return f"{kind} gives other log-probs with a shared prompt (by {per_token:.2g} nats per token)"
     return None
 
@@ -211,22 +225,17 @@ def _tolerance(model: PreTrainedModel) -> float:
     return _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_LOW)
 
 
-class _frozen:
-    """No gradients, eval mode; the modes of all modules are put back after."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self._training = [m for m in self._module.modules() if m.training]
-        self._module.eval()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._no_grad.__exit__(*error)
-        for module in self._training:
-            module.training = True
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients and eval mode; the modes of all modules are put back after."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _Sizes(NamedTuple):

@@ -71,8 +71,8 @@ class Parallel:
             group["lr"] = value
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all ranks; the argument is left as it is."""
-        return tensor.clone()
+        """Replace `tensor` by its sum over all ranks, in place; also returned."""
+        return tensor
 
     def model_state(self) -> dict[str, Tensor]:
         """Trained weights (the adapter's alone where there is one) by name, each once, on the CPU."""
@@ -111,7 +111,9 @@ class Parallel:
         names = {weight: name for name, weight in trained.items()}
         order = [names[weight] for group in self.optimizer.param_groups for weight in group["params"]]
         state = {number: moments[name] for number, name in enumerate(order) if name in moments}
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return trained_weights(self.unwrapped)
@@ -142,9 +144,8 @@ class Replicated(Parallel):
                 yield
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        dist.all_reduce(tensor)
+        return tensor
 
 
 def prepare(
@@ -170,7 +171,11 @@ def prepare(
         {"params": [w for w in trained.values() if w.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=eps, fused=device.type == "cuda" or None
+        [g for g in groups if g["params"]],
+        lr=learning_rate,
+        betas=betas,
+        eps=eps,
+        fused=device.type == "cuda" or None,
     )
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     kinds: dict[str, type[Parallel]] = {"ddp": Replicated}

@@ -143,7 +143,9 @@ class _Row:
     def predictors(self) -> list[np.ndarray]:
         """Per response the columns that predict its tokens: the prompt's last one, then its own."""
         last = len(self.prompt) - 1
-        return [np.r_[last, start : start + len(tokens)] for start, segment, tokens, _ in self.pieces() if segment]
+        return [
+            np.r_[last, start : start + len(tokens)] for start, segment, tokens, _ in self.pieces() if segment
+        ]
 
     def attended(self) -> int:
         prompt = len(self.prompt)

@@ -17,9 +17,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-
-from tests import tiny
 
 torch.set_num_threads(1)
 

@@ -71,7 +71,13 @@ def qwen_config(**overrides: object) -> Qwen3Config:
 def gpt2_config(**overrides: object) -> GPT2Config:
     """GPT-2 as it comes: learned absolute positions, tied head, dropout 0.1."""
     settings: dict[str, object] = dict(
-        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=_SPREAD, **_special_ids()
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        initializer_range=_SPREAD,
+        **_special_ids(),
     )
     return GPT2Config(**(settings | overrides))
 

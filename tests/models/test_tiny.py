@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tests import tiny
 
 
 def test_byte_tokenizer_round_trips_any_text() -> None:

@@ -1,0 +1,267 @@
+"""From a `ModelConfig` to a model and a tokenizer on a device, and from a model to a folder.
+
+`locate` finds (or downloads) the files and refuses what cannot work before any weight is read; the others load
+from what it found. Weights are read from safetensors or GGUF alone.
+"""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from models.adapters import add_lora, known_warnings_off, merge
+from models.config import ModelConfig, ModelError, PolicyConfig
+from models.locate import Located, first_line, locate
+
+__all__ = ["Located", "export", "load_model", "load_tokenizer", "locate"]
+
+_ATTENTION = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
+
+
+def load_tokenizer(located: Located, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer (an adapter's own, else its base's), with `config.chat_template` where given."""
+    places = [p for p in (located.path, located.base_path) if p is not None]
+    if located.kind == "adapter" and not any(located.path.glob("tokenizer*")):
+        places.pop(0)
+    place = places[0]
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if place.suffix == ".gguf":
+        place, arguments["gguf_file"] = place.parent, place.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{config.model}: no tokenizer could be loaded from {place} ({first_line(error)}); put its files "
+            "(tokenizer.json, tokenizer_config.json) beside the weights"
+        ) from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(config.chat_template)
+    return tokenizer
+
+
+def load_model(
+    located: Located,
+    config: ModelConfig,
+    *,
+    device: torch.device | str,
+    trainable: bool,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Load onto `device`.
+
+    Frozen: no gradients, eval mode, the dtype of `config.dtype_on(device)`; an adapter folder gives a PeftModel.
+    Trainable: train mode, the model's own dropout off (the policy must start as its own reference). With
+    `PolicyConfig.adapter` the base is frozen in its dtype behind a new float32 LoRA drawn from `seed`; without,
+    every weight is a float32 master (run the step under autocast for bfloat16). An adapter folder is merged first,
+    so that the policy's start is base and adapter. `activation_checkpointing` trades time for memory.
+
+    Raises ModelError for weights missing from the files, and where quantisation does not run on this machine.
+    """
+    device = torch.device(device)
+    lora = config.adapter if trainable and isinstance(config, PolicyConfig) else None
+    whole = trainable and lora is None
+    if config.attention == "flex" and device.type == "cpu":
+        raise ModelError(
+            f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
+        )
+    dtype = torch.float32 if whole else getattr(torch, config.dtype_on(device.type))
+    model: PreTrainedModel | PeftModel = _load_base(located, config, device, dtype)
+    if located.kind == "adapter":
+        model = _with_adapter(model, located, config)
+    if not trainable:
+        return model.requires_grad_(False).eval()
+    if located.kind == "adapter":
+        if config.quantization != "none":
+            raise ModelError(
+                f"{config.model}: an adapter cannot be merged into a quantised base without loss before training; "
+                "set quantization: none, or export base and adapter as one model first"
+            )
+        model = merge(model)
+    _dropout_off(model)
+    if activation_checkpointing:
+        _checkpoint_activations(model)
+    if lora is not None:
+        return add_lora(model, lora, seed=seed).train()
+    return model.requires_grad_(True).train()
+
+
+def export(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
+) -> Path:
+    """Write a model (or an adapter alone) with its tokenizer as safetensors and JSON; returns the folder.
+
+    Files appear under their final names only when whole; weights of an earlier export there are replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(scratch, save_embedding_layers=False)
+        else:
+            model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        new = {p.name for p in Path(scratch).iterdir()}
+        for name in sorted(new):
+            os.replace(Path(scratch) / name, folder / name)
+    for stale in folder.glob("*.safetensors*"):
+        if stale.name not in new:
+            stale.unlink()
+    return folder
+
+
+def _load_base(
+    located: Located, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    path = located.base_path if located.kind == "adapter" else located.path
+    assert path is not None
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if _ATTENTION[config.attention] is not None:
+        arguments["attn_implementation"] = _ATTENTION[config.attention]
+    if config.quantization != "none":
+        arguments["quantization_config"] = _bitsandbytes(config, dtype)
+    if path.suffix == ".gguf":
+        arguments["gguf_file"], source = path.name, path.parent
+    else:
+        arguments["use_safetensors"], source = True, path
+        # Straight onto the device: a large model may not fit into main memory, a quantised one cannot be moved.
+        if device.type != "cpu" or config.quantization != "none":
+            arguments["device_map"] = {"": device}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"{config.model} could not be loaded from {path}: {first_line(error)}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{config.model}: {len(names)} weights are missing from {path}, such as {names[0]}; "
+            "they would be random. Give a complete model (an adapter must be merged before it is saved whole)"
+        )
+    if path.suffix == ".gguf":
+        model = _without_gguf(model, dtype)
+    if config.quantization == "none":
+        return model.to(device)
+    _check_quantized(model, config)
+    return model
+
+
+def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Run three tokens: whether the kernels suit this device and these shapes shows only when they run."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=model.device))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"{config.model}: quantization {config.quantization} does not run on {model.device.type} here "
+            f"({first_line(error)}); set quantization: none, or run on another device"
+        ) from error
+
+
+def _without_gguf(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights in a model that can be saved: transformers refuses to write one that was read from GGUF."""
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(model.config).from_dict(settings)
+    plain = type(model)._from_config(
+        config, dtype=dtype, attn_implementation=model.config._attn_implementation
+    )
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _bitsandbytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    try:
+        import bitsandbytes  # noqa: F401  (transformers' own message comes late and hides the reason)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{config.model}: quantization {config.quantization} needs bitsandbytes, which does not import here "
+            f"({first_line(error)}); install polyref[quantization], or set quantization: none"
+        ) from error
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _with_adapter(base: PreTrainedModel, located: Located, config: ModelConfig) -> PeftModel:
+    try:
+        with known_warnings_off(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
+            model = PeftModel.from_pretrained(base, str(located.path), torch_device=str(base.device))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"adapter {config.model} does not fit its base {located.base_path}: {first_line(error)}; "
+            "give the base it was trained on as base: <model>"
+        ) from error
+    with safe_open(located.path / "adapter_model.safetensors", framework="pt") as file:
+        missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(file.keys())
+    if missing:
+        raise ModelError(
+            f"adapter {config.model} lacks {len(missing)} weights its config asks for, such as {min(missing)}; "
+            "save the adapter again, or give the base it was trained on as base: <model>"
+        )
+    return model
+
+
+def _dropout_off(model: nn.Module) -> None:
+    """Set every dropout rate of the model to 0; its config keeps what it says."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # transformers renamed this in the course of version 5.
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _template(given: str) -> str:
+    """The text of a chat template given as a file or as itself."""
+    if "{" in given:
+        return given
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise ModelError(f"chat_template {given}: there is no such file, and it is no Jinja template itself")
+    return file.read_text(encoding="utf-8")
+
+
+def max_positions(located: Located, config: ModelConfig) -> int | None:
+    """The longest row the model has positions for, as its config says; None where it names no limit."""
+    place = located.base_path or located.path
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if place.suffix == ".gguf":
+        place, arguments["gguf_file"] = place.parent, place.name
+    settings = AutoConfig.from_pretrained(place, **arguments).get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
