@@ -1,1 +1,1 @@
-"""The demonstration: a small real language model and human ratings, fetched once, and what is made of them."""
+"""The demonstration: a small real language model and human ratings, fetched once, and their use."""

