@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from losses.config import LossConfig
 from losses.presets import PRESETS, from_settings
@@ -25,6 +33,10 @@ POLICY = "policy"
 
 class UsageError(ValueError):
     """The user's input is wrong; the message says where and what to do. The command exits with 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run itself failed, not its input; the message says why and what is left. The command exits with 1."""
 
 
 class Settings(BaseModel):
@@ -145,6 +157,7 @@ class RunConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     placement: PlacementConfig = PlacementConfig()
     storage_path: str = "./runs"
+    _preset: str = PrivateAttr(default="custom")
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +202,11 @@ class RunConfig(Settings):
                 "not set: set policy.adapter, or name the reference's model itself"
             )
         return self
+
+    @property
+    def preset(self) -> str:
+        """The named loss the file started from, or "custom"."""
+        return self._preset
 
     @property
     def folder(self) -> Path:
@@ -238,9 +256,11 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
 def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
     """Validate the content of a run file; `source` names it in messages."""
     try:
-        return RunConfig.model_validate(content)
+        config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(explain(error, source=source)) from None
+    config._preset = content["loss"].get("preset", "custom")
+    return config
 
 
 def explain(error: ValidationError, *, source: str) -> str:

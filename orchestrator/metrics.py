@@ -24,22 +24,26 @@ PAIR_COLUMNS = (
     "primary_gap",
     "soft_label",
 )
-COST_COLUMNS = ("tokens", "padding", "flops", "reference_stall")
+COST_COLUMNS = ("tokens", "positions", "flops", "reference_stall")
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a rank spent on a step: real and padding tokens, model FLOPs, seconds blocked on references."""
+    """What a rank spent on a step.
+
+    Tokens that are not padding, positions computed (padding too), model FLOPs, and seconds blocked waiting
+    for reference scores.
+    """
 
     tokens: int = 0
-    padding: int = 0
+    positions: int = 0
     flops: float = 0.0
     reference_stall: float = 0.0
 
     def __add__(self, other: "StepCost") -> "StepCost":
         return StepCost(
             self.tokens + other.tokens,
-            self.padding + other.padding,
+            self.positions + other.positions,
             self.flops + other.flops,
             self.reference_stall + other.reference_stall,
         )
@@ -101,14 +105,14 @@ class StepTable:
 
     def spend(self, cost: StepCost) -> None:
         """Add this rank's costs."""
-        figures = [cost.tokens, cost.padding, cost.flops, cost.reference_stall]
+        figures = [cost.tokens, cost.positions, cost.flops, cost.reference_stall]
         self.values[-1, : len(figures)] += torch.tensor(figures, dtype=torch.float64, device=self.values.device)
 
     @property
     def cost(self) -> StepCost:
         """All ranks' costs once the table is summed."""
-        tokens, padding, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
-        return StepCost(int(tokens), int(padding), flops, stall)
+        tokens, positions, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
+        return StepCost(int(tokens), int(positions), flops, stall)
 
     def non_finite(self) -> list[int]:
         """Slots of the pairs whose loss is NaN or infinite."""
@@ -150,6 +154,29 @@ def training_metrics(table: StepTable, *, dispersed: bool, weighted: bool) -> di
         metrics["dispersion/p10"] = torch.quantile(scale, 0.1)
         metrics["dispersion/p90"] = torch.quantile(scale, 0.9)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def perf_metrics(
+    table: StepTable, *, seconds: float, world_size: int, peak_flops: float | None
+) -> dict[str, float]:
+    """Speed of a step over all ranks.
+
+    Args:
+        table: summed over ranks.
+        seconds: wall time of the step.
+        world_size: number of ranks.
+        peak_flops: of one device in the step's precision; without it no model FLOPs utilisation is given.
+    """
+    cost, pairs = table.cost, len(table["loss"])
+    metrics = {
+        "perf/tokens_per_second": cost.tokens / seconds,
+        "perf/pairs_per_second": pairs / seconds,
+        "perf/padding": 1 - cost.tokens / max(cost.positions, 1),
+        "perf/reference_stall": cost.reference_stall / world_size,
+    }
+    if peak_flops is not None:
+        metrics["perf/mfu"] = cost.flops / (seconds * peak_flops * world_size)
+    return metrics
 
 
 def held_out_metrics(

@@ -1,13 +1,17 @@
 """The model card: what a trained policy is, what it was trained against and on, and how to load it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import yaml
 
 from orchestrator.mlflow_client import redact
+
+_HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
 
 
 @dataclass(frozen=True)
@@ -15,15 +19,16 @@ class Reference:
     """A frozen reference model as the run's record pins it."""
 
     model: str
-    """Where it came from, pinned: a hub id with its commit, `models:/name/3`, or a folder's name."""
+    """Where it came from, pinned: `hub/id@commit`, `models:/name/3`, or a folder."""
     fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """Where a policy comes from. Metrics are those of the held-out pairs, by name."""
+    """Where a policy comes from. Metrics are those of the held-out pairs, by name; None is not finite."""
 
     base_model: str
+    """Pinned as a reference's model is."""
     preset: str
     loss: Mapping[str, Any]
     references: Mapping[str, Reference] = field(default_factory=dict)
@@ -32,8 +37,8 @@ class Lineage:
     eval_digest: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     """How many pairs were used and left out: `{"train pairs": 900, "skipped, too long": 3}`."""
-    before: Mapping[str, float] = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float | None] = field(default_factory=dict)
+    after: Mapping[str, float | None] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """The whole run file."""
     code: Mapping[str, str] = field(default_factory=dict)
@@ -46,17 +51,15 @@ class Lineage:
 
 def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
     """The README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": lineage.base_model,
-        "tags": ["polyref", "preference-optimization", lineage.preset],
-    }
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if hub := _HUB.fullmatch(lineage.base_model):
+        front["base_model"] = hub["id"]
+    front["tags"] = ["polyref", "preference-optimization", lineage.preset]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"`{lineage.base_model}` fine-tuned on human preferences by "
-        f"[polyref](https://pypi.org/project/polyref/), loss preset `{lineage.preset}`.\n",
+        f"`{_shown(lineage.base_model)}` fine-tuned on human preferences with polyref, "
+        f"loss preset `{lineage.preset}`.\n",
         _references(lineage),
         _data(lineage),
         _metrics(lineage),
@@ -70,7 +73,11 @@ def _references(lineage: Lineage) -> str:
     if not lineage.references:
         return "## References\n\nNone: this loss compares the policy with itself only.\n"
     rows = [
-        [f"{name} (primary)" if name == lineage.primary else name, f"`{r.model}`", f"`{r.fingerprint[:16]}`"]
+        [
+            f"{name} (primary)" if name == lineage.primary else name,
+            f"`{_shown(r.model)}`",
+            f"`{r.fingerprint[:16]}`",
+        ]
         for name, r in lineage.references.items()
     ]
     return "## References\n\n" + _table(["reference", "model", "fingerprint"], rows)
@@ -120,11 +127,22 @@ The adapter alone, on its base model:
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("{lineage.base_model}")
+base = AutoModelForCausalLM.from_pretrained({_load_arguments(lineage.base_model)})
 model = PeftModel.from_pretrained(base, "{name}/adapter")
 ```
 """
     return ways
+
+
+def _shown(model: str) -> str:
+    """A pinned model as others may read it: of a folder only its name, since its place is this machine's."""
+    named = _HUB.fullmatch(model) or model.startswith("models:/")
+    return model if named else PurePath(model).name
+
+
+def _load_arguments(model: str) -> str:
+    hub = _HUB.fullmatch(model)
+    return f'"{hub["id"]}", revision="{hub["commit"]}"' if hub else f'"FOLDER-OF-{_shown(model)}"'
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -216,7 +216,11 @@ def _verified(
 def _tags(lineage: Lineage) -> dict[str, str]:
     tags = {f"{REFERENCE_PREFIX}{name}": r.fingerprint for name, r in lineage.references.items()}
     tags |= {f"pin.{name}": r.model for name, r in lineage.references.items()}
-    tags |= {f"{METRIC_PREFIX}{name}": repr(float(value)) for name, value in lineage.after.items()}
+    tags |= {
+        f"{METRIC_PREFIX}{name}": repr(float(value))
+        for name, value in lineage.after.items()
+        if value is not None
+    }
     tags |= {
         PRIMARY_TAG: lineage.primary or "none",
         "data.digest": lineage.data_digest,

@@ -32,11 +32,12 @@ class MicroBatch:
 
     Attributes:
         rows: the policy's rows, chosen before rejected for each pair.
-        slots: (B,) each pair's place in the step's global batch. Shorter than the rows hold pairs only
-            when empty: such a micro-batch keeps this rank in step with the others' collectives.
+        slots: (B,) each pair's place in the step's global batch. A micro-batch of no pairs keeps a rank
+            that has nothing left in step with the others' collectives.
         soft_labels: (B,) probability that chosen beats rejected.
         references: scores of the same pairs under every reference, the primary first.
         paired: whether pairs have a rejected response (false for supervised rows).
+        flops: of the policy's forward and backward pass over the rows.
     """
 
     rows: Rows
@@ -44,6 +45,7 @@ class MicroBatch:
     soft_labels: Tensor
     references: tuple[ReferenceScores, ...]
     paired: bool = True
+    flops: float = 0.0
 
 
 def training_step(
@@ -76,12 +78,12 @@ def training_step(
     """
     pairs = len(table["loss"])
     for index, batch in enumerate(microbatches):
-        with parallel.accumulate(last=index == len(microbatches) - 1):
+        with parallel.accumulate(index == len(microbatches) - 1):
             with _autocast(parallel.device, precision):
                 scores = parallel.module(batch.rows, entropy=True)
             losses = _score(scores, batch, loss=loss, table=table)
             parallel.backward(global_mean(losses, global_count=pairs, world_size=parallel.world_size))
-    parallel.all_reduce_sum(table.values)
+    table.values = parallel.all_reduce_sum(table.values)
     if bad := table.non_finite():
         parallel.zero_grad()
         raise NonFiniteLoss("the loss is not finite", bad)
@@ -102,26 +104,47 @@ def evaluation_pass(
     loss: LossConfig,
     table: StepTable,
     precision: torch.dtype = torch.float32,
+    start_is: int | None = None,
 ) -> StepTable:
-    """The same scores and losses without gradients, dropout off; returns the table summed over ranks."""
+    """The same scores and losses without gradients, dropout off.
+
+    Args:
+        start_is: the reference that the policy still equals; its scores then stand for the policy's, and
+            no forward pass is run.
+
+    Returns:
+        The table summed over ranks.
+    """
     parallel.module.eval()
     try:
         for batch in microbatches:
-            with _autocast(parallel.device, precision):
-                scores = parallel.module(batch.rows, entropy=True)
-            _score(scores, batch, loss=loss, table=table)
+            if start_is is None:
+                with _autocast(parallel.device, precision):
+                    scores = parallel.module(batch.rows, entropy=True)
+                _score(scores, batch, loss=loss, table=table)
+            elif len(batch.slots):
+                same = batch.references[start_is]
+                policy = PairScores(same.chosen, same.rejected, same.chosen_lengths, same.rejected_lengths)
+                entropy = (same.chosen_entropy + same.rejected_entropy) / 2 if batch.paired else same.chosen_entropy
+                _tabulate(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()
-    parallel.all_reduce_sum(table.values)
+    table.values = parallel.all_reduce_sum(table.values)
     return table
 
 
 def _score(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
     """Per-pair losses of a micro-batch, written down in the table: (B,)."""
-    table.spend(StepCost(tokens=batch.rows.tokens, padding=batch.rows.padding))
     if not len(batch.slots):
-        return scores.logps * 0
+        return scores.logps
+    table.spend(StepCost(tokens=batch.rows.tokens, positions=batch.rows.input_ids.numel(), flops=batch.flops))
     policy, entropy = pair_scores(scores, paired=batch.paired)
+    return _tabulate(policy, entropy, batch, loss=loss, table=table)
+
+
+def _tabulate(
+    policy: PairScores, entropy: Tensor, batch: MicroBatch, *, loss: LossConfig, table: StepTable
+) -> Tensor:
     output = preference_loss(policy, batch.references, config=loss, soft_labels=batch.soft_labels)
     table.record(
         batch.slots, policy, batch.references, output, entropy=entropy, soft_labels=batch.soft_labels

@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `polyref`."""
+
+from orchestrator.cli import main
+
+main()

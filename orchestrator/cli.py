@@ -1,0 +1,102 @@
+"""The commands. Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 everything else."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from models.config import ModelError
+from orchestrator import models_cli
+from orchestrator.config import RunFailed, UsageError, load_run, run_schema
+from preferences.pairs import DataError
+
+app = typer.Typer(
+    help="Preference training against several frozen reference models, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(models_cli.app, name="models")
+
+RunFile = Annotated[str, typer.Argument(help="The run file (YAML).", metavar="RUN.YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Fields to override, e.g. loss.beta=0.2 parallel.workers=4.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from orchestrator.tracking import code_tags
+
+        print(f"polyref {code_tags()['polyref.version']}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Forget an earlier run of this name and start over.")] = False,
+) -> None:
+    """Train a policy and register it; the same command again goes on where a killed run was."""
+    config = load_run(run, overrides or ())
+    from orchestrator.train import train as train_run
+
+    train_run(config, fresh=fresh)
+
+
+@app.command()
+def score(run: RunFile, overrides: Overrides = None) -> None:
+    """Score all of a run's data under its references, in bulk, so that training finds the scores stored."""
+    config = load_run(run, overrides or ())
+    from orchestrator.train import score as score_run
+
+    score_run(config)
+
+
+@app.command()
+def check(run: RunFile, overrides: Overrides = None) -> None:
+    """Everything that can be refused before a device is held: settings, data, models, placement, tracking."""
+    config = load_run(run, overrides or ())
+    from orchestrator.train import check as check_run
+
+    check_run(config)
+
+
+@app.command()
+def schema(of: Annotated[str, typer.Argument(help="What file: run.")] = "run") -> None:
+    """Print the JSON Schema of the run file, for editors."""
+    if of != "run":
+        raise UsageError(f"schema {of!r} does not exist; known is: run")
+    print(json.dumps(run_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    fresh: Annotated[bool, typer.Option(help="Start over instead of reusing what is there.")] = False,
+    folder: Annotated[str, typer.Option(help="Where data, runs and the registry go.")] = ".demo",
+) -> None:
+    """Human ratings to a registered model in some minutes on two CPU cores."""
+    from orchestrator.demo.run import run_demo
+
+    run_demo(folder, fresh=fresh)
+
+
+def main() -> None:
+    """Entry point of `polyref` and of `python -m orchestrator`."""
+    try:
+        app(standalone_mode=True)
+    except (UsageError, DataError, ModelError) as error:
+        print(f"polyref: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"polyref: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("polyref: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

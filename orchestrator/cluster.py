@@ -1,0 +1,85 @@
+"""Connecting to Ray: an existing cluster when there is one, else one on this machine."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+
+import ray
+
+NAMESPACE = "polyref"
+
+# Train's controller polls workers every 2 s by default, and every report waits for a poll.
+_DRIVER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+# Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job.
+_WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# What a worker needs to reach the hub as the driver does. Values travel in Ray's runtime environment of
+# the job, never in its command line or in logs of ours.
+_PASSED_ON = (
+    "HF_TOKEN",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+
+
+@contextlib.contextmanager
+def connected(*, wait_minutes: float = 10) -> Iterator[None]:
+    """Inside, `ray` is connected to RAY_ADDRESS, to this machine's running cluster, or to a new local one.
+
+    A connection that was there before is left as it is.
+    """
+    for name, value in (_DRIVER_ENVIRONMENT | _start_timeout(wait_minutes)).items():
+        os.environ.setdefault(name, value)
+    _never_proxy_loopback()
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        namespace=NAMESPACE,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": worker_environment(os.environ)},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for every Ray worker of a run."""
+    driver = {name: environment[name] for name in _DRIVER_ENVIRONMENT if name in environment}
+    passed = {name: environment[name] for name in _PASSED_ON if name in environment}
+    loopback = {name: environment[name] for name in ("NO_PROXY", "no_proxy") if name in environment}
+    return _WORKER_ENVIRONMENT | driver | passed | loopback
+
+
+def nodes() -> list[dict[str, float]]:
+    """Total resources of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _start_timeout(minutes: float) -> dict[str, str]:
+    """A finite wait for workers that other jobs keep from starting."""
+    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(60 * minutes)}
+
+
+def _never_proxy_loopback() -> None:
+    """Ray and MLflow talk to this machine over HTTP, which a proxy cannot reach."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost", "::1"]))

@@ -1,0 +1,169 @@
+"""From the plan of a step to the micro-batches of one rank, reference scores included."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from losses.scores import ReferenceScores
+from models.logprobs import SequenceScores
+from models.rows import Prompted, Rows, build_rows
+from orchestrator.metrics import StepCost
+from orchestrator.references.client import ReferenceArrays, ReferenceClient
+from orchestrator.step import MicroBatch
+from preferences.batches import split
+from preferences.tokenize import TokenTable
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one split, as every worker holds them.
+
+    Attributes:
+        policy: token ids under the policy's tokenizer and template, N rows.
+        references: the same rows under each served reference's own.
+        soft_labels: (N,) probability that chosen beats rejected.
+        sources: (N,) file and line of each row, to name it in a message.
+        paired: whether rows have a rejected response.
+        soft: whether the data has labels other than 1.
+    """
+
+    policy: TokenTable
+    references: dict[str, TokenTable]
+    soft_labels: np.ndarray
+    sources: tuple[str, ...]
+    paired: bool
+    soft: bool
+
+    def __len__(self) -> int:
+        return len(self.soft_labels)
+
+
+Ticket = tuple[str, int]
+"""(split, step): names a batch between asking for its scores and using them."""
+
+
+class Feed:
+    """One rank's share of every batch of a part.
+
+    Args:
+        part: the rows.
+        order: all reference names, the primary first.
+        client: asks all references; those scored in process answer from their store alone.
+        score_start: rows -> scores of the policy's own start, for what those stores miss.
+        shared_rows: whether the policy computes a prompt once for both responses.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        *,
+        order: Sequence[str],
+        client: ReferenceClient,
+        score_start: Callable[[Rows], SequenceScores],
+        rank: int,
+        world_size: int,
+        tokens_per_microbatch: int,
+        shared_rows: bool,
+        pad_id: int,
+        device: torch.device,
+        flops: Callable[[Rows], float],
+    ) -> None:
+        self.part = part
+        self._order = tuple(order)
+        self._client = client
+        self._score_start = score_start
+        self._rank, self._world_size = rank, world_size
+        self._budget = tokens_per_microbatch
+        self._shared_rows, self._pad_id, self._device = shared_rows, pad_id, device
+        self._flops = flops
+        self._lengths = part.policy.pair_lengths
+
+    def ask(self, ticket: Ticket, indices: np.ndarray) -> None:
+        """Ask every served reference for this rank's share of a global batch; does not block."""
+        mine = self._share(indices)
+        self._client.ask(ticket, np.concatenate(mine) if mine else np.zeros(0, dtype=np.int64))
+
+    def collect(self, ticket: Ticket, indices: np.ndarray) -> tuple[list[MicroBatch], StepCost]:
+        """This rank's micro-batches of a global batch asked for before, and what waiting cost."""
+        stalled = self._client.stall_seconds
+        scores = self._client.collect(ticket)
+        place = {int(row): slot for slot, row in enumerate(indices)}
+        batches, start = [], 0
+        for rows in self._share(indices):
+            stop = start + len(rows)
+            slots = torch.tensor([place[int(row)] for row in rows], dtype=torch.long, device=self._device)
+            batches.append(self._microbatch(rows, slots, {n: _cut(a, start, stop) for n, a in scores.items()}))
+            start = stop
+        return batches, StepCost(reference_stall=self._client.stall_seconds - stalled)
+
+    def primary_entropies(self, indices: np.ndarray) -> torch.Tensor:
+        """(len(indices),) mean entropy of both responses under the primary reference, of any rank's rows."""
+        ticket = ("sample", 0)
+        self._client.ask(ticket, indices)
+        arrays = self._complete(self._client.collect(ticket), indices)[self._order[0]]
+        return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
+
+    def _share(self, indices: np.ndarray) -> list[np.ndarray]:
+        return split(
+            indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget
+        )[self._rank]
+
+    def _microbatch(
+        self, indices: np.ndarray, slots: torch.Tensor, scores: dict[str, ReferenceArrays]
+    ) -> MicroBatch:
+        rows, complete = self._rows(indices), self._complete(scores, indices)
+        return MicroBatch(
+            rows=rows,
+            slots=slots,
+            soft_labels=torch.as_tensor(self.part.soft_labels[indices], device=self._device),
+            references=tuple(_on_device(complete[name], self._device) for name in self._order),
+            paired=self.part.paired,
+            flops=self._flops(rows),
+        )
+
+    def _complete(self, scores: dict[str, ReferenceArrays], indices: np.ndarray) -> dict[str, ReferenceArrays]:
+        """The scores with what in-process references miss computed here, and saved for the next time."""
+        for name, arrays in scores.items():
+            missing = np.flatnonzero(arrays.missing)
+            if not len(missing):
+                continue
+            parts = split(
+                indices[missing], self._lengths, world_size=1, tokens_per_microbatch=self._budget
+            )[0]
+            place = {int(row): at for at, row in enumerate(indices)}
+            for part in parts:
+                found = _arrays(self._score_start(self._rows(part)), paired=self.part.paired)
+                self._client.record(name, part, found)
+                at = [place[int(row)] for row in part]
+                for column, values in zip(_columns(arrays), _columns(found), strict=True):
+                    column[at] = values
+        return scores
+
+    def _rows(self, indices: np.ndarray) -> Rows:
+        pairs = [self.part.policy[int(index)] for index in indices]
+        groups = [
+            Prompted(p.prompt, [p.chosen] if p.rejected is None else [p.chosen, p.rejected]) for p in pairs
+        ]
+        return build_rows(groups, shared=self._shared_rows, pad_id=self._pad_id).to(self._device)
+
+
+def _cut(arrays: ReferenceArrays, start: int, stop: int) -> ReferenceArrays:
+    return ReferenceArrays(*(column[start:stop] for column in _columns(arrays)))
+
+
+def _on_device(arrays: ReferenceArrays, device: torch.device) -> ReferenceScores:
+    return ReferenceScores(*(torch.as_tensor(column, device=device) for column in _columns(arrays)))
+
+
+def _columns(arrays: ReferenceArrays) -> tuple[np.ndarray, ...]:
+    return tuple(getattr(arrays, field.name) for field in fields(arrays))
+
+
+def _arrays(scores: SequenceScores, *, paired: bool) -> ReferenceArrays:
+    assert scores.entropy is not None
+    columns = [field.double().cpu().numpy() for field in (scores.logps, scores.lengths, scores.entropy)]
+    if not paired:
+        return ReferenceArrays(*(half for column in columns for half in (column, np.zeros_like(column))))
+    return ReferenceArrays(*(column[side::2].copy() for column in columns for side in (0, 1)))

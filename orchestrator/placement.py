@@ -1,0 +1,124 @@
+"""What a run needs against what the cluster has: refused with the arithmetic, never left pending."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.config import Resources, RunConfig, UsageError
+
+ROUTER_CPU = 0.01
+REPLICA_CPU = 0.1
+WORKER_CPU = 0.75
+"""Requests on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs the whole."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """`count` equal bundles of resources, and whose they are."""
+
+    role: str
+    count: int
+    bundle: Mapping[str, float]
+
+
+def has_gpus(nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether any node offers a GPU."""
+    return any(node.get("GPU", 0) > 0 for node in nodes)
+
+
+def replica_bundle(resources: Resources, *, gpus: bool) -> dict[str, float]:
+    """What one replica of a reference asks for; a whole GPU by default where the cluster has GPUs."""
+    return _bundle(resources, cpu=1 if gpus else REPLICA_CPU, gpu=1 if gpus else 0)
+
+
+def worker_bundle(resources: Resources, *, gpus: bool) -> dict[str, float]:
+    """What one policy worker asks for; a whole GPU by default where the cluster has GPUs."""
+    return _bundle(resources, cpu=1 if gpus else WORKER_CPU, gpu=1 if gpus else 0)
+
+
+def _bundle(resources: Resources, *, cpu: float, gpu: float) -> dict[str, float]:
+    bundle = {
+        "CPU": cpu if resources.cpu is None else resources.cpu,
+        "GPU": gpu if resources.gpu is None else resources.gpu,
+        **resources.custom,
+    }
+    return {name: amount for name, amount in bundle.items() if amount > 0}
+
+
+def reference_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
+    """Bundles of the served references; those scored in process need none of their own."""
+    return [
+        Need(f"reference {name}", reference.replicas, replica_bundle(reference.resources, gpus=gpus))
+        for name, reference in config.references.models.items()
+        if not reference.in_process
+    ]
+
+
+def worker_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
+    """Bundles of the policy's workers."""
+    bundle = worker_bundle(config.parallel.resources, gpus=gpus)
+    return [Need("worker", config.parallel.workers, bundle)]
+
+
+def refuse_impossible(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Check a run against the nodes' total resources.
+
+    Raises:
+        UsageError: with the arithmetic, e.g. "needs 3 GPUs: 2 references + 1 worker; the cluster has 2".
+    """
+    gpus = has_gpus(nodes)
+    references, workers = reference_needs(config, gpus=gpus), worker_needs(config, gpus=gpus)
+    stages = [references + workers] if config.references.mode == "live" else [references, workers]
+    for stage in stages:
+        _refuse_if_short(stage, nodes)
+        _refuse_if_scattered(stage, nodes)
+
+
+def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
+    for resource in sorted({name for need in needs for name in need.bundle}):
+        terms = [(need, need.count * need.bundle[resource]) for need in needs if resource in need.bundle]
+        wanted, offered = sum(amount for _, amount in terms), sum(node.get(resource, 0) for node in nodes)
+        if wanted > offered + 1e-9:
+            raise UsageError(
+                f"needs {_amount(wanted, resource)}: {_sum_of(terms)}; the cluster has {offered:g}. "
+                "Lower parallel.workers, a reference's replicas, or resources (fractions are allowed, "
+                "e.g. {gpu: 0.5}); references.mode: precompute lets references and workers take turns"
+            )
+
+
+def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
+    """First-fit decreasing; enough in total, but no node with room for a whole bundle, is refused too."""
+    free = [defaultdict(float, node) for node in nodes]
+    bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
+    for role, bundle in sorted(bundles, key=lambda item: sorted(item[1].values(), reverse=True), reverse=True):
+        home = next((n for n in free if all(n[r] + 1e-9 >= a for r, a in bundle.items())), None)
+        if home is None:
+            offers = "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)
+            wanted = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
+            raise UsageError(
+                f"{role} needs {wanted} on one node, and no node has room for it beside the rest "
+                f"(nodes offer: {offers}). Lower its resources or use larger nodes"
+            )
+        for resource, amount in bundle.items():
+            home[resource] -= amount
+
+
+def _plain(node: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in node.items() if name in ("CPU", "GPU")}
+
+
+def _amount(count: float, resource: str) -> str:
+    plural = "s" if resource in ("CPU", "GPU") and count != 1 else ""
+    return f"{count:g} {resource}{plural}"
+
+
+def _sum_of(terms: Sequence[tuple[Need, float]]) -> str:
+    """'2 references + 1 worker' when each asks for one, '2 references x 0.5 + ...' otherwise."""
+    counts: Counter[tuple[str, float]] = Counter()
+    for need, amount in terms:
+        counts[need.role.split()[0], amount / need.count] += need.count
+    parts = [
+        f"{count} {role}{'s' if count > 1 else ''}" + ("" if each == 1 else f" x {each:g}")
+        for (role, each), count in counts.items()
+    ]
+    return " + ".join(parts)

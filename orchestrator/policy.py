@@ -1,0 +1,133 @@
+"""The policy a worker trains: opened from its start, made parallel, exported when done."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.adapters import adapter_off, find_adapter, merge
+from models.load import Located, export, load_model, load_tokenizer
+from models.logprobs import Scorer, SequenceScores
+from models.parallel import Parallel, prepare
+from models.rows import Rows
+from orchestrator.config import RunConfig
+from orchestrator.register import Probe
+
+# Dense bfloat16 matrix FLOP/s that vendors state, for model FLOPs utilisation.
+_PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy ready to train.
+
+    Attributes:
+        parallel: scorer, optimizer and communication.
+        tokenizer: the policy's own.
+        precision: dtype of matrix products.
+        sharing_refused: why a prompt is computed once per response instead of once per pair, if it is.
+        pad_id: what fills rows; masked by spans, never by its id.
+        peak_flops: of the device in `precision`, where known.
+    """
+
+    parallel: Parallel
+    tokenizer: Any
+    precision: torch.dtype
+    sharing_refused: str | None
+    pad_id: int
+    peak_flops: float | None
+
+    @property
+    def scorer(self) -> Scorer:
+        """The policy's scorer without communication around it."""
+        return self.parallel.unwrapped
+
+    def score_start(self, rows: Rows) -> SequenceScores:
+        """Scores of the policy's own start: the adapter switched off, no gradient."""
+        enabled = self.precision != torch.float32
+        with (
+            adapter_off(self.scorer.model),
+            torch.autocast(self.parallel.device.type, dtype=self.precision, enabled=enabled),
+        ):
+            return self.scorer(rows, entropy=True)
+
+    def flops(self, rows: Rows) -> float:
+        """Model FLOPs of a training step over the rows: backward costs twice the forward, or once with LoRA."""
+        passes = 2 if find_adapter(self.scorer) is not None else 3
+        return passes * self.scorer.forward_flops(rows)
+
+
+def open_policy(config: RunConfig, located: Located, *, device: torch.device, local_workers: int) -> Policy:
+    """Load the policy's start and make it trainable.
+
+    Args:
+        config: the run file.
+        located: the policy's weights.
+        device: this worker's.
+        local_workers: workers on this machine, which share its cores.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
+    training = config.training
+    model = load_model(
+        located,
+        config.policy,
+        device=device,
+        trainable=True,
+        seed=training.seed,
+        activation_checkpointing=training.gradient_checkpointing,
+    )
+    scorer = Scorer(model)
+    refused = "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
+    parallel = prepare(
+        scorer,
+        strategy=config.parallel.strategy,
+        device=device,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    precision = _precision(training.precision, device)
+    return Policy(
+        parallel=parallel,
+        tokenizer=load_tokenizer(located, config.policy),
+        precision=precision,
+        sharing_refused=refused,
+        pad_id=0,
+        peak_flops=_peak_flops(device, precision),
+    )
+
+
+def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int]]) -> None:
+    """Write the trained policy, all of it or nothing: `model/`, with LoRA also `adapter/`, and `probe.safetensors`.
+
+    `model/` loads in transformers as it is (LoRA merged); the probe holds the logits of the policy in hand on
+    a few token rows, for comparison with whatever is loaded back later. Merging changes the policy in place:
+    this is the last thing done with it.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model = policy.scorer.model
+    Probe.of(model, probes).save(part / "probe.safetensors")
+    if find_adapter(model) is not None:
+        export(model, policy.tokenizer, part / "adapter")
+    export(merge(model), policy.tokenizer, part / "model")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _precision(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        asked = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+
+
+def _peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    if device.type != "cuda" or precision != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in _PEAK_BFLOAT16.items() if key in name), None)

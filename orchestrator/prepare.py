@@ -1,0 +1,226 @@
+"""Everything that can be refused before a device is held: models found and pinned, data read and tokenised."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.config import ModelConfig, ModelError
+from models.fingerprint import Fingerprint, fingerprint
+from models.load import Located, load_tokenizer, locate, max_positions
+from orchestrator.config import RunConfig, UsageError
+from orchestrator.feed import Part
+from orchestrator.mlflow_client import tracking_uri
+from orchestrator.registry import resolve
+from preferences.load import LoadedPairs, load_splits
+from preferences.tokenize import Rendering, tokenize
+
+_POLICY_ROWS = "the policy"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found.
+
+    Attributes:
+        config: its settings, with registry names resolved to a folder and hub revisions to a commit.
+        located: its files.
+        tokenizer: its own, with the chat template that was asked for.
+        pin: what its name stood for when the run began.
+        template_kwargs: arguments of the chat template.
+        device_type: what `dtype: auto` is decided for.
+    """
+
+    config: ModelConfig
+    located: Located
+    tokenizer: Any
+    pin: str
+    template_kwargs: Mapping[str, Any]
+    device_type: str = "cpu"
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies its scores."""
+        return fingerprint(
+            self.located,
+            self.config,
+            self.tokenizer,
+            template_kwargs=self.template_kwargs,
+            device_type=self.device_type,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was checked as far as it can be without a device.
+
+    Attributes:
+        config: the run file.
+        policy: the policy's start.
+        references: by name, in the file's order.
+        train, held_out: tokenised rows.
+        digests: of the rows' content, per split.
+        counts: rows kept, turned round, and skipped by reason, per split.
+        tracking_uri: the MLflow server or file.
+    """
+
+    config: RunConfig
+    policy: Model
+    references: Mapping[str, Model]
+    train: Part
+    held_out: Part | None
+    digests: Mapping[str, str]
+    counts: Mapping[str, Any]
+    tracking_uri: str
+
+    def on(self, device_type: str) -> "Prepared":
+        """The same run with every `dtype: auto` decided for "cuda" or "cpu"."""
+        references = {n: replace(m, device_type=device_type) for n, m in self.references.items()}
+        return replace(self, policy=replace(self.policy, device_type=device_type), references=references)
+
+    @property
+    def start_is(self) -> str | None:
+        """The reference whose scores are the policy's own at its start, if there is one."""
+        start = self.policy.fingerprint.digest
+        return next((n for n, m in self.references.items() if m.fingerprint.digest == start), None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's meaning depends on besides the settings."""
+        return {
+            "policy": self.policy.fingerprint.digest,
+            "references": {name: model.fingerprint.digest for name, model in self.references.items()},
+            "data": dict(self.digests),
+        }
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """What names stood for when the run began."""
+        return {"policy": self.policy.pin} | {f"references.{n}": m.pin for n, m in self.references.items()}
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Find and pin the models of a run file whose paths are resolved, read and tokenise the data.
+
+    Raises:
+        UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
+    """
+    _refuse_unwritable(config)
+    uri = tracking_uri(config.tracking.uri, config.storage_path)
+    policy = _find("policy", _policy_start(config), config, uri)
+    references = {
+        name: policy
+        if reference.in_process
+        else _find(f"references.models.{name}", _plain(reference), config, uri)
+        for name, reference in config.references.models.items()
+    }
+    completions_only = config.loss.link.type == "none"
+    train, held_out = load_splits(config.data, completions_only=completions_only, seed=config.training.seed)
+    parts, counts = {}, {}
+    for split, loaded in (("train", train), ("eval", held_out)):
+        if loaded is not None:
+            parts[split], counts[split] = _part(loaded, policy, references, config)
+    digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
+    return Prepared(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
+
+
+def _refuse_unwritable(config: RunConfig) -> None:
+    folder = Path(config.storage_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".polyref-can-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"storage_path {config.storage_path}: cannot be written ({error.strerror}); name a folder that can"
+        ) from None
+
+
+def _policy_start(config: RunConfig) -> ModelConfig:
+    """The policy's start as a frozen model: float32 master weights where every weight is trained."""
+    start = _plain(config.policy)
+    return start if config.policy.adapter is not None else start.model_copy(update={"dtype": "float32"})
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    """The settings that say which model it is, without those of its training or serving."""
+    return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
+
+
+def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str) -> Model:
+    """Resolve a registry name, find the files and read the tokenizer."""
+    pin, settings = None, asked
+    if asked.model.startswith("models:/"):
+        resolved = resolve(asked.model, uri)
+        pin, settings = resolved.uri_pinned, asked.model_copy(update={"model": str(resolved.folder)})
+    try:
+        located = locate(settings)
+        tokenizer = load_tokenizer(located, settings)
+    except ModelError as error:
+        raise ModelError(f"{field}: {error}") from error
+    if located.revision:
+        settings = settings.model_copy(update={"revision": located.revision})
+    pin = pin or (f"{asked.model}@{located.revision}" if located.revision else str(located.path))
+    return Model(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
+
+
+def _part(
+    loaded: LoadedPairs, policy: Model, references: Mapping[str, Model], config: RunConfig
+) -> tuple[Part, dict[str, Any]]:
+    models = {_POLICY_ROWS: policy} | {f"reference {name}": model for name, model in references.items()}
+    renderings = {
+        name: Rendering(
+            tokenizer=model.tokenizer,
+            template_kwargs=config.data.chat_template_kwargs,
+            max_positions=max_positions(model.located, model.config),
+        )
+        for name, model in models.items()
+    }
+    tokenized = tokenize(loaded.pairs, renderings, config.data)
+    kept = [loaded.pairs[int(index)] for index in tokenized.kept]
+    part = Part(
+        policy=tokenized.tables[_POLICY_ROWS],
+        references={name: tokenized.tables[f"reference {name}"] for name in references},
+        soft_labels=np.array([pair.soft_label for pair in kept]),
+        sources=tuple(pair.source for pair in kept),
+        paired=config.loss.link.type != "none",
+        soft=loaded.has_soft_labels,
+    )
+    skipped = dict(loaded.skipped + tokenized.skipped)
+    counts = {"pairs": len(kept), "turned_round": loaded.turned_round, "skipped": skipped}
+    return part, counts
+
+
+def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
+    """Relative paths of the run file against `base`; names on a hub or in a registry stay as they are."""
+
+    def local(name: str | None) -> str | None:
+        if name is None or "://" in name or name.startswith("models:/"):
+            return name
+        path = (base / Path(name).expanduser()).resolve()
+        return str(path) if path.exists() else name
+
+    def model(settings: Any) -> Any:
+        return settings.model_copy(
+            update={"model": local(settings.model), "base": local(settings.base)}
+        )
+
+    references = {
+        name: reference if reference.in_process else model(reference)
+        for name, reference in config.references.models.items()
+    }
+    storage = config.storage_path
+    return config.model_copy(
+        update={
+            "policy": model(config.policy),
+            "references": config.references.model_copy(update={"models": references}),
+            "data": config.data.model_copy(
+                update={"train": local(config.data.train), "eval": local(config.data.eval)}
+            ),
+            "storage_path": storage if "://" in storage else str((base / Path(storage).expanduser()).resolve()),
+        }
+    )

@@ -1,0 +1,97 @@
+"""What a person sees of long work: a bar on a terminal, plain lines in a job's log."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from orchestrator.tracking import METRICS_FILE
+
+LINE_EVERY_S = 20.0
+_SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
+
+
+class Meter:
+    """Shows counts of named tasks on `console`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, int] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __enter__(self) -> "Meter":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, task: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` are done."""
+        if self.console.is_terminal:
+            if task not in self._tasks:
+                self._tasks[task] = self._bars.add_task(task, total=total, note=note)
+            self._bars.update(self._tasks[task], completed=done, total=total, note=note)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._last_line.get(task, float("-inf")) >= LINE_EVERY_S:
+            self._last_line[task] = now
+            self.console.print(f"{task}: {done}/{total} {note}".rstrip(), highlight=False)
+
+
+@contextlib.contextmanager
+def following_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
+    """While inside, show the steps that a run's workers write to its metrics."""
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_follow, args=(folder / METRICS_FILE, total, console, stop), name="progress", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(path: Path, total: int, console: Console, stop: threading.Event) -> None:
+    latest: dict[str, float] = {}
+    position, shown = 0, -1
+    with Meter(console) as meter:
+        while True:
+            ended = stop.wait(0.5)
+            position, lines = _new_lines(path, position)
+            for line in lines:
+                latest |= {name: line[name] for name in ("step", *_SHOWN) if line.get(name) is not None}
+            step = int(latest.get("step", -1))
+            if step != shown:
+                note = "  ".join(f"{name} {latest[name]:.4g}" for name in _SHOWN if name in latest)
+                meter.update("training", step, total, note)
+                shown = step
+            if ended:
+                return
+
+
+def _new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
+    """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
+    if not path.exists():
+        return 0, []
+    with path.open("rb") as file:
+        file.seek(0 if path.stat().st_size < position else position)
+        lines = [json.loads(line) for line in iter(file.readline, b"") if line.endswith(b"\n")]
+        return file.tell(), lines

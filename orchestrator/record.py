@@ -1,0 +1,123 @@
+"""A run's record, `run.json` in its folder: what was asked, what was pinned, what came of it.
+
+Running the same command again reads it and goes on; a run whose settings, data or references have changed
+is refused, because its checkpoint would silently mean something else.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import UsageError
+
+RECORD = "run.json"
+# How a run is spread, watched and stored may change between restarts; what it computes may not.
+_MAY_CHANGE = (
+    "storage_path",
+    "placement",
+    "tracking",
+    "evaluation",
+    "references.mode",
+    "training.tokens_per_microbatch",
+    "training.save_every",
+    "training.keep_last",
+    "parallel",
+)
+_MAY_CHANGE_PER_REFERENCE = ("replicas", "resources")
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """What is kept about a run.
+
+    Attributes:
+        config: the run file as resolved.
+        device_type: "cuda" or "cpu", what `dtype: auto` was decided for.
+        identity: digests of data, references and policy start that results depend on.
+        pins: hub revisions and registry versions that names stood for when the run began.
+        counts: rows read, kept, skipped (by reason) and turned round, per split.
+        mlflow_run: the MLflow run's id.
+        result: what the workers returned once training was done.
+        registered: `models:/name/version`, once registered.
+    """
+
+    config: dict[str, Any]
+    device_type: str
+    identity: dict[str, Any]
+    pins: dict[str, str]
+    counts: dict[str, Any]
+    mlflow_run: str | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    registered: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Replace the record in one move."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{RECORD}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.replace(folder / RECORD)
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of a run that was started before, if there is one."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        return RunRecord(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: is not a run's record ({error}); start over with --fresh") from None
+
+
+def open_record(folder: Path, new: RunRecord) -> RunRecord:
+    """The record to go on with: the one that is there if it is of the same run, else the new one, written.
+
+    Raises:
+        UsageError: a run of this name exists with other settings, data or references; lists them.
+    """
+    old = read_record(folder)
+    if old is None:
+        new.write(folder)
+        return new
+    changes = _changes(old.config, new.config) + _changes(old.identity, new.identity)
+    if changes:
+        listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
+        raise UsageError(
+            f"run {new.config['name']!r} in {folder} was started with other settings: {listed}. "
+            "Give the run another name, take the change back, or start over with --fresh"
+        )
+    old.config, old.counts = new.config, new.counts
+    old.write(folder)
+    return old
+
+
+def remove_run(folder: Path) -> None:
+    """Forget a run: its folder with record, checkpoints, metrics and plots. Scores are kept elsewhere."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """`field: old -> new` for every difference that matters."""
+    if path in _MAY_CHANGE or _of_reference(path):
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _of_reference(path: str) -> bool:
+    parts = path.split(".")
+    return path.startswith("references.models.") and parts[-1] in _MAY_CHANGE_PER_REFERENCE
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,316 @@
+"""The commands `train`, `score` and `check`: from a run file to a registered model."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from orchestrator import plots
+from orchestrator.cluster import connected, nodes
+from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator.mlflow_client import connect as connect_to_mlflow
+from orchestrator.model_card import Lineage, Reference
+from orchestrator.placement import has_gpus, refuse_impossible, replica_bundle, worker_bundle
+from orchestrator.prepare import Prepared, prepare, with_resolved_paths
+from orchestrator.progress import Meter, following_steps
+from orchestrator.record import RunRecord, open_record, read_record, remove_run
+from orchestrator.references.messages import ReferenceSpec
+from orchestrator.references.service import ReferenceService, start_references
+from orchestrator.register import Probe, register
+from orchestrator.tracking import Tracker, code_tags, read_metrics
+from orchestrator.worker import EXPORT, WorkerSetup, total_steps, train_worker
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in a submitted job's driver."""
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what can be refused before a device is held; report what the run will read and ask for."""
+    console = Console()
+    prepared = _prepared(config, console)
+    connect_to_mlflow(prepared.tracking_uri)
+    with connected(wait_minutes=config.placement.wait_minutes):
+        refuse_impossible(config, nodes())
+    console.print(f"{config.name}: nothing to refuse", highlight=False)
+
+
+def score(config: RunConfig) -> None:
+    """Fill the store with every score the run will need."""
+    console = Console()
+    prepared = _prepared(config, console)
+    with connected(wait_minutes=config.placement.wait_minutes):
+        prepared = _placed(prepared)
+        with _references(prepared) as service:
+            _score_all(service, prepared, console)
+            _report_scores(service, console)
+
+
+def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
+    """Train and register, or go on where an earlier call was killed.
+
+    Raises:
+        UsageError: the input is wrong.
+        RunFailed: training diverged, or the cluster was lost.
+    """
+    console = Console()
+    if fresh:
+        remove_run(with_resolved_paths(config, base=Path.cwd()).folder)
+    prepared = _prepared(config, console)
+    before = read_record(prepared.config.folder)
+    if before is not None and before.result:
+        record, tracker = _open(prepared.on(before.device_type))
+    else:
+        with connected(wait_minutes=config.placement.wait_minutes):
+            prepared = _placed(prepared)
+            record, tracker = _open(prepared)
+            _train_on_cluster(prepared, record, tracker, console)
+    _finish(prepared, record, tracker, console)
+    return record
+
+
+def _prepared(config: RunConfig, console: Console) -> Prepared:
+    storage = config.storage_path
+    if _JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
+        raise UsageError(
+            f"storage_path {storage} is relative, and a submitted job's working folder is thrown away with the "
+            "job; give an absolute path that all nodes share"
+        )
+    prepared = prepare(with_resolved_paths(config, base=Path.cwd()))
+    for split, counts in prepared.counts.items():
+        text = f"{split}: {counts['pairs']} pairs"
+        if counts["turned_round"]:
+            text += f", {counts['turned_round']} turned round (their label was below one half)"
+        for reason, count in counts["skipped"].items():
+            text += f", {count} skipped ({reason})"
+        console.print(text, highlight=False)
+    return prepared
+
+
+def _placed(prepared: Prepared) -> Prepared:
+    """The run on the cluster that is connected, or a refusal with the arithmetic."""
+    cluster = nodes()
+    refuse_impossible(prepared.config, cluster)
+    return prepared.on("cuda" if has_gpus(cluster) else "cpu")
+
+
+def _open(prepared: Prepared) -> tuple[RunRecord, Tracker]:
+    """The run's record and its MLflow run, begun or gone on with."""
+    config = prepared.config
+    connect_to_mlflow(prepared.tracking_uri)
+    record = open_record(
+        config.folder,
+        RunRecord(
+            config=config.model_dump(mode="json"),
+            device_type=prepared.policy.device_type,
+            identity=prepared.identity,
+            pins=prepared.pins,
+            counts=dict(prepared.counts),
+        ),
+    )
+    fingerprints = {f"reference.{n}": m.fingerprint.digest for n, m in prepared.references.items()}
+    pins = {f"pin.{name}": pin for name, pin in prepared.pins.items()}
+    digests = {f"data.{split}_digest": digest for split, digest in prepared.digests.items()}
+    tracker = Tracker.resume_or_start(
+        record.mlflow_run,
+        name=config.name,
+        uri=prepared.tracking_uri,
+        folder=config.folder,
+        experiment=config.tracking.experiment,
+        params=record.config,
+        tags={"loss.preset": config.preset} | fingerprints | pins | digests | code_tags(),
+    )
+    record.mlflow_run = tracker.run_id
+    record.write(config.folder)
+    return record, tracker
+
+
+def _train_on_cluster(prepared: Prepared, record: RunRecord, tracker: Tracker, console: Console) -> None:
+    config = prepared.config
+    total = total_steps(config, len(prepared.train))
+    with _references(prepared) as service:
+        if config.references.mode == "precompute":
+            _score_all(service, prepared, console)
+            service.release()
+        console.print(f"training {total} steps on {config.parallel.workers} worker(s)", highlight=False)
+        with following_steps(config.folder, total, console):
+            result = _fit(prepared, service, tracker)
+        _report_scores(service, console)
+        stats = {name: asdict(counts) for name, counts in service.stats().items()}
+    if result["status"] != "done":
+        tracker.finish("FAILED")
+        raise RunFailed(result["reason"])
+    record.result = result | {"scores": stats}
+    record.write(config.folder)
+
+
+def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dict[str, Any]:
+    """Run the workers to the end; Ray Train restarts them from the last checkpoint when one is lost."""
+    config = prepared.config
+    gpus = prepared.policy.device_type == "cuda"
+    setup = WorkerSetup(
+        config=config,
+        policy=prepared.policy.located,
+        train=ray.put(prepared.train),
+        held_out=ray.put(prepared.held_out) if prepared.held_out else None,
+        routers=service.routers,
+        identity=prepared.identity,
+        start_is=prepared.start_is,
+        folder=str(config.folder),
+        tracking_uri=prepared.tracking_uri,
+        tracking_run=tracker.run_id,
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"setup": setup},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallel.workers,
+            use_gpu=gpus,
+            resources_per_worker=worker_bundle(config.parallel.resources, gpus=gpus),
+        ),
+        run_config=RayRunConfig(
+            name="checkpoints",
+            storage_path=str(config.folder),
+            failure_config=FailureConfig(
+                max_failures=config.parallel.max_failures, controller_failure_limit=0
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.training.keep_last),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        tracker.finish("FAILED")
+        raise RunFailed(_reason(error)) from error
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """The workers' own error in one paragraph; the full traces are in the log of Ray."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, first = min(failures.items())
+    cause = getattr(first, "cause", None) or first
+    return (
+        f"worker {rank} failed: {str(cause).strip().splitlines()[-1]}. Checkpoints are kept: the same command "
+        "goes on from the last one"
+    )
+
+
+def _references(prepared: Prepared) -> ReferenceService:
+    """Routers for all references; those scored in process have a store and no replicas."""
+    config = prepared.config
+    gpus = prepared.policy.device_type == "cuda"
+    specs = []
+    for name in config.references.ordered:
+        settings, model = config.references.models[name], prepared.references[name]
+        bundle = replica_bundle(settings.resources, gpus=gpus)
+        specs.append(
+            ReferenceSpec(
+                name=name,
+                config=model.config.model_copy(update={"dtype": model.config.dtype_on(model.device_type)}),
+                fingerprint=model.fingerprint.digest,
+                replicas=0 if settings.in_process else settings.replicas,
+                num_cpus=bundle.pop("CPU", 0),
+                num_gpus=bundle.pop("GPU", 0),
+                resources=bundle,
+                start_timeout_s=60 * config.placement.wait_minutes,
+            )
+        )
+    return start_references(specs, config.storage_path)
+
+
+def _score_all(service: ReferenceService, prepared: Prepared, console: Console) -> None:
+    served = [n for n, r in prepared.config.references.models.items() if not r.in_process]
+    for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
+        if part is None:
+            continue
+        with Meter(console) as meter:
+            service.score_all(
+                {name: part.references[name] for name in served},
+                lambda name, done, total, split=split: meter.update(f"scoring {split}, {name}", done, total),
+            )
+
+
+def _report_scores(service: ReferenceService, console: Console) -> None:
+    for name, counts in service.stats().items():
+        console.print(
+            f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
+            f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
+            f"{counts.replicas_started} replica(s) started",
+            highlight=False,
+        )
+
+
+def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker, console: Console) -> None:
+    """Plots, artifacts and the registered version; every part can be done again."""
+    config, folder = prepared.config, prepared.config.folder
+    pictures = plots.draw(folder)
+    run_file = folder / "run.yaml"
+    run_file.write_text(json.dumps(record.config, indent=1))
+    tracker.log_files([run_file], under="config")
+    tracker.log_files(pictures, under="plots")
+    tracker.set_tags(_score_tags(record))
+    name = config.tracking.registered_model
+    if name is not None and record.registered is None:
+        export = folder / EXPORT
+        version = register(
+            prepared.tracking_uri,
+            name=name,
+            folder=export / "model",
+            run_id=tracker.run_id,
+            lineage=_lineage(prepared, record),
+            probe=Probe.load(export / "probe.safetensors"),
+            adapter=export / "adapter" if config.policy.adapter is not None else None,
+            alias=config.tracking.alias,
+        )
+        record.registered = version.uri_pinned
+        record.write(folder)
+    tracker.finish()
+    for metric, value in record.result["metrics"].items():
+        if metric in ("eval/accuracy", "eval/label_nll", "eval/loss"):
+            console.print(f"{metric}: {value:.4f}", highlight=False)
+    console.print(f"plots: {folder / 'plots'}", highlight=False, soft_wrap=True)
+    where = f"registered as {record.registered}" if name else f"model: {folder / EXPORT / 'model'}"
+    console.print(where, highlight=False, soft_wrap=True)
+
+
+def _score_tags(record: RunRecord) -> dict[str, str]:
+    counts = record.result["scores"]
+    return {
+        f"scores.{name}.{key}": str(stats[key])
+        for name, stats in counts.items()
+        for key in ("scored", "from_store", "forwards", "replicas_started")
+    }
+
+
+def _lineage(prepared: Prepared, record: RunRecord) -> Lineage:
+    config = prepared.config
+    history = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
+    counts = {}
+    for split, part in record.counts.items():
+        counts |= {f"{split} pairs": part["pairs"], f"{split} turned round": part["turned_round"]}
+        counts |= {f"{split} skipped, {reason}": count for reason, count in part["skipped"].items()}
+    return Lineage(
+        base_model=record.pins["policy"],
+        preset=config.preset,
+        loss=config.loss.model_dump(mode="json"),
+        references={
+            name: Reference(record.pins[f"references.{name}"], model.fingerprint.digest)
+            for name, model in prepared.references.items()
+        },
+        primary=config.references.primary,
+        data_digest=prepared.digests["train"],
+        eval_digest=prepared.digests.get("eval"),
+        counts=counts,
+        before=held_out[0] if held_out else {},
+        after=held_out[-1] if held_out else {},
+        config=record.config,
+        code=code_tags(),
+    )

@@ -1,0 +1,305 @@
+"""What every training worker runs. The second file to read, after `losses/preference.py`.
+
+`train_worker` reads top to bottom: the policy, what feeds it, where it stood, and the loop. A batch's
+reference scores are asked for two batches before they are needed, so replicas score while the policy learns.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from transformers import get_scheduler
+
+from losses.config import LossConfig
+from losses.dispersion import calibrated_phi_star
+from models.load import Located
+from orchestrator import checkpoint
+from orchestrator.checkpoint import Progress
+from orchestrator.config import RunConfig
+from orchestrator.feed import Feed, Part
+from orchestrator.metrics import StepTable, held_out_metrics, perf_metrics, training_metrics
+from orchestrator.policy import Policy, export_policy, open_policy
+from orchestrator.references.client import ReferenceClient
+from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
+from orchestrator.tracking import Tracker
+from preferences.batches import BatchPlan
+
+BATCHES_AHEAD = 2
+CALIBRATION_PAIRS = 2048
+EXPORT = "export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """Everything a worker needs, made once by the command that starts the run.
+
+    Attributes:
+        config: the run file.
+        policy: where the policy's start lies.
+        train, held_out: object references to `Part`s.
+        routers: handles of the served references' routers by name.
+        identity: fingerprints and digests that a checkpoint must share to be resumed.
+        start_is: the reference that equals the policy's start, if one does.
+        folder: the run's folder.
+        tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
+    """
+
+    config: RunConfig
+    policy: Located
+    train: ray.ObjectRef
+    held_out: ray.ObjectRef | None
+    routers: Mapping[str, Any]
+    identity: dict[str, Any]
+    start_is: str | None
+    folder: str
+    tracking_uri: str
+    tracking_run: str
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """`train_loop_per_worker`: train until the last step and export the policy.
+
+    Returns:
+        `{"status": "done", "step": n, "metrics": {...}}`, or `{"status": "diverged", "reason": ...}` when a
+        loss is not finite: a failure that a restart would only repeat.
+    """
+    setup: WorkerSetup = settings["setup"]
+    config, context = setup.config, ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+
+    policy = open_policy(
+        config,
+        setup.policy,
+        device=ray.train.torch.get_device(),
+        local_workers=context.get_local_world_size(),
+    )
+    parts = {"train": ray.get(setup.train), "eval": ray.get(setup.held_out) if setup.held_out else None}
+    feeds = {
+        split: _feed(setup, part, policy, rank=rank, world_size=world_size)
+        for split, part in parts.items()
+        if part is not None
+    }
+    plan = BatchPlan(len(parts["train"]), config.training.pairs_per_step, config.training.seed)
+    total = total_steps(config, plan.count)
+
+    schedule = get_scheduler(
+        config.training.schedule,
+        policy.parallel.optimizer,
+        num_warmup_steps=round(config.training.warmup * total),
+        num_training_steps=total,
+    )
+    progress = _resume(setup, policy, schedule)
+    journal = Tracker(
+        setup.tracking_uri,
+        setup.tracking_run,
+        Path(setup.folder),
+        resume_step=progress.step if progress.step else -1,
+    ) if rank == 0 else None
+
+    loss, progress = _calibrated(config, feeds["train"], progress)
+    run = _Run(setup, policy, feeds, plan, loss, journal)
+    for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
+        run.ask(step)
+    if progress.step == 0 and "eval" in feeds:
+        progress = replace(progress, metrics=run.evaluate(0, start_is=setup.start_is))
+    for step in range(progress.step, total):
+        if step + BATCHES_AHEAD < total:
+            run.ask(step + BATCHES_AHEAD)
+        torch.manual_seed(config.training.seed * 1_000_003 + step * world_size + rank)
+        try:
+            run.train(step, learning_rate=schedule.get_last_lr()[0])
+        except NonFiniteLoss as failure:
+            run.close()
+            return {"status": "diverged", "reason": run.describe(failure, step)}
+        schedule.step()
+
+        taken, last = step + 1, step + 1 == total
+        evaluated = "eval" in feeds and (last or taken % config.evaluation.every_steps == 0)
+        if evaluated:
+            progress = replace(progress, metrics=run.evaluate(taken))
+        if last or taken % config.training.save_every == 0:
+            progress = replace(progress, step=taken, schedule=schedule.state_dict())
+            _save(policy, progress, rank)
+        elif evaluated:
+            ray.train.report({"step": taken, **progress.metrics})
+    run.close()
+    if rank == 0:
+        probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
+        export_policy(policy, Path(setup.folder) / EXPORT, probes=probes)
+    return {
+        "status": "done",
+        "step": total,
+        "metrics": progress.metrics,
+        "phi_star": progress.phi_star,
+        "sharing_refused": policy.sharing_refused,
+    }
+
+
+def total_steps(config: RunConfig, pairs: int) -> int:
+    """Optimizer steps of a run over so many training pairs."""
+    training = config.training
+    plan = BatchPlan(pairs, training.pairs_per_step, training.seed)
+    return training.max_steps or training.epochs * plan.steps_per_epoch
+
+
+class _Run:
+    """The verbs of the loop, bound to this rank's policy and feeds."""
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        policy: Policy,
+        feeds: dict[str, Feed],
+        plan: BatchPlan,
+        loss: LossConfig,
+        journal: Tracker | None,
+    ) -> None:
+        self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
+        self._loss, self._journal = loss, journal
+        self._names = setup.config.references.ordered
+        self._told = {
+            "dispersed": loss.dispersion.type != "none",
+            "weighted": len(self._names) > 1 and not loss.reference_free,
+        }
+
+    def ask(self, step: int) -> None:
+        """Ask the references for a coming step's scores."""
+        self._feeds["train"].ask(("train", step), self._indices(step))
+
+    def train(self, step: int, *, learning_rate: float) -> None:
+        """One optimizer step, and its metrics."""
+        started = time.perf_counter()
+        training, indices = self._setup.config.training, self._indices(step)
+        batches, waited = self._feeds["train"].collect(("train", step), indices)
+        table = self._table(len(indices))
+        table.spend(waited)
+        table, grad_norm = training_step(
+            self._policy.parallel,
+            batches,
+            loss=self._loss,
+            table=table,
+            clip_norm=training.clip_norm,
+            precision=self._policy.precision,
+        )
+        if self._journal is None:
+            return
+        metrics = training_metrics(table, **self._told)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics |= {"epoch": (step + 1) / self._plan.steps_per_epoch}
+        metrics |= perf_metrics(
+            table,
+            seconds=time.perf_counter() - started,
+            world_size=self._policy.parallel.world_size,
+            peak_flops=self._policy.peak_flops,
+        )
+        self._journal.log(step + 1, metrics)
+        if self._told["dispersed"]:
+            self._journal.log_scales(table["scale"].tolist())
+
+    def evaluate(self, step: int, *, start_is: str | None = None) -> dict[str, float]:
+        """Held-out metrics; with `start_is` that reference's scores are the policy's, without a forward pass."""
+        feed = self._feeds["eval"]
+        indices = np.arange(len(feed.part))
+        feed.ask(("eval", step), indices)
+        batches, _ = feed.collect(("eval", step), indices)
+        table = evaluation_pass(
+            self._policy.parallel,
+            batches,
+            loss=self._loss,
+            table=self._table(len(indices)),
+            precision=self._policy.precision,
+            start_is=None if start_is is None else self._names.index(start_is),
+        )
+        metrics = held_out_metrics(table, soft=feed.part.soft, paired=feed.part.paired, **self._told)
+        if self._journal is not None:
+            self._journal.log(step, metrics)
+        return metrics
+
+    def describe(self, failure: NonFiniteLoss, step: int) -> str:
+        """Which step and pairs a loss was lost at, and what to do."""
+        part, indices = self._feeds["train"].part, self._indices(step)
+        sources = [part.sources[int(indices[slot])] for slot in failure.slots[:5]]
+        more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
+        return (
+            f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}. The last checkpoint is kept; "
+            "lower training.learning_rate or loss.beta, or look at these rows, and start with --fresh"
+        )
+
+    def close(self) -> None:
+        """Send the metrics that are left."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def _indices(self, step: int) -> np.ndarray:
+        epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
+        return self._plan.indices(epoch, step_of_epoch)
+
+    def _table(self, pairs: int) -> StepTable:
+        return StepTable(pairs, self._names, self._policy.parallel.device)
+
+
+def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_size: int) -> Feed:
+    return Feed(
+        part,
+        order=setup.config.references.ordered,
+        client=ReferenceClient(
+            setup.routers,
+            part.references,
+            in_process=[n for n, r in setup.config.references.models.items() if r.in_process],
+        ),
+        score_start=policy.score_start,
+        rank=rank,
+        world_size=world_size,
+        tokens_per_microbatch=setup.config.training.tokens_per_microbatch,
+        shared_rows=policy.sharing_refused is None,
+        pad_id=policy.pad_id,
+        device=policy.parallel.device,
+        flops=policy.flops,
+    )
+
+
+def _resume(setup: WorkerSetup, policy: Policy, schedule: Any) -> Progress:
+    """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
+    stored = ray.train.get_checkpoint()
+    if stored is None:
+        return Progress(identity=setup.identity, schedule={}, optimizer={}, metrics={})
+    with stored.as_directory() as folder:
+        progress = checkpoint.load(folder, policy.parallel, identity=setup.identity)
+    schedule.load_state_dict(progress.schedule)
+    return progress
+
+
+def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[LossConfig, Progress]:
+    """The loss with `phi_star: auto` resolved from the primary's scores of a seeded sample of pairs.
+
+    Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
+    """
+    loss = config.loss
+    if loss.dispersion.type != "entropy" or loss.dispersion.phi_star != "auto":
+        return loss, progress
+    if progress.phi_star is None:
+        generator = np.random.default_rng(config.training.seed)
+        count = min(CALIBRATION_PAIRS, len(feed.part))
+        sample = np.sort(generator.choice(len(feed.part), size=count, replace=False))
+        progress = replace(progress, phi_star=calibrated_phi_star(feed.primary_entropies(sample)))
+    assert progress.phi_star is not None
+    return loss.with_phi_star(progress.phi_star), progress
+
+
+def _save(policy: Policy, progress: Progress, rank: int) -> None:
+    """Report a checkpoint; every rank takes part, rank 0 writes."""
+    metrics = {"step": progress.step, **progress.metrics}
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(folder, policy.parallel, progress)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
