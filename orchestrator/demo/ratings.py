@@ -1,8 +1,8 @@
 """Preference pairs with true soft labels, from short movie reviews that 15 to 29 people rated each.
 
 A pair is two reviews that open with the same words: the opening is the prompt, and how each review goes on is
-a response, so a policy that learns to prefer the chosen ones writes more favourable reviews. The soft label is
-the share of votes the chosen one would get, were one rater of each review drawn at random: P(rating of chosen
+a response, so a policy that learns to prefer the chosen ones writes more favourable reviews. The soft label
+is the share of votes for the chosen one, were one rater of each review drawn at random: P(rating of chosen
 above rating of rejected), ties half. Raters carry no identity in this data, so nothing finer can be known.
 
 Every review stands in one row only, so held-out pairs share no text with the training pairs, nor with the
@@ -84,8 +84,8 @@ def build(texts: Iterable[RatedText], *, train: int, held_out: int, reviews: int
     rows = [row for pair in pairs if (row := _pair_row(*pair))["soft_label"] >= MIN_SHARE]
     if len(rows) < train + held_out or len(alone) < reviews:
         raise ValueError(
-            f"{train} + {held_out} pairs and {reviews} reviews asked for, but the texts make {len(rows)} pairs"
-            f" and leave {len(alone)} reviews; ask for fewer"
+            f"{train} + {held_out} pairs and {reviews} reviews asked for, but the texts make {len(rows)} "
+            f"pairs and leave {len(alone)} reviews; ask for fewer"
         )
     return DemoRows(
         train=rows[held_out : held_out + train],
@@ -116,7 +116,7 @@ def _columns(file: Path, *, text_column: int) -> dict[str, str]:
 def _pair_up(
     texts: Iterable[RatedText], chance: random.Random
 ) -> tuple[list[tuple[RatedText, RatedText]], list[RatedText]]:
-    """Random pairs of texts with the same first word, where possible the same two; and the texts left over."""
+    """Random pairs of texts with the same first word, if possible the same two; and the texts left over."""
     by_opening: dict[str, list[RatedText]] = defaultdict(list)
     for text in texts:
         by_opening[text.words[0]].append(text)
