@@ -92,7 +92,7 @@ class EntropyDispersion(Settings):
     """
 
     type: Literal["entropy"] = "entropy"
-    phi_star: Annotated[float | Literal["auto"], Within(0.29, at_least=1e-4)] = 0.29
+    phi_star: Annotated[float | Literal["auto"], Within(0.29, at_least=1e-3)] = 0.29
 
     @field_validator("phi_star", mode="before")
     @classmethod
@@ -233,6 +233,11 @@ class LossConfig(Settings):
         return self.dispersion.type == "entropy"
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether `phi_star: auto` is still to be resolved, from a sample of the training set's entropies."""
+        return isinstance(self.dispersion, EntropyDispersion) and self.dispersion.phi_star == "auto"
+
+    @property
     def completions_only(self) -> bool:
         """Whether rejected responses play no part (supervised fine-tuning)."""
         return self.link.type == "none"
@@ -248,6 +253,8 @@ class LossConfig(Settings):
 
     def with_phi_star(self, phi_star: float) -> Self:
         """This loss with `phi_star: auto` replaced by what `dispersion.calibrated_phi_star` found."""
+        if not self.needs_calibration:
+            raise LossError("phi_star is calibrated only for dispersion: {type: entropy, phi_star: auto}")
         calibrated = EntropyDispersion(phi_star=phi_star)
         return type(self).model_validate({**self.model_dump(), "dispersion": calibrated})
 

@@ -24,7 +24,7 @@ class LossError(ValueError):
 def unknown(what: str, name: object, options: Iterable[str]) -> LossError:
     """The error for a name that is none of `options`, with the nearest of them."""
     names = list(options)
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return LossError(f"unknown {what} {name!r}{hint} Choose from: {', '.join(names)}")
 

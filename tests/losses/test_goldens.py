@@ -57,20 +57,6 @@ def test_losses_and_gradients_agree_with_50_digit_arithmetic(case: dict[str, Any
         torch.testing.assert_close(ours.detach(), tensor(theirs), rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_float32_keeps_single_precision(case: dict[str, Any]) -> None:
-    policy, references, soft_labels = inputs_of(case)
-    config = LossConfig.model_validate(case["config"])
-    out = preference_loss(
-        policy.to(torch.float32),
-        [reference.to(torch.float32) for reference in references],
-        config=config,
-        soft_labels=soft_labels.float(),
-    )
-    assert out.losses.dtype == torch.float32
-    torch.testing.assert_close(out.losses.detach().double(), tensor(case["losses"]), rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("case", [c for c in CASES if c["name"] in PRESETS], ids=lambda case: case["name"])
 def test_presets_are_the_configs_of_the_same_name(case: dict[str, Any]) -> None:
     config = LossConfig.model_validate(case["config"])

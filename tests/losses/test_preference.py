@@ -1,0 +1,90 @@
+"""What `preference_loss` refuses when called, and the dtypes it takes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from losses.config import LossError
+from losses.dispersion import calibrated_phi_star
+from losses.preference import preference_loss
+from losses.presets import PRESETS, preset
+from losses.scores import PairScores, ReferenceScores
+from tests.losses.cases import doubles, gradients, policy_of, reference_of, with_gradients
+
+POLICY = policy_of([-30, -60], [-50, -40])
+A, B = reference_of([-40, -50], [-45, -55]), reference_of([-41, -70], [-35, -52])
+BLIND = replace(A, chosen_entropy=None, rejected_entropy=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "references", "remedy"),
+    [
+        ("dpo", {}, [], "set references: {combine: none}"),
+        ("mrpo", {}, [], "pass ReferenceScores"),
+        ("mrpo", {}, [A], "set trust_region: null, or add a reference"),
+        ("geometric_references", {"references": {"weights": [1, 2, 3]}}, [A, B], "give one each"),
+        (
+            "mallows_theta",
+            {},
+            [BLIND],
+            "chosen_entropy and rejected_entropy, or set dispersion: {type: none}",
+        ),
+        ("mallows_simpo", {}, [], "set dispersion: {type: none}"),
+        ("mallows_theta", {"dispersion": {"phi_star": "auto"}}, [A], "calibrated_phi_star"),
+        ("dpo", {}, [reference_of([-1], [-2])], "score the same"),
+    ],
+)
+def test_missing_scores_are_refused_with_the_remedy(
+    name: str, stages: dict[str, Any], references: list[ReferenceScores], remedy: str
+) -> None:
+    with pytest.raises(LossError) as refusal:
+        preference_loss(POLICY, references, config=preset(name, **stages))
+    assert remedy in str(refusal.value)
+
+
+def test_soft_labels_of_another_shape_are_refused() -> None:
+    with pytest.raises(LossError, match="give each pair one"):
+        preference_loss(POLICY, [A], config=preset("gdpo"), soft_labels=doubles(0.5))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (), (3,)])
+def test_scores_per_token_or_of_other_batches_are_refused(shape: tuple[int, ...]) -> None:
+    good, bad = torch.zeros(2), torch.zeros(shape)
+    with pytest.raises(LossError, match="sum log-probs over the response's tokens first"):
+        PairScores(good, bad, good, good)
+    with pytest.raises(LossError, match=r"ReferenceScores.rejected_entropy"):
+        ReferenceScores(good, good, good, good, good, bad)
+
+
+@pytest.mark.parametrize("entropies", [[], [0.5, 40.0], [-0.1], [float("nan")]])
+def test_calibration_refuses_what_is_not_a_mean_normalised_entropy(entropies: list[float]) -> None:
+    with pytest.raises(LossError, match="divide the mean over a response's tokens"):
+        calibrated_phi_star(torch.tensor(entropies))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_log_probs_are_widened(name: str, dtype: torch.dtype) -> None:
+    narrow = with_gradients(POLICY.to(dtype))
+    references = [A.to(dtype), B.to(dtype)]
+    out = preference_loss(narrow, references, config=PRESETS[name], soft_labels=torch.tensor([0.9, 0.6]))
+    assert out.losses.dtype == out.chosen_rewards.dtype == out.weights.dtype == torch.float32
+    wide = with_gradients(narrow.detached().to(torch.float64))
+    exact = preference_loss(
+        wide,
+        [reference.to(torch.float64) for reference in references],
+        config=PRESETS[name],
+        soft_labels=doubles(0.9, 0.6),
+    )
+    torch.testing.assert_close(out.losses.double(), exact.losses, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(out, narrow), gradients(exact, wide), strict=True):
+        assert ours.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=1e-6)
+
+
+def test_references_may_be_wider_than_the_policy() -> None:
+    out = preference_loss(POLICY.to(torch.float32), [A, B], config=preset("mrpo"))
+    assert out.losses.dtype == torch.float64
