@@ -23,7 +23,7 @@ from typing import Any
 
 PROMPT = "Movie review: "
 MIN_SHARE = 0.6
-SHORTEST, LONGEST = 5, 16
+SHORTEST, LONGEST = 5, 14
 """Words of a review: short ones keep the demonstration within minutes on a laptop."""
 LONGEST_OPENING = 4
 """Words of a prompt."""
@@ -71,8 +71,15 @@ def vote_share(one: Sequence[int], other: Sequence[int]) -> float:
     return halves / (2 * len(one) * len(other))
 
 
-def build(texts: Iterable[RatedText], *, train: int, held_out: int, reviews: int, seed: int) -> DemoRows:
-    """Draw the rows: `held_out` and `train` pairs, then `reviews` rows of the texts that no pair uses.
+def build(
+    texts: Iterable[RatedText],
+    *,
+    train: int = 480,
+    held_out: int = 400,
+    reviews: int = 480,
+    seed: int = 0,
+) -> DemoRows:
+    """Draw the rows: `held_out` and `train` pairs, then `reviews` rows of texts that no pair uses.
 
     The same texts, counts and seed give the same rows; the held-out pairs do not depend on `train`.
 

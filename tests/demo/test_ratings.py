@@ -24,7 +24,7 @@ def texts() -> list[ratings.RatedText]:
 
 @pytest.fixture(scope="module")
 def rows(texts: list[ratings.RatedText]) -> ratings.DemoRows:
-    return ratings.build(texts, **COUNTS)
+    return ratings.build(texts)
 
 
 def brute_force(one, other) -> float:
