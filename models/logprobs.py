@@ -23,8 +23,9 @@ from models.rows import Prompted, Rows, build_rows
 
 log = logging.getLogger(__name__)
 
-_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # nats per token
-_PROBE_TOLERANCE_LOW = 0.15  # bfloat16 and float16; a leak between the probe's equal responses is far larger
+# Nats per token by which a probe may miss. Norms and softmax round to float32 even in a float64 model; what a
+# leak between the probe's equal responses gives is far above the noise of bfloat16 and float16.
+_TOLERANCE, _TOLERANCE_LOW = 1e-3, 0.15
 _ALIBI = frozenset({"bloom", "mpt"})
 _refusals: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary()
 
@@ -222,7 +223,7 @@ def _probe(model: PreTrainedModel) -> tuple[list[int], list[list[int]]]:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    return _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_LOW)
+    return _TOLERANCE if torch.finfo(model.dtype).bits >= 32 else _TOLERANCE_LOW
 
 
 @contextmanager
@@ -262,13 +263,9 @@ class _Sizes(NamedTuple):
                 # Quantised layers pack their weights: count what the layer says, not what it stores.
                 size = _linear_size(module) if dense else weight.numel()
                 body += size * (share if ".experts" in name else 1.0)
-        width = config.hidden_size // config.num_attention_heads
-        width = getattr(config, "head_dim", None) or width
-        return cls(
-            body=body,
-            head=float(_linear_size(head)),
-            attention=float(config.num_hidden_layers * config.num_attention_heads * width),
-        )
+        heads = getattr(config, "num_attention_heads", 0)  # a purely recurrent model has none
+        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+        return cls(body, float(_linear_size(head)), float(config.num_hidden_layers * heads * width))
 
 
 def _linear_size(layer: nn.Module) -> int:

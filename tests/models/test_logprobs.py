@@ -1,0 +1,351 @@
+"""Log-probs, entropies and gradients of rows against plain logits, one sequence at a time."""
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from plain_logits import GROUPS, assert_equal_gradients, gradients, plain_scores, weighted
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedModel,
+)
+
+from models.adapters import add_lora
+from models.config import LoraSettings, ModelError
+from models.head import LinearHead, ReplayedHead
+from models.logprobs import Scorer, sharing_refusal
+from models.rows import Prompted, build_rows
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=120,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    initializer_range=0.4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": tiny.llama,
+    "qwen": tiny.qwen,
+    "gpt2": tiny.gpt2,
+    "llama-eager": lambda: tiny.build(tiny.llama_config(), attention="eager"),
+    "gpt2-eager": lambda: tiny.build(tiny.gpt2_config(), attention="eager"),
+}
+
+
+def rows(shared: bool) -> Any:
+    return build_rows(GROUPS, shared=shared, pad_id=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_rows_equal_plain_logits(name: str, shared: bool, dtype: torch.dtype, tolerance: float) -> None:
+    model = ARCHITECTURES[name]().to(dtype)
+    if "eager" in name:  # its softmax rounds to float32 whatever the model's dtype
+        tolerance = max(tolerance, 1e-6)
+    scorer = Scorer(model, chunk_tokens=5)
+    assert scorer.sharing_refusal is None
+    scores = scorer(rows(shared), entropy=True)
+    logps, entropies = plain_scores(model, GROUPS)
+    torch.testing.assert_close(scores.logps, logps, rtol=tolerance, atol=0.0)
+    torch.testing.assert_close(scores.entropy, entropies, rtol=tolerance, atol=0.0)
+    assert scores.lengths.tolist() == [len(r) for g in GROUPS for r in g.responses]
+    assert scores.logps.dtype == torch.promote_types(dtype, torch.float32)
+    assert not scores.entropy.requires_grad
+    found, expected = gradients(model, weighted(scores.logps)), gradients(model, weighted(logps))
+    # RMSNorm rounds to float32 whatever the model's dtype; GPT-2's layer norm does not.
+    assert_equal_gradients(found, expected, tolerance if "gpt2" in name else max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 26, 1000])
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_chunks_do_not_matter(chunk_tokens: int, frozen_head: bool) -> None:
+    model = tiny.gpt2(tie_word_embeddings=False).double()
+    model.lm_head.weight.requires_grad_(not frozen_head)
+    scores = Scorer(model, chunk_tokens=chunk_tokens)(rows(True), entropy=True)
+    logps, entropies = plain_scores(model, GROUPS)
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(scores.entropy, entropies, rtol=1e-12, atol=0.0)
+    assert_equal_gradients(
+        gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-11
+    )
+
+
+def cohere_like() -> PreTrainedModel:
+    return tiny.build(CohereConfig(**SMALL, logit_scale=0.35))
+
+
+TAILS: dict[str, tuple[Callable[[], PreTrainedModel], type]] = {
+    "softcap": (
+        lambda: tiny.build(
+            Gemma2Config(
+                **SMALL, head_dim=8, final_logit_softcapping=2.0, layer_types=["full_attention"] * 2
+            ),
+            attention="eager",
+        ),
+        LinearHead,
+    ),
+    "scale": (cohere_like, LinearHead),
+    "divisor": (lambda: tiny.build(GraniteConfig(**SMALL, logits_scaling=3.0)), LinearHead),
+    "bias": (lambda: tiny.build(PhiConfig(**SMALL)), LinearHead),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_what_follows_the_head_is_exact(name: str, frozen_head: bool) -> None:
+    make, head = TAILS[name]
+    model = make().double()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    for weight in model.lm_head.parameters():
+        weight.requires_grad_(not frozen_head)
+    scorer = Scorer(model, chunk_tokens=4)
+    assert type(scorer._head) is head
+    scores = scorer(rows(scorer.sharing_refusal is None), entropy=True)
+    logps, entropies = plain_scores(model, GROUPS)
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(scores.entropy, entropies, rtol=1e-6, atol=0.0)
+    assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-6)
+
+
+class OddLlama(LlamaForCausalLM):
+    """A head nobody knows: the logits are cubed a little."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 0.01 * output.logits**3
+        return output
+
+
+def odd_llama() -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return OddLlama(tiny.llama_config()).eval()
+
+
+def lora_on_head() -> PreTrainedModel:
+    model = add_lora(tiny.llama(), LoraSettings(r=2, target_modules=("lm_head", "q_proj")))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    return model
+
+
+@pytest.mark.parametrize("make", [odd_llama, lora_on_head])
+def test_other_heads_run_through_the_models_own_forward(
+    make: Callable[[], PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make().double()
+    with caplog.at_level(logging.INFO, "models.logprobs"):
+        scorer = Scorer(model, chunk_tokens=4)
+    assert isinstance(scorer._head, ReplayedHead)
+    assert "the lm head runs through the model's own forward" in caplog.text
+    scores = scorer(rows(True), entropy=True)
+    logps, entropies = plain_scores(model, GROUPS)
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-11, atol=0.0)
+    torch.testing.assert_close(scores.entropy, entropies, rtol=1e-11, atol=0.0)
+    assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(scorer(rows(False)).logps, logps.detach(), rtol=1e-11, atol=0.0)
+
+
+class LargestLogits(TorchDispatchMode):
+    """Notes the most elements of any tensor, made under it, that has a vocabulary-sized dimension."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return result
+
+
+@pytest.mark.parametrize("make", [tiny.llama, odd_llama, lora_on_head])
+def test_no_tensor_of_tokens_by_vocabulary_ever_exists(make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
+    scorer = Scorer(model, chunk_tokens=40)  # above the width 32, whose weights have V columns too
+    some = build_rows([Prompted(list(range(40)), [list(range(40)), list(range(50))])], shared=True, pad_id=0)
+    with LargestLogits(tiny.VOCAB) as seen:
+        scores = scorer(some, entropy=True)
+        scores.logps.sum().backward()
+    assert seen.rows == 40  # neither the 90 response tokens at once, nor the 128 tokens of the row
+    with LargestLogits(tiny.VOCAB) as seen:
+        model(input_ids=some.input_ids)
+    assert seen.rows == some.tokens  # the mode does see plain logits
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_empty_microbatch_gives_zero_gradients_to_every_weight(shared: bool) -> None:
+    for model in (tiny.llama(), lora_on_head()):
+        scores = Scorer(model)(build_rows([], shared=shared, pad_id=0), entropy=True)
+        assert scores.logps.shape == scores.entropy.shape == (0,)
+        assert all(not g.any() for g in gradients(model, scores.logps.sum()).values())
+
+
+def test_mode_and_random_state_are_left_alone() -> None:
+    model = tiny.gpt2().train()
+    model.transformer.h[0].eval()
+    state = torch.get_rng_state()
+    Scorer(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert model.transformer.h[1].attn.training
+    assert not model.transformer.h[0].attn.training
+    assert "forward" not in vars(model.get_decoder())
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    exact = Scorer(tiny.llama())(rows(True), entropy=True)
+    half = Scorer(tiny.llama().to(torch.bfloat16))(rows(True), entropy=True)
+    assert half.logps.dtype == half.entropy.dtype == torch.float32
+    per_token = ((half.logps - exact.logps) / exact.lengths).abs().max()
+    assert 1e-5 < per_token < 0.1
+    torch.testing.assert_close(half.entropy, exact.entropy, rtol=0.0, atol=5e-3)
+
+
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: bool) -> None:
+    model = tiny.llama()
+    model.lm_head.weight.requires_grad_(not frozen_head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = Scorer(model, chunk_tokens=4)(rows(False))
+        logps, _ = plain_scores(model, GROUPS)
+    assert scores.logps.dtype == torch.float32
+    torch.testing.assert_close(scores.logps, logps, rtol=2e-3, atol=0.0)
+    found, expected = gradients(model, weighted(scores.logps)), gradients(model, weighted(logps))
+    assert all(g.dtype == torch.float32 for g in found.values())
+    assert_equal_gradients(found, expected, 0.1)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    model = tiny.llama().train()
+    plain = gradients(model, weighted(Scorer(model)(rows(True)).logps))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_equal_gradients(gradients(model, weighted(Scorer(model)(rows(True)).logps)), plain, 1e-6)
+
+
+REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "window": (tiny.sliding, "sliding window of 4 tokens"),
+    "mixed": (
+        lambda: tiny.build(Gemma2Config(**SMALL, head_dim=8, sliding_window=4), attention="eager"),
+        "layers of type sliding_attention",
+    ),
+    "alibi": (
+        lambda: tiny.build(
+            BloomConfig(vocab_size=120, hidden_size=16, n_layer=2, n_head=2), attention="eager"
+        ),
+        "ALiBi",
+    ),
+    "recurrent": (
+        lambda: tiny.build(
+            MambaConfig(vocab_size=120, hidden_size=16, num_hidden_layers=2, state_size=4), attention="eager"
+        ),
+        "linear_attention",
+    ),
+    "longrope": (
+        lambda: tiny.build(
+            Phi3Config(
+                **SMALL,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 16,
+                },
+                max_position_embeddings=64,
+            )
+        ),
+        "longrope",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_sharing_is_refused_where_it_is_not_exact(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, reason = REFUSED[name]
+    model = make()
+    with caplog.at_level(logging.INFO, "models.logprobs"):
+        assert reason in str(sharing_refusal(model))
+        scorer = Scorer(model)
+    assert caplog.text.count("prompts are not shared") == 1
+    with pytest.raises(ModelError, match="prefix sharing is not exact"):
+        scorer(rows(True))
+    # Plain rows are exact all the same, padding and all.
+    torch.testing.assert_close(scorer(rows(False)).logps, plain_scores(model, GROUPS)[0], rtol=1e-4, atol=0.0)
+
+
+def test_the_probe_finds_what_the_config_does_not_say() -> None:
+    model = tiny.llama()
+    decoder = model.get_decoder()
+    own = decoder.forward
+    # A decoder that numbers positions by column, as some do whatever they are given.
+    decoder.forward = lambda *a, position_ids=None, **k: own(*a, **k)
+    assert "other log-probs with a shared prompt" in str(sharing_refusal(model))
+
+
+def test_the_probe_finds_a_leak_in_bfloat16() -> None:
+    model = tiny.llama().to(torch.bfloat16)
+    decoder = model.get_decoder()
+    own = decoder.forward
+    decoder.forward = lambda *a, attention_mask=None, **k: own(*a, **k)
+    assert sharing_refusal(model) is not None
+    assert sharing_refusal(tiny.llama().to(torch.bfloat16)) is None
+
+
+def test_a_window_that_is_switched_off_does_not_refuse() -> None:
+    assert sharing_refusal(tiny.qwen(sliding_window=4, use_sliding_window=False)) is None
+
+
+def test_logits_that_do_not_follow_from_the_decoder_are_refused() -> None:
+    class Doubled(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+            return super().forward(input_ids=input_ids.flip(-1), **kwargs)
+
+    with pytest.raises(ModelError, match="differ from its logits"):
+        Scorer(Doubled(tiny.llama_config()).eval())
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ModelError, match="chunk_tokens must be at least 1, got 0; try"):
+        Scorer(tiny.llama(), chunk_tokens=0)
+
+
+def test_flex_attention_is_refused_on_a_cpu() -> None:
+    model = tiny.llama()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ModelError, match="attention: flex has no backward pass on a CPU; set attention: sdpa"):
+        Scorer(model)
+
+
+def test_flops_by_hand() -> None:
+    some = build_rows([Prompted([1, 2, 3], [[4, 5], [6, 7, 8]])], shared=True, pad_id=0)
+    # Per layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 64 = 9,216 weights; the head 32 x 261.
+    # Prompt 3, responses of 1 and 2 inputs: attended 6 + (3 + 1) + (3 + 1 + 3 + 2); 2 layers of 4 heads of 8.
+    expected = 2 * (2 * 9216 * 6 + 32 * 261 * 5) + 4 * 64 * (6 + 4 + 9)
+    assert Scorer(tiny.llama()).forward_flops(some) == expected
+    assert Scorer(tiny.gpt2()).forward_flops(some) == 2 * (24576 * 6 + 32 * 261 * 5) + 4 * 64 * 19
+    assert SimpleNamespace(attended=some.attended) == SimpleNamespace(attended=19)

@@ -1,0 +1,177 @@
+"""One process, two gloo ranks: the same step; and state that goes out and comes back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from plain_logits import GROUPS, weighted
+from safetensors.torch import load_file, save_file
+
+from models.adapters import adapter_off, add_lora, find_adapter
+from models.config import LoraSettings, ModelError
+from models.logprobs import Scorer
+from models.parallel import Parallel, Replicated, prepare
+from models.rows import Prompted, build_rows
+
+CPU = torch.device("cpu")
+# One rank's micro-batches; the second rank's last one is empty.
+SHARES = [[GROUPS[:1], GROUPS[1:2]], [GROUPS[2:], []]]
+
+
+def policy(lora: bool) -> Scorer:
+    model = tiny.llama()
+    return Scorer((add_lora(model, LoraSettings(r=2), seed=3) if lora else model).train(), chunk_tokens=4)
+
+
+def prepared(lora: bool = False, **settings: Any) -> Parallel:
+    return prepare(policy(lora), device=CPU, learning_rate=1e-2, weight_decay=0.1, **settings)
+
+
+def accumulated(parallel: Parallel, microbatches: list[list[Prompted]], *, count: int) -> float:
+    """Gradients of the sum over all ranks' sequences / count, and that sum over this rank's."""
+    total = 0.0
+    for index, groups in enumerate(microbatches):
+        rows = build_rows(groups, shared=True, pad_id=0)
+        with parallel.accumulate(last=index == len(microbatches) - 1):
+            loss = parallel.module(rows).logps.sum() / count * parallel.world_size
+            if find_adapter(parallel.unwrapped) is not None:  # scoring in between must not disturb the step
+                with adapter_off(parallel.module):
+                    parallel.module(rows)
+            parallel.backward(loss)
+        total += float(loss.detach())
+    return total
+
+
+def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torch.Tensor]:
+    state = {}
+    for step in range(2):
+        accumulated(parallel, share, count=7)
+        state[f"norm{step}"] = parallel.clip(0.5)
+        if step == 0:
+            state |= {f"gradient/{n}": p.grad.clone() for n, p in parallel.unwrapped.named_parameters() if p.grad is not None}
+        parallel.step()
+        parallel.zero_grad()
+    return state | {f"weight/{n}": p for n, p in parallel.model_state().items()}
+
+
+def _rank(rank: int, rendezvous: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        for lora in (False, True):
+            parallel = prepared(lora)
+            assert isinstance(parallel, Replicated)
+            assert (parallel.rank, parallel.world_size) == (rank, 2)
+            numbers = torch.tensor([1.0, 10.0]) * (rank + 1)
+            assert parallel.all_reduce_sum(numbers) is numbers
+            assert numbers.tolist() == [3.0, 30.0]
+            save_file(two_steps(parallel, SHARES[rank]), f"{out}/{lora}-{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    for lora in (False, True):
+        expected = two_steps(prepared(lora), SHARES[0] + SHARES[1])
+        for rank in (0, 1):
+            found = load_file(tmp_path / f"{lora}-{rank}.safetensors")
+            assert found.keys() == expected.keys()
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_process_steps_as_plain_adamw() -> None:
+    parallel, model = prepared(), tiny.llama()
+    assert (parallel.rank, parallel.world_size) == (0, 1)
+    numbers = torch.tensor([1.0])
+    assert parallel.all_reduce_sum(numbers) is numbers
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    assert decayed
+    assert plain
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2
+    )
+    scorer, rows = Scorer(model, chunk_tokens=4), build_rows(GROUPS, shared=True, pad_id=0)
+    for _ in range(2):
+        parallel.backward(weighted(parallel.module(rows).logps))
+        weighted(scorer(rows).logps).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        torch.testing.assert_close(parallel.clip(0.5), norm)
+        optimizer.step()
+        parallel.step()
+        optimizer.zero_grad()
+        parallel.zero_grad()
+    for name, weight in parallel.model_state().items():
+        torch.testing.assert_close(weight, dict(scorer.named_parameters())[name].detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
+    parallel = prepared()
+    parallel.backward(parallel.module(build_rows(GROUPS, shared=True, pad_id=0)).logps.sum())
+    before = {n: p.grad.clone() for n, p in parallel.unwrapped.named_parameters()}
+    expected = torch.stack([g.norm() for g in before.values()]).norm()
+    torch.testing.assert_close(parallel.clip(None), expected)
+    assert all(torch.equal(p.grad, before[n]) for n, p in parallel.unwrapped.named_parameters())
+
+
+def test_learning_rate_can_be_set() -> None:
+    parallel = prepared()
+    parallel.set_learning_rate(0.0)
+    before = parallel.model_state()
+    before = {n: w.clone() for n, w in before.items()}
+    two_steps(parallel, SHARES[0])
+    assert all(torch.equal(w, before[n]) for n, w in parallel.model_state().items())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_state_comes_back_bit_for_bit(lora: bool, tmp_path: Path) -> None:
+    first = prepared(lora)
+    two_steps(first, SHARES[0])
+    tensors, rest = first.optimizer_state()
+    save_file(first.model_state(), tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    rest = json.loads(json.dumps(rest))
+
+    second = prepared(lora)
+    second.load_model_state(load_file(tmp_path / "model.safetensors"))
+    second.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"), rest)
+    expected, found = two_steps(first, SHARES[1]), two_steps(second, SHARES[1])
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_adapter_alone_is_kept_and_a_tied_weight_once() -> None:
+    assert all("lora_" in name for name in prepared(lora=True).model_state())
+    tied = prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0).model_state()
+    assert "model.model.embed_tokens.weight" in tied
+    assert "model.lm_head.weight" not in tied
+
+
+def test_state_before_the_first_step_is_empty_and_comes_back() -> None:
+    parallel = prepared()
+    tensors, rest = parallel.optimizer_state()
+    assert tensors == {}
+    parallel.load_optimizer_state(tensors, rest)
+    two_steps(parallel, SHARES[0])
+
+
+def test_anothers_state_is_refused() -> None:
+    full, adapter = prepared(), prepared(lora=True)
+    with pytest.raises(ModelError, match="belong to another policy .*resume with the model and adapter"):
+        adapter.load_model_state(full.model_state())
+    with pytest.raises(ModelError, match="optimizer state belong to another policy"):
+        adapter.load_optimizer_state(*full.optimizer_state())
+    wide = prepare(Scorer(tiny.llama(vocab_size=300)), device=CPU, learning_rate=1.0)
+    with pytest.raises(ModelError, match=r"has shape \(261, 32\), the policy's has \(300, 32\)"):
+        wide.load_model_state(full.model_state())
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ModelError, match="no weight to train; load it with trainable=True"):
+        prepare(Scorer(tiny.llama().requires_grad_(False)), device=CPU, learning_rate=1.0)
