@@ -54,7 +54,9 @@ def load(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) ->
     folder = Path(folder)
     progress = Progress(**json.loads((folder / PROGRESS).read_text()))
     if progress.identity != identity:
-        changed = sorted(k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k))
+        changed = sorted(
+            k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)
+        )
         raise RuntimeError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}")
     parallel.load_model_state(load_file(folder / WEIGHTS))
     parallel.load_optimizer_state(load_file(folder / OPTIMIZER), progress.optimizer)

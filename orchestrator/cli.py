@@ -1,6 +1,7 @@
 """The commands. Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 everything else."""
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -89,6 +90,7 @@ def demo(
 
 def main() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
+    _quiet_libraries()
     try:
         app(standalone_mode=True)
     except (UsageError, DataError, ModelError) as error:
@@ -100,3 +102,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("polyref: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Settings that libraries read when they are imported: no bars in logs, no guess about accelerators."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

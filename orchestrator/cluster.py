@@ -14,12 +14,16 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
-# Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job.
+# Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job, and
+# a bar that loads weights none in a log.
 _WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# A cluster of our own on this machine has no nodes that a cloud could take away.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What a worker needs to reach the hub as the driver does. Values travel in Ray's runtime environment of
 # the job, never in its command line or in logs of ours.
 _PASSED_ON = (
@@ -29,8 +33,10 @@ _PASSED_ON = (
     "HF_HUB_OFFLINE",
     "HTTP_PROXY",
     "HTTPS_PROXY",
+    "NO_PROXY",
     "http_proxy",
     "https_proxy",
+    "no_proxy",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
@@ -49,6 +55,9 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if "RAY_ADDRESS" not in os.environ:
+        for name, value in _LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     ray.init(
         namespace=NAMESPACE,
         logging_level=logging.ERROR,
@@ -62,10 +71,8 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for every Ray worker of a run."""
-    driver = {name: environment[name] for name in _DRIVER_ENVIRONMENT if name in environment}
-    passed = {name: environment[name] for name in _PASSED_ON if name in environment}
-    loopback = {name: environment[name] for name in ("NO_PROXY", "no_proxy") if name in environment}
-    return _WORKER_ENVIRONMENT | driver | passed | loopback
+    names = (*_DRIVER_ENVIRONMENT, *_LOCAL_ENVIRONMENT, *_PASSED_ON, "DS_ACCELERATOR")
+    return _WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
 
 
 def nodes() -> list[dict[str, float]]:

@@ -94,7 +94,9 @@ class Feed:
         for rows in self._share(indices):
             stop = start + len(rows)
             slots = torch.tensor([place[int(row)] for row in rows], dtype=torch.long, device=self._device)
-            batches.append(self._microbatch(rows, slots, {n: _cut(a, start, stop) for n, a in scores.items()}))
+            batches.append(
+                self._microbatch(rows, slots, {n: _cut(a, start, stop) for n, a in scores.items()})
+            )
             start = stop
         return batches, StepCost(reference_stall=self._client.stall_seconds - stalled)
 
@@ -106,9 +108,9 @@ class Feed:
         return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
 
     def _share(self, indices: np.ndarray) -> list[np.ndarray]:
-        return split(
-            indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget
-        )[self._rank]
+        return split(indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget)[
+            self._rank
+        ]
 
     def _microbatch(
         self, indices: np.ndarray, slots: torch.Tensor, scores: dict[str, ReferenceArrays]
@@ -123,15 +125,17 @@ class Feed:
             flops=self._flops(rows),
         )
 
-    def _complete(self, scores: dict[str, ReferenceArrays], indices: np.ndarray) -> dict[str, ReferenceArrays]:
+    def _complete(
+        self, scores: dict[str, ReferenceArrays], indices: np.ndarray
+    ) -> dict[str, ReferenceArrays]:
         """The scores with what in-process references miss computed here, and saved for the next time."""
         for name, arrays in scores.items():
             missing = np.flatnonzero(arrays.missing)
             if not len(missing):
                 continue
-            parts = split(
-                indices[missing], self._lengths, world_size=1, tokens_per_microbatch=self._budget
-            )[0]
+            parts = split(indices[missing], self._lengths, world_size=1, tokens_per_microbatch=self._budget)[
+                0
+            ]
             place = {int(row): at for at, row in enumerate(indices)}
             for part in parts:
                 found = _arrays(self._score_start(self._rows(part)), paired=self.part.paired)

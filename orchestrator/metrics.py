@@ -106,7 +106,9 @@ class StepTable:
     def spend(self, cost: StepCost) -> None:
         """Add this rank's costs."""
         figures = [cost.tokens, cost.positions, cost.flops, cost.reference_stall]
-        self.values[-1, : len(figures)] += torch.tensor(figures, dtype=torch.float64, device=self.values.device)
+        self.values[-1, : len(figures)] += torch.tensor(
+            figures, dtype=torch.float64, device=self.values.device
+        )
 
     @property
     def cost(self) -> StepCost:

@@ -62,7 +62,7 @@ def tracking_uri(uri: str | None, storage_path: str) -> str:
             )
         return f"sqlite:///{Path(storage_path).resolve() / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
-    if scheme in ("", "file"):
+    if scheme == "file" or (not scheme and uri != "databricks"):
         raise UsageError(
             f"tracking.uri {uri!r} is a folder, which MLflow no longer writes: "
             "use sqlite:///runs/mlflow.db or a server, as in http://mlflow.example:5000"
@@ -83,13 +83,13 @@ def connect(uri: str) -> "MlflowClient":
 
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         with _impatient_http():
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         raise UsageError(
             f"the MLflow server {redact(uri)} does not answer: {first_line(error)}; "
             "check tracking.uri and that the server runs, or leave tracking.uri out for a sqlite file"

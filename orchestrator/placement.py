@@ -90,7 +90,9 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, flo
     """First-fit decreasing; enough in total, but no node with room for a whole bundle, is refused too."""
     free = [defaultdict(float, node) for node in nodes]
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
-    for role, bundle in sorted(bundles, key=lambda item: sorted(item[1].values(), reverse=True), reverse=True):
+    for role, bundle in sorted(
+        bundles, key=lambda item: sorted(item[1].values(), reverse=True), reverse=True
+    ):
         home = next((n for n in free if all(n[r] + 1e-9 >= a for r, a in bundle.items())), None)
         if home is None:
             offers = "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)

@@ -82,7 +82,9 @@ def open_policy(config: RunConfig, located: Located, *, device: torch.device, lo
         activation_checkpointing=training.gradient_checkpointing,
     )
     scorer = Scorer(model)
-    refused = "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
+    refused = (
+        "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
+    )
     parallel = prepare(
         scorer,
         strategy=config.parallel.strategy,

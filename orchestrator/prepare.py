@@ -205,9 +205,7 @@ def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
         return str(path) if path.exists() else name
 
     def model(settings: Any) -> Any:
-        return settings.model_copy(
-            update={"model": local(settings.model), "base": local(settings.base)}
-        )
+        return settings.model_copy(update={"model": local(settings.model), "base": local(settings.base)})
 
     references = {
         name: reference if reference.in_process else model(reference)
@@ -221,6 +219,8 @@ def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
             "data": config.data.model_copy(
                 update={"train": local(config.data.train), "eval": local(config.data.eval)}
             ),
-            "storage_path": storage if "://" in storage else str((base / Path(storage).expanduser()).resolve()),
+            "storage_path": storage
+            if "://" in storage
+            else str((base / Path(storage).expanduser()).resolve()),
         }
     )

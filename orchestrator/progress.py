@@ -16,6 +16,11 @@ LINE_EVERY_S = 20.0
 _SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
 
 
+def plain_console() -> Console:
+    """Standard output without decoration: paths and numbers can be copied and searched."""
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
 class Meter:
     """Shows counts of named tasks on `console`."""
 
@@ -51,7 +56,7 @@ class Meter:
         now = time.monotonic()
         if done >= total or now - self._last_line.get(task, float("-inf")) >= LINE_EVERY_S:
             self._last_line[task] = now
-            self.console.print(f"{task}: {done}/{total} {note}".rstrip(), highlight=False)
+            self.console.print(f"{task}: {done}/{total} {note}".rstrip())
 
 
 @contextlib.contextmanager

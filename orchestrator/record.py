@@ -42,6 +42,7 @@ class RunRecord:
         mlflow_run: the MLflow run's id.
         result: what the workers returned once training was done.
         registered: `models:/name/version`, once registered.
+        finished: whether plots, artifacts and registration are done too.
     """
 
     config: dict[str, Any]
@@ -52,6 +53,7 @@ class RunRecord:
     mlflow_run: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
     registered: str | None = None
+    finished: bool = False
 
     def write(self, folder: Path) -> None:
         """Replace the record in one move."""

@@ -125,7 +125,9 @@ def evaluation_pass(
             elif len(batch.slots):
                 same = batch.references[start_is]
                 policy = PairScores(same.chosen, same.rejected, same.chosen_lengths, same.rejected_lengths)
-                entropy = (same.chosen_entropy + same.rejected_entropy) / 2 if batch.paired else same.chosen_entropy
+                entropy = (
+                    (same.chosen_entropy + same.rejected_entropy) / 2 if batch.paired else same.chosen_entropy
+                )
                 _tabulate(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()

@@ -1,13 +1,13 @@
 """The commands `train`, `score` and `check`: from a run file to a registered model."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+import yaml
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -19,7 +19,7 @@ from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.model_card import Lineage, Reference
 from orchestrator.placement import has_gpus, refuse_impossible, replica_bundle, worker_bundle
 from orchestrator.prepare import Prepared, prepare, with_resolved_paths
-from orchestrator.progress import Meter, following_steps
+from orchestrator.progress import Meter, following_steps, plain_console
 from orchestrator.record import RunRecord, open_record, read_record, remove_run
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
@@ -33,17 +33,17 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 def check(config: RunConfig) -> None:
     """Refuse what can be refused before a device is held; report what the run will read and ask for."""
-    console = Console()
+    console = plain_console()
     prepared = _prepared(config, console)
     connect_to_mlflow(prepared.tracking_uri)
     with connected(wait_minutes=config.placement.wait_minutes):
         refuse_impossible(config, nodes())
-    console.print(f"{config.name}: nothing to refuse", highlight=False)
+    console.print(f"{config.name}: nothing to refuse")
 
 
 def score(config: RunConfig) -> None:
     """Fill the store with every score the run will need."""
-    console = Console()
+    console = plain_console()
     prepared = _prepared(config, console)
     with connected(wait_minutes=config.placement.wait_minutes):
         prepared = _placed(prepared)
@@ -59,19 +59,22 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
         UsageError: the input is wrong.
         RunFailed: training diverged, or the cluster was lost.
     """
-    console = Console()
+    console = plain_console()
     if fresh:
         remove_run(with_resolved_paths(config, base=Path.cwd()).folder)
     prepared = _prepared(config, console)
     before = read_record(prepared.config.folder)
     if before is not None and before.result:
-        record, tracker = _open(prepared.on(before.device_type))
+        prepared = prepared.on(before.device_type)
+        record = _open(prepared)
     else:
         with connected(wait_minutes=config.placement.wait_minutes):
             prepared = _placed(prepared)
-            record, tracker = _open(prepared)
-            _train_on_cluster(prepared, record, tracker, console)
-    _finish(prepared, record, tracker, console)
+            record = _open(prepared)
+            _train_on_cluster(prepared, record, console)
+    if not record.finished:
+        _finish(prepared, record, _tracker(prepared, record))
+    _report(prepared.config, record, console)
     return record
 
 
@@ -89,7 +92,7 @@ def _prepared(config: RunConfig, console: Console) -> Prepared:
             text += f", {counts['turned_round']} turned round (their label was below one half)"
         for reason, count in counts["skipped"].items():
             text += f", {count} skipped ({reason})"
-        console.print(text, highlight=False)
+        console.print(text)
     return prepared
 
 
@@ -100,11 +103,11 @@ def _placed(prepared: Prepared) -> Prepared:
     return prepared.on("cuda" if has_gpus(cluster) else "cpu")
 
 
-def _open(prepared: Prepared) -> tuple[RunRecord, Tracker]:
-    """The run's record and its MLflow run, begun or gone on with."""
+def _open(prepared: Prepared) -> RunRecord:
+    """The run's record, begun or gone on with, once the tracking server has answered."""
     config = prepared.config
     connect_to_mlflow(prepared.tracking_uri)
-    record = open_record(
+    return open_record(
         config.folder,
         RunRecord(
             config=config.model_dump(mode="json"),
@@ -114,6 +117,11 @@ def _open(prepared: Prepared) -> tuple[RunRecord, Tracker]:
             counts=dict(prepared.counts),
         ),
     )
+
+
+def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
+    """The one MLflow run of this training run, whatever the number of restarts."""
+    config = prepared.config
     fingerprints = {f"reference.{n}": m.fingerprint.digest for n, m in prepared.references.items()}
     pins = {f"pin.{name}": pin for name, pin in prepared.pins.items()}
     digests = {f"data.{split}_digest": digest for split, digest in prepared.digests.items()}
@@ -128,17 +136,17 @@ def _open(prepared: Prepared) -> tuple[RunRecord, Tracker]:
     )
     record.mlflow_run = tracker.run_id
     record.write(config.folder)
-    return record, tracker
+    return tracker
 
 
-def _train_on_cluster(prepared: Prepared, record: RunRecord, tracker: Tracker, console: Console) -> None:
-    config = prepared.config
+def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -> None:
+    config, tracker = prepared.config, _tracker(prepared, record)
     total = total_steps(config, len(prepared.train))
     with _references(prepared) as service:
         if config.references.mode == "precompute":
             _score_all(service, prepared, console)
             service.release()
-        console.print(f"training {total} steps on {config.parallel.workers} worker(s)", highlight=False)
+        console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with following_steps(config.folder, total, console):
             result = _fit(prepared, service, tracker)
         _report_scores(service, console)
@@ -182,6 +190,7 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
                 max_failures=config.parallel.max_failures, controller_failure_limit=0
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.training.keep_last),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -243,25 +252,22 @@ def _report_scores(service: ReferenceService, console: Console) -> None:
             f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
             f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
             f"{counts.replicas_started} replica(s) started",
-            highlight=False,
         )
 
 
-def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker, console: Console) -> None:
-    """Plots, artifacts and the registered version; every part can be done again."""
+def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
+    """Plots, artifacts and the registered version; each can be done again after a kill."""
     config, folder = prepared.config, prepared.config.folder
-    pictures = plots.draw(folder)
     run_file = folder / "run.yaml"
-    run_file.write_text(json.dumps(record.config, indent=1))
+    run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
-    tracker.log_files(pictures, under="plots")
+    tracker.log_files(plots.draw(folder), under="plots")
     tracker.set_tags(_score_tags(record))
-    name = config.tracking.registered_model
-    if name is not None and record.registered is None:
+    if config.tracking.registered_model is not None:
         export = folder / EXPORT
         version = register(
             prepared.tracking_uri,
-            name=name,
+            name=config.tracking.registered_model,
             folder=export / "model",
             run_id=tracker.run_id,
             lineage=_lineage(prepared, record),
@@ -270,14 +276,20 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker, console: Co
             alias=config.tracking.alias,
         )
         record.registered = version.uri_pinned
-        record.write(folder)
     tracker.finish()
-    for metric, value in record.result["metrics"].items():
-        if metric in ("eval/accuracy", "eval/label_nll", "eval/loss"):
-            console.print(f"{metric}: {value:.4f}", highlight=False)
-    console.print(f"plots: {folder / 'plots'}", highlight=False, soft_wrap=True)
-    where = f"registered as {record.registered}" if name else f"model: {folder / EXPORT / 'model'}"
-    console.print(where, highlight=False, soft_wrap=True)
+    record.finished = True
+    record.write(folder)
+
+
+def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
+    for metric in ("eval/loss", "eval/accuracy", "eval/label_nll"):
+        if metric in record.result["metrics"]:
+            console.print(f"{metric}: {record.result['metrics'][metric]:.4f}")
+    if record.result["sharing_refused"]:
+        console.print(f"prompts were computed once per response: {record.result['sharing_refused']}")
+    console.print(f"plots: {config.folder / 'plots'}")
+    model = config.folder / EXPORT / "model"
+    console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
 
 
 def _score_tags(record: RunRecord) -> dict[str, str]:

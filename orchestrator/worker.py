@@ -4,6 +4,7 @@
 reference scores are asked for two batches before they are needed, so replicas score while the policy learns.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -72,6 +73,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         loss is not finite: a failure that a restart would only repeat.
     """
     setup: WorkerSetup = settings["setup"]
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     config, context = setup.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
@@ -97,12 +99,16 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         num_training_steps=total,
     )
     progress = _resume(setup, policy, schedule)
-    journal = Tracker(
-        setup.tracking_uri,
-        setup.tracking_run,
-        Path(setup.folder),
-        resume_step=progress.step if progress.step else -1,
-    ) if rank == 0 else None
+    journal = (
+        Tracker(
+            setup.tracking_uri,
+            setup.tracking_run,
+            Path(setup.folder),
+            resume_step=progress.step if progress.step else -1,
+        )
+        if rank == 0
+        else None
+    )
 
     loss, progress = _calibrated(config, feeds["train"], progress)
     run = _Run(setup, policy, feeds, plan, loss, journal)
