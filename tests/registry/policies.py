@@ -22,7 +22,7 @@ class Exported:
     probe: Probe
 
 
-def lineage(base: str = "tiny/base", accuracy: float = 0.75, **changes: object) -> Lineage:
+def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: object) -> Lineage:
     settings: dict[str, object] = {
         "base_model": base,
         "preset": "mallows_theta",

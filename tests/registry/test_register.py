@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -14,21 +16,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import register as register_module
 from orchestrator.config import UsageError
+from orchestrator.mlflow_client import connect
+from orchestrator.model_card import render
 from orchestrator.register import Probe, RegistryError, register, verify
-from orchestrator.registry import folder_digest, resolve
+from orchestrator.registry import ResolvedModel, folder_digest, resolve
+from tests import tiny
 from tests.registry.policies import ROWS, Exported, lineage
 
 
-def _register(uri: str, run_id: str, policy: Exported, **changes: object):  # type: ignore[no-untyped-def]
-    arguments: dict[str, object] = {
+def _register(uri: str, run_id: str, policy: Exported, **changes: Any) -> ResolvedModel:
+    arguments: dict[str, Any] = {
         "name": "sentiment",
         "folder": policy.merged,
         "adapter": policy.adapter,
         "run_id": run_id,
-        "lineage": lineage(str(policy.base)),
+        "lineage": lineage(),
         "probe": policy.probe,
     }
-    return register(uri, **(arguments | changes))  # type: ignore[arg-type]
+    return register(uri, **(arguments | changes))
+
+
+def _versions(uri: str) -> list[Any]:
+    return list(connect(uri).search_model_versions("name='sentiment'"))
 
 
 def _logits(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -36,25 +45,231 @@ def _logits(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
         return model.eval()(input_ids=rows).logits
 
 
-def test_all_three_loaders_give_the_trained_models_logits(uri: str, run_id: str, policy: Exported) -> None:
+def test_all_loaders_give_the_trained_models_logits(
+    uri: str, run_id: str, policy: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registered = _register(uri, run_id, policy, alias="champion")
     rows, expected = policy.probe.rows, _logits(policy.model, policy.probe.rows)
+    start = _logits(AutoModelForCausalLM.from_pretrained(policy.base), rows)
+    assert (start - expected).abs().max() > 0.01  # the adapter matters
 
     folder = resolve("models:/sentiment@champion", uri).folder
     plain = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(_logits(plain, rows), expected, rtol=0, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(folder)("Maß")["input_ids"] == [77, 97, 195, 159] or True
 
-    base = AutoModelForCausalLM.from_pretrained(policy.base)
-    lora = PeftModel.from_pretrained(base, folder / "adapter")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy.base), folder / "adapter")
     torch.testing.assert_close(_logits(lora, rows), expected, rtol=0, atol=1e-6)
 
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    parts = mlflow.transformers.load_model(registered.uri_pinned, return_type="components")
-    torch.testing.assert_close(_logits(parts["model"].cpu(), rows), expected, rtol=0, atol=1e-5)
-    assert parts["tokenizer"]("a b")["input_ids"] == AutoTokenizer.from_pretrained(folder)("a b")["input_ids"]
-    pipeline = mlflow.transformers.load_model(registered.uri_pinned)
-    assert pipeline("a", max_new_tokens=2)[0]["generated_text"].startswith("a")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    parts = mlflow.transformers.load_model("models:/sentiment@champion", return_type="components")
+    torch.testing.assert_close(_logits(parts["model"], rows), expected, rtol=0, atol=1e-5)
+    text = "Ein Maß <|im_end|>"
+    assert parts["tokenizer"](text)["input_ids"] == tiny.byte_tokenizer()(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == parts["tokenizer"](text)["input_ids"]
+    assert parts["tokenizer"].chat_template == tiny.CHATML
     served = mlflow.pyfunc.load_model(registered.uri_pinned)
-    assert isinstance(served.predict("a", params=None)[0], str)
+    assert isinstance(served.predict(["abc"])[0], str)
+
+
+def test_a_full_model_without_adapter(uri: str, run_id: str, policy: Exported) -> None:
+    registered = _register(uri, run_id, policy, adapter=None)
+    assert not (registered.folder / "adapter").exists()
+    assert "PeftModel" not in (registered.folder / "README.md").read_text()
+
+
+def test_a_bfloat16_export_is_within_its_rounding(uri: str, run_id: str, policy: Exported) -> None:
+    half = AutoModelForCausalLM.from_pretrained(policy.merged, dtype=torch.bfloat16)
+    half.save_pretrained(policy.merged)
+    registered = _register(uri, run_id, policy)
+    assert AutoModelForCausalLM.from_pretrained(registered.folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_weights_are_the_exported_bytes_and_nothing_is_pickled(
+    uri: str, run_id: str, policy: Exported
+) -> None:
+    before = folder_digest(policy.merged)
+    registered = _register(uri, run_id, policy)
+    assert folder_digest(policy.merged) == before  # the card did not go into the export through a hard link
+    assert folder_digest(registered.folder) == registered.digest
+    exported = (policy.merged / "model.safetensors").read_bytes()
+    assert (registered.folder / "model.safetensors").read_bytes() == exported
+    allowed = {".safetensors", ".json", ".md", ".txt", ".yaml", ".jinja", ""}
+    kept = {p.suffix for p in registered.folder.parent.rglob("*") if p.is_file()}
+    assert kept <= allowed, kept
+
+
+def test_lineage_is_on_the_version_and_holds_no_secret(uri: str, run_id: str, policy: Exported) -> None:
+    registered = _register(uri, run_id, policy)
+    version = connect(uri).get_model_version("sentiment", str(registered.version))
+    assert version.run_id == run_id
+    assert version.tags["reference.base"] == "f" * 40
+    assert version.tags["pin.movie"] == "models:/movie-sft/4"
+    assert version.tags["references.primary"] == "base"
+    assert version.tags["data.digest"] == "d" * 40
+    assert float(version.tags["metric.eval/accuracy"]) == 0.75
+    written = (registered.folder.parent / "lineage.json").read_text()
+    assert json.loads(written)["references"]["movie"]["fingerprint"] == "e" * 40
+    assert "hunter2" not in written
+    everything = b"".join(p.read_bytes() for p in registered.folder.parent.rglob("*") if p.is_file())
+    assert b"hunter2" not in everything
+    assert "hunter2" not in str(version.tags)
+
+
+def _spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40:] = bytes(40)
+    path.unlink()  # it may be a hard link to the export
+    path.write_bytes(data)
+
+
+def test_a_broken_upload_does_not_count(
+    uri: str, run_id: str, policy: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = MlflowClient.log_artifacts
+
+    def break_upload(client: MlflowClient, run: str, folder: str, place: str | None = None) -> None:
+        upload(client, run, folder, place)
+        root = Path(client.get_run(run).info.artifact_uri.removeprefix("file://")) / str(place)
+        _spoil(root / "model" / "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts", break_upload)
+        with pytest.raises(
+            RegistryError, match="sentiment/1 is not the model that was trained, and was deleted"
+        ):
+            _register(uri, run_id, policy, alias="champion")
+    assert _versions(uri) == []
+    with pytest.raises(UsageError, match="no versions yet"):
+        resolve("models:/sentiment@champion", uri)
+    assert _register(uri, run_id, policy).version >= 1  # once the store is whole again, so is the version
+
+
+def test_an_export_that_lost_its_adapter_does_not_count(uri: str, run_id: str, policy: Exported) -> None:
+    shutil.copy(policy.base / "model.safetensors", policy.merged / "model.safetensors")
+    with pytest.raises(RegistryError, match="its logits differ by"):
+        _register(uri, run_id, policy)
+    assert _versions(uri) == []
+
+
+def test_an_export_that_lost_a_weight_does_not_count(uri: str, run_id: str, policy: Exported) -> None:
+    path = policy.merged / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("model.layers.1.self_attn.q_proj.weight")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(RegistryError, match=r"1 weights are missing or do not belong: .*q_proj"):
+        _register(uri, run_id, policy)
+    assert _versions(uri) == []
+
+
+@pytest.mark.parametrize("cut_in", ["_upload", "_verified"])
+def test_killed_in_the_middle_and_run_again_makes_one_version(
+    uri: str, run_id: str, policy: Exported, monkeypatch: pytest.MonkeyPatch, cut_in: str
+) -> None:
+    whole = getattr(register_module, cut_in)
+
+    def cut(*arguments: Any) -> None:
+        if cut_in == "_upload":
+            whole(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(register_module, cut_in, cut)
+        with pytest.raises(KeyboardInterrupt):
+            _register(uri, run_id, policy, alias="champion")
+    with pytest.raises(UsageError, match="never verified"):
+        resolve("models:/sentiment/1", uri)
+    assert not list(policy.merged.parent.glob(".register-*"))
+
+    first = _register(uri, run_id, policy, alias="champion")
+    again = _register(uri, run_id, policy, alias="champion")
+    assert first == again
+    assert [int(v.version) for v in _versions(uri)] == [first.version]
+    assert resolve("models:/sentiment@champion", uri).version == first.version
+
+
+def test_a_stale_unverified_version_of_the_run_is_cleared_away(
+    uri: str, run_id: str, policy: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short with the weights of an earlier checkpoint: only the last weights become a version."""
+    with monkeypatch.context() as patch:
+        patch.setattr(register_module, "_verified", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            _register(uri, run_id, policy, folder=policy.base)
+    registered = _register(uri, run_id, policy)
+    assert [int(v.version) for v in _versions(uri)] == [registered.version]
+
+
+def test_other_runs_and_other_weights_get_versions_of_their_own(
+    uri: str, run_id: str, policy: Exported
+) -> None:
+    first = _register(uri, run_id, policy)
+    client = connect(uri)
+    other_run = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
+    second = _register(uri, other_run, policy)
+    base = Probe.of(AutoModelForCausalLM.from_pretrained(policy.base), ROWS)
+    shutil.copy(policy.base / "model.safetensors", policy.merged / "model.safetensors")
+    third = _register(uri, run_id, policy, probe=base, adapter=None)
+    assert [first.version, second.version, third.version] == [1, 2, 3]
+    verify(resolve("models:/sentiment/1", uri).folder, policy.probe)  # the later upload left it alone
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "holds no config.json: export a model there"),
+        ("tokenizer_config.json", "holds no tokenizer_config.json: export a tokenizer there"),
+        ("model.safetensors", "holds no safetensors"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(
+    uri: str, run_id: str, policy: Exported, missing: str, message: str
+) -> None:
+    (policy.merged / missing).unlink()
+    with pytest.raises(UsageError, match=message):
+        _register(uri, run_id, policy)
+
+
+def test_an_adapter_folder_without_weights_is_refused(uri: str, run_id: str, policy: Exported) -> None:
+    (policy.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"adapter holds no adapter_model\.safetensors"):
+        _register(uri, run_id, policy)
+
+
+def test_a_name_mlflow_refuses(uri: str, run_id: str, policy: Exported) -> None:
+    with pytest.raises(UsageError, match=r"tracking.registered_model 'a/b'"):
+        _register(uri, run_id, policy, name="a/b")
+
+
+def test_a_probe_survives_its_file(policy: Exported, tmp_path: Path) -> None:
+    policy.probe.save(tmp_path / "probe.safetensors")
+    back = Probe.load(tmp_path / "probe.safetensors")
+    assert torch.equal(back.rows, policy.probe.rows)
+    assert torch.equal(back.logits, policy.probe.logits)
+    assert back.dtype == torch.float32
+
+
+def test_a_probe_trims_its_rows_and_keeps_the_models_mode(policy: Exported) -> None:
+    model = policy.model.train()
+    probe = Probe.of(model, [list(range(40)), [], list(range(30))])
+    assert probe.rows.shape == (2, 16)
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="at least one token row"):
+        Probe.of(model, [[], []])
+
+
+def test_the_card_is_yaml_and_names_what_the_model_is() -> None:
+    card = render("sentiment", lineage(), adapter=True)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == "tiny/base"
+    assert front["library_name"] == "transformers"
+    for said in ("base (primary)", "models:/movie-sft/4", "e" * 16, "skipped, too long", "| 0.5 | 0.75 |"):
+        assert said in card
+    loss = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert loss["references"]["weights"] == [0.5, 0.5]
+
+
+def test_the_card_of_a_local_base_names_no_machine_path() -> None:
+    card = render("sentiment", lineage("/data/secret-project/llama"), adapter=True)
+    assert "secret-project" not in card
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
