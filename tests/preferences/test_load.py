@@ -1,0 +1,344 @@
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import fsspec
+import pandas
+import pytest
+
+from preferences.config import DataConfig
+from preferences.load import load_pairs, load_splits
+from preferences.pairs import BadRow, DataError
+
+ROWS = [
+    {"prompt": f"Question {i}?", "chosen": f'Answer {i}, with "quotes"\nand a line.', "rejected": f"No {i} é"}
+    for i in range(5)
+]
+CHAT = [
+    {
+        "prompt": [{"role": "system", "content": "Short."}, {"role": "user", "content": f"Q{i}"}],
+        "chosen": [{"role": "assistant", "content": "A"}],
+        "rejected": [{"role": "assistant", "content": "B"}],
+        "soft_label": i / 4,
+    }
+    for i in range(5)
+]
+
+
+def jsonl(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load(source, *, completions_only=False, split=None, **config):
+    settings = DataConfig(train=str(source), **config)
+    return load_pairs(settings.train, settings, completions_only=completions_only, split=split)
+
+
+def said(pairs):
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs.pairs]
+
+
+EXPECTED = [(row["prompt"], row["chosen"], row["rejected"]) for row in ROWS]
+
+
+# ---- formats ----
+
+
+def write_csv(path: Path, delimiter=",") -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_gz(path: Path) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+
+
+WRITERS = {
+    "a.jsonl": jsonl,
+    "a.ndjson": jsonl,
+    "lines.json": jsonl,
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "array.jsonl": lambda path: path.write_text(json.dumps(ROWS)),
+    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl(path).read_bytes()),
+    "a.jsonl.gz": write_gz,
+    "a.csv": write_csv,
+    "a.tsv": lambda path: write_csv(path, "\t"),
+    "a.parquet": lambda path: pandas.DataFrame(ROWS).to_parquet(path),
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "splits": lambda path: datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    ).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_says_the_same(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    loaded = load(tmp_path / name)
+    assert said(loaded) == EXPECTED
+    assert loaded.digest == load(jsonl(tmp_path / "plain.jsonl")).digest
+    assert not loaded.has_soft_labels
+    assert (loaded.turned_round, sum(loaded.skipped.values())) == (0, 0)
+
+
+def test_messages_are_the_same_from_columns(tmp_path):
+    """Columnar files give every message every key; a null key must not reach the template."""
+    rows = json.loads(json.dumps(CHAT))
+    rows[0]["prompt"][0]["name"] = "boss"
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    expected = load(jsonl(tmp_path / "a.jsonl", rows))
+    for source in ("a.parquet", "saved"):
+        assert said(load(tmp_path / source)) == said(expected)
+    assert [pair.soft_label for pair in expected.pairs] == [1.0, 0.75, 0.5, 0.75, 1.0]
+    assert expected.turned_round == 2
+    assert expected.has_soft_labels
+
+
+def test_messages_in_csv_are_json(tmp_path):
+    rows = [{name: json.dumps(value) for name, value in row.items()} for row in CHAT]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv")  # with its unnamed index column
+    assert said(load(tmp_path / "a.csv")) == said(load(jsonl(tmp_path / "a.jsonl", CHAT)))
+    pandas.DataFrame(CHAT).to_csv(tmp_path / "b.csv")  # as Python prints them
+    with pytest.raises(BadRow, match=r"b.csv:2: prompt looks like a message list and is not valid JSON"):
+        load(tmp_path / "b.csv")
+
+
+def test_uri():
+    with fsspec.open("memory://polyref/a.jsonl", "w") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert said(load("memory://polyref/a.jsonl")) == EXPECTED
+    assert said(load("memory://polyref")) == EXPECTED
+
+
+def test_folder_of_files_in_order_of_name(tmp_path):
+    jsonl(tmp_path / "part-1.jsonl", ROWS[2:])
+    jsonl(tmp_path / "part-0.jsonl", ROWS[:2])
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "_SUCCESS.json").write_text("")
+    loaded = load(tmp_path)
+    assert said(loaded) == EXPECTED
+    assert loaded.pairs[0].source == f"{tmp_path}/part-0.jsonl:1"
+
+
+def test_folder_with_splits(tmp_path):
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data" / "train-00000.jsonl", ROWS[:3])
+    jsonl(tmp_path / "data" / "test-00000.jsonl", ROWS[3:])
+    assert said(load(tmp_path)) == EXPECTED[:3]
+    assert said(load(tmp_path, split="test")) == EXPECTED[3:]
+    with pytest.raises(DataError, match=r"has no file of split 'val'; set data.split to one of test, train"):
+        load(tmp_path, split="val")
+
+
+def test_hub_id(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, **kwargs):
+        asked.update(kwargs, path=path)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load("org/prefs", subset="en", revision="abc", split="train[:5]")
+    assert asked == {"path": "org/prefs", "name": "en", "split": "train[:5]", "revision": "abc"}
+    assert said(loaded) == EXPECTED
+    assert loaded.pairs[2].source == "org/prefs[train[:5]]:row 3"
+
+
+def test_places(tmp_path):
+    rows = "\n".join(["", json.dumps(ROWS[0]), "", json.dumps(ROWS[1])])
+    (tmp_path / "a.jsonl").write_text(rows)
+    assert [pair.source for pair in load(tmp_path / "a.jsonl").pairs] == [
+        f"{tmp_path}/a.jsonl:{n}" for n in (2, 4)
+    ]
+    write_csv(tmp_path / "a.csv")  # every row takes two lines
+    assert [pair.source for pair in load(tmp_path / "a.csv").pairs] == [
+        f"{tmp_path}/a.csv:{n}" for n in (2, 4, 6, 8, 10)
+    ]
+
+
+def test_a_response_may_be_longer_than_csvs_own_limit(tmp_path):
+    limit = csv.field_size_limit()
+    pandas.DataFrame([{**ROWS[0], "chosen": "x" * 200_000}]).to_csv(tmp_path / "a.csv", index=False)
+    assert len(load(tmp_path / "a.csv").pairs[0].chosen) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+# ---- columns ----
+
+
+def test_columns_are_mapped(tmp_path):
+    rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "id": 1} for row in ROWS]
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert said(load(jsonl(tmp_path / "a.jsonl", rows), columns=columns)) == EXPECTED
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    assert said(load(tmp_path / "a.parquet", columns=columns)) == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
+def test_an_unknown_column_stops_with_every_way_out(tmp_path, name):
+    rows = [{**row, "soft_lable": 0.7, "model": "x"} for row in ROWS]
+    writers = {".jsonl": lambda p: jsonl(p, rows), ".parquet": pandas.DataFrame(rows).to_parquet}
+    writers[".csv"] = lambda p: pandas.DataFrame(rows).to_csv(p, index=False)
+    path = tmp_path / name
+    writers[path.suffix](path)
+    with pytest.raises(DataError) as refused:
+        load(path, on_bad_row="skip")  # the remedy is in the run file: skipping rows would hide it
+    message = str(refused.value)
+    assert message.startswith(str(path))
+    assert "unknown columns 'soft_lable', 'model' (did you mean 'soft_label'?)" in message
+    assert "data.columns: {<field>: soft_lable}" in message
+    assert "data.ignore: [soft_lable, model]" in message
+    assert said(load(path, ignore=["soft_lable", "mod*"])) == EXPECTED
+    assert load(path, ignore="model", columns={"soft_label": "soft_lable"}).pairs[0].soft_label == 0.7
+
+
+def test_columns_that_carry_no_field_pass(tmp_path):
+    rows = [{**row, "id": 1, "prompt_id": "x", "source": "web", "_row": 3} for row in ROWS]
+    assert said(load(jsonl(tmp_path / "a.jsonl", rows))) == EXPECTED
+
+
+# ---- refusals ----
+
+GOOD = json.dumps(ROWS[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", f"{GOOD}\n{{'prompt'", "a.jsonl:2: the line is not valid JSON (Expecting property name"),
+        ("a.jsonl", f"{GOOD}\n[1]\n", "a.jsonl:2: a row must be an object like"),
+        ("a.jsonl", GOOD.encode() + b'\n{"prompt": "\xff"}', "a.jsonl:2: the line is not UTF-8 text"),
+        ("a.jsonl", f'{GOOD}\n\n{{"prompt": "Q", "chosen": "a"}}', "a.jsonl:3: rejected is missing or empty"),
+        (
+            "a.json",
+            f'[{GOOD}, {{"prompt": "Q", "chosen": "a", "rejected": "a"}}]',
+            "a.json:row 2: chosen and rejected",
+        ),
+        ("a.csv", "prompt,chosen,rejected\nQ,a,b\nQ,a\n", "a.csv:3: the row has 2 cells, the header 3"),
+        ("a.csv", "prompt,chosen,rejected\nQ,a,b\nQ,,b\n", "a.csv:3: chosen is missing or empty"),
+        (
+            "a.csv",
+            "prompt,chosen,rejected,soft_label\nQ,a,b,\nQ,a,b,2\n",
+            "a.csv:3: soft_label must be a number from 0 to 1",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadRow) as refused:
+        load(path)
+    assert str(refused.value).startswith(f"{tmp_path}/{message}")
+    assert str(refused.value).endswith("fix the row, or set data.on_bad_row: skip to leave such rows out")
+    skipping = load(path, on_bad_row="skip")
+    assert len(skipping.pairs) == 1
+    assert list(skipping.skipped.values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.csv", b"prompt,chosen,rejected\n", "holds no rows"),
+        ("a.json", b'[\n{"prompt": 1,\n}]', ":3: the JSON array is not valid"),
+        ("a.json", b'[\n"\xff"]', ":2: the file is not UTF-8 text"),
+        ("a.csv", b'prompt,chosen,rejected\nQ,"a" b,c\n', ":2: not valid CSV"),
+        ("a.csv", b"prompt,chosen,rejected\nQ,a,\xff\n", ":2: the line is not UTF-8 text"),
+        ("a.csv", b"prompt,chosen,chosen\nQ,a,b\n", ":1: column 'chosen' stands twice"),
+        ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
+        ("a.txt", b"words", "cannot tell the format from the name"),
+    ],
+)
+def test_a_source_that_cannot_be_used_stops_in_any_case(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        load(path, on_bad_row="skip")
+    assert str(refused.value).startswith(str(path))
+    assert message in str(refused.value)
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"train.jsonl: there is no such file or folder"):
+        load(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match="cannot be opened"):
+        load("nonsense://x/y.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the folder holds no data file"):
+        load(tmp_path / "empty")
+    WRITERS["splits"](tmp_path / "splits")
+    with pytest.raises(
+        DataError, match=r"has no split 'tests' \(did you mean 'test'\?\); set data.split to one of"
+    ):
+        load(tmp_path / "splits", split="tests")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match="no-such/prefs: is neither a file or folder here nor a data set that the hub"
+    ):
+        load("no-such/prefs")
+
+
+def test_skipped_rows_are_counted_by_reason(tmp_path):
+    rows = [*ROWS, {"prompt": "Q", "chosen": "a"}, {**ROWS[0], "chosen": ""}, {**ROWS[0], "chosen": " "}]
+    loaded = load(jsonl(tmp_path / "a.jsonl", rows), on_bad_row="skip")
+    assert dict(loaded.skipped) == {"missing field": 1, "empty text": 2}
+    with pytest.raises(
+        DataError, match=r"no row is left, all were skipped \(2 empty text, 1 missing field\)"
+    ):
+        load(jsonl(tmp_path / "b.jsonl", rows[5:]), on_bad_row="skip")
+
+
+# ---- digest and splits ----
+
+
+def test_the_digest_is_of_content_and_order(tmp_path):
+    digest = load(jsonl(tmp_path / "a.jsonl")).digest
+    assert load(jsonl(tmp_path / "moved.jsonl")).digest == digest
+    assert load(jsonl(tmp_path / "c.jsonl", ROWS[::-1])).digest != digest
+    assert load(jsonl(tmp_path / "d.jsonl", ROWS[:-1])).digest != digest
+    assert load(jsonl(tmp_path / "e.jsonl", [*ROWS[:-1], {**ROWS[-1], "soft_label": 0.9}])).digest != digest
+    shifted = [
+        {"prompt": "ab", "chosen": "c", "rejected": "d"},
+        {"prompt": "a", "chosen": "bc", "rejected": "d"},
+    ]
+    first, second = (load(jsonl(tmp_path / "f.jsonl", [row])).digest for row in shifted)
+    assert first != second
+
+
+def splits(path, seed=0, **config):
+    return load_splits(DataConfig(train=str(path), **config), completions_only=False, seed=seed)
+
+
+def test_a_fraction_is_held_out_by_prompt(tmp_path):
+    rows = [{"prompt": f"Q{i % 20}", "chosen": f"a{i}", "rejected": "b"} for i in range(100)]
+    train, held = splits(jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
+    assert len(held.pairs) == 20
+    assert len(train.pairs) + len(held.pairs) == 100
+    assert not {pair.prompt for pair in train.pairs} & {pair.prompt for pair in held.pairs}
+    again = splits(jsonl(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.2)[1]
+    assert {pair.prompt for pair in again.pairs} == {pair.prompt for pair in held.pairs}
+    other = splits(tmp_path / "a.jsonl", seed=1, eval_fraction=0.2)[1]
+    assert {pair.prompt for pair in other.pairs} != {pair.prompt for pair in held.pairs}
+    assert len({train.digest, held.digest, other.digest}) == 3
+
+
+def test_held_out_prompts_need_two(tmp_path):
+    rows = [{"prompt": "Q", "chosen": f"a{i}", "rejected": "b"} for i in range(4)]
+    with pytest.raises(DataError, match=r"a.jsonl:1: all pairs have the same prompt, .* data.eval"):
+        splits(jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5)
+
+
+def test_held_out_pairs_by_name(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl")
+    assert splits(path)[1] is None
+    assert said(splits(path, eval=str(jsonl(tmp_path / "b.jsonl", ROWS[:2])))[1]) == EXPECTED[:2]
+    WRITERS["splits"](tmp_path / "splits")
+    train, held = splits(tmp_path / "splits", eval_split="test")
+    assert (said(train), said(held)) == (EXPECTED, EXPECTED[:1])

@@ -1,0 +1,336 @@
+import pickle
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from orchestrator.demo import assets
+from preferences.config import DataConfig
+from preferences.pairs import BadRow, DataError, Pair
+from preferences.tokenize import Rendering, tokenize
+
+CONFIG = DataConfig(train="train.jsonl", max_length=100, max_prompt_length=60)
+WORDS = ["user", "assistant", "system", "why", "because", "so", "no", "is", "it", "good", "bad"]
+PAD, BOS, EOS, START, END, UNK = range(6)
+USER, ASSISTANT, SYSTEM, WHY, BECAUSE, SO, NO, IS, IT, GOOD, BAD = range(6, 17)
+ROLES = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def words(*, chat: bool = False, bos: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = tiny.word_tokenizer(WORDS, chat=chat)
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+        )
+    return tokenizer
+
+
+def plain(prompt="is it good", chosen="it is", rejected="it is bad", **more) -> Pair:
+    return Pair(prompt, chosen, rejected, source="train.jsonl:1", **more)
+
+
+def chat(*prompt: str, chosen="because so", rejected="no", roles=("user", "assistant")) -> Pair:
+    messages = [{"role": roles[i % len(roles)], "content": text} for i, text in enumerate(prompt)]
+    answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    return Pair(messages, *answers, source="train.jsonl:1")
+
+
+def config(**changes) -> DataConfig:
+    return CONFIG.model_copy(update=changes)
+
+
+def ids(
+    pair: Pair, rendering: Rendering, settings: DataConfig = CONFIG
+) -> tuple[list[int], list[int], list[int]]:
+    row = tokenize([pair], {"policy": rendering}, settings).tables["policy"][0]
+    return row.prompt.tolist(), row.chosen.tolist(), row.rejected.tolist()
+
+
+# ---- plain text, by hand ----
+
+
+def test_plain_text_gets_no_template_and_an_end():
+    expected = ([IS, IT, GOOD], [IT, IS, EOS], [IT, IS, BAD, EOS])
+    assert ids(plain(), Rendering(words())) == expected
+    expected = ([IS, IT, GOOD], [IT, IS, END], [IT, IS, BAD, END])
+    assert ids(plain(), Rendering(words(chat=True))) == expected  # has a template: not for plain text
+
+
+def test_bos_and_eos_are_put_once():
+    rendering = Rendering(words(bos=True))
+    assert rendering.beginning == [BOS]
+    expected = ([BOS, IS, IT, GOOD], [IT, IS, EOS], [IT, IS, BAD, EOS])
+    assert ids(plain(), rendering) == expected
+    assert ids(plain("<bos>is it good", "it is<eos>", "it is bad<eos>"), rendering) == expected
+
+
+def test_an_unknown_last_word_does_not_end_the_response():
+    assert ids(plain(chosen="it is fine"), Rendering(words()))[1] == [IT, IS, UNK, EOS]
+
+
+def test_completions_only():
+    done = tokenize([Pair("why", "so", None), Pair("why so", "no", None)], {"p": Rendering(words())}, CONFIG)
+    table = done.tables["p"]
+    assert table.rejected is None
+    assert table[1].rejected is None
+    assert table[1].prompt.tolist() == [WHY, SO]
+    assert table.rejected_lengths.tolist() == [0, 0]
+    assert table.pair_lengths.tolist() == [3, 4]
+
+
+# ---- conversations, by hand ----
+
+
+def test_chatml():
+    prompt, chosen, rejected = ids(chat("why"), Rendering(words(chat=True)))
+    assert prompt == [START, USER, WHY, END, START, ASSISTANT]
+    assert (chosen, rejected) == ([BECAUSE, SO, END], [NO, END])
+
+
+def test_system_and_several_turns():
+    pair = chat("so", "why", "no", "is it", roles=("system", "user", "assistant", "user"))
+    prompt, chosen, _ = ids(pair, Rendering(words(chat=True)))
+    assert prompt == [
+        *(START, SYSTEM, SO, END, START, USER, WHY, END),
+        *(START, ASSISTANT, NO, END, START, USER, IS, IT, END, START, ASSISTANT),
+    ]
+    assert chosen == [BECAUSE, SO, END]
+
+
+def test_a_template_without_an_end_of_turn_gets_eos():
+    prompt, chosen, _ = ids(chat("why"), Rendering(words(), ROLES))
+    assert (prompt, chosen) == ([USER, WHY, ASSISTANT], [BECAUSE, SO, EOS])
+
+
+@pytest.mark.parametrize("ending", ["<eos>", "<eos>\\n", "<eos>\\n<eos>"])
+def test_ends_of_turn_are_not_doubled(ending):
+    template = ROLES.replace("{{ m.content }} ", "{{ m.content }}" + ending.replace("\\n", "\n"))
+    assert ids(chat("why"), Rendering(words(), template))[1] == [BECAUSE, SO, EOS]
+
+
+def test_an_eos_behind_the_end_of_turn_is_dropped():
+    template = tiny.CHATML.replace("{% if", "{% if not add_generation_prompt %}<eos>{% endif %}{% if")
+    tokenizer = words(chat=True)
+    tokenizer.eos_token = "<eos>"
+    assert ids(chat("why"), Rendering(tokenizer, template))[1] == [BECAUSE, SO, END]
+
+
+def test_bos_in_the_template_is_not_doubled():
+    rendering = Rendering(words(bos=True), "{{ bos_token }}" + ROLES)
+    assert ids(chat("why"), rendering)[0] == [BOS, USER, WHY, ASSISTANT]
+
+
+def test_template_arguments_and_tools_reach_the_template():
+    template = "{{ tools[0].name if tools }} {{ mood }} " + ROLES
+    pair = Pair(chat("why").prompt, chat("why").chosen, chat("why").rejected, tools=[{"name": "is"}])
+    settings = config(chat_template_kwargs={"mood": "bad"})
+    assert ids(pair, Rendering(words(), template), settings)[0] == [IS, BAD, USER, WHY, ASSISTANT]
+    own = Rendering(words(), template, {"mood": "good"})  # a model's own arguments go before the run's
+    assert ids(pair, own, settings)[0] == [IS, GOOD, USER, WHY, ASSISTANT]
+
+
+def test_an_answer_opened_otherwise_when_asked_for_is_split_where_it_parts():
+    template = ROLES.replace("assistant{% endif %}", "assistant so{% endif %}")
+    prompt, chosen, rejected = ids(chat("why"), Rendering(words(), template))
+    assert (prompt, chosen, rejected) == ([USER, WHY, ASSISTANT], [BECAUSE, SO, EOS], [NO, EOS])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    template = "{{ messages | length }} " + ROLES
+    with pytest.raises(
+        BadRow, match=r"l:1: the chat template of policy changes the prompt's turns .* set another"
+    ):
+        ids(chat("why"), Rendering(words(), template))
+
+
+def test_a_template_that_refuses_a_row():
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ROLES
+    )
+    bad = chat("so", "why", roles=("system", "user"))
+    with pytest.raises(
+        BadRow, match=r"l:1: the chat template of policy refuses the messages \(no system role\)"
+    ):
+        ids(bad, Rendering(words(), template))
+    done = tokenize([bad, chat("why")], {"policy": Rendering(words(), template)}, config(on_bad_row="skip"))
+    assert done.kept.tolist() == [1]
+    assert dict(done.skipped) == {"unsuited to the chat template": 1}
+
+
+def test_a_conversation_needs_a_template():
+    with pytest.raises(
+        DataError, match=r"l:1: .* tokenizer of policy has no chat template; set chat_template"
+    ):
+        ids(chat("why"), Rendering(words()))
+
+
+def test_text_that_makes_no_tokens_is_refused():
+    tokenizer = words()
+    tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")  # a zero-width blank
+    for field in ("prompt", "chosen", "rejected"):
+        with pytest.raises(
+            BadRow, match=f"train.jsonl:1: {field} has no tokens under the tokenizer of policy"
+        ):
+            ids(plain(**{field: "\u200b"}), Rendering(tokenizer))
+
+
+def test_responses_of_the_same_tokens_are_refused():
+    with pytest.raises(BadRow, match="chosen and rejected are the same tokens under the tokenizer of policy"):
+        ids(plain(chosen="one", rejected="two"), Rendering(words()))
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = words()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="has no EOS token to end a response with; set its eos_token"):
+        ids(plain(), Rendering(tokenizer))
+
+
+# ---- several models ----
+
+
+def test_every_model_reads_the_same_text_in_its_own_tokens():
+    pairs = [chat("why"), plain(), chat("so", "no", "why")]
+    renderings = {
+        "policy": Rendering(words(chat=True)),
+        "bytes": Rendering(tiny.byte_tokenizer()),
+        "roles": Rendering(words(), ROLES),
+        "same": Rendering(words(chat=True)),
+    }
+    done = tokenize(pairs, renderings, config(max_length=300, max_prompt_length=200))
+    assert {name: len(table) for name, table in done.tables.items()} == dict.fromkeys(renderings, 3)
+    assert done.tables["same"] is done.tables["policy"]  # the same tokens are made once
+    row = done.tables["bytes"][0]
+    decode = renderings["bytes"].tokenizer.decode
+    assert decode(row.prompt) == "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(row.chosen) == "because so<|im_end|>"
+    assert decode(done.tables["bytes"][1].rejected) == "it is bad<|im_end|>"
+    assert done.tables["roles"][2].prompt.tolist() == [USER, SO, ASSISTANT, NO, USER, WHY, ASSISTANT]
+
+
+def test_progress_counts_pairs_of_every_rendering():
+    seen = []
+    renderings = {"policy": Rendering(words()), "bytes": Rendering(tiny.byte_tokenizer())}
+    tokenize([plain()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 6), (6, 6)]
+
+
+# ---- long rows ----
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"max_length": 8, "max_prompt_length": 3}, [0, 1]),  # 3 + 4 tokens, 3 + 5
+        ({"max_length": 7, "max_prompt_length": 3}, [0]),
+        ({"max_length": 50, "max_prompt_length": 2}, []),
+    ],
+)
+def test_long_rows_are_left_out(limits, kept):
+    pairs = [plain(), plain(chosen="it is so good")]
+    settings = config(**limits)
+    if not kept:
+        with pytest.raises(
+            DataError, match=r"no pair is left of 2 \(2 too long for policy\); raise data.max_length"
+        ):
+            tokenize(pairs, {"policy": Rendering(words())}, settings)
+        return
+    done = tokenize(pairs, {"policy": Rendering(words())}, settings)
+    assert done.kept.tolist() == kept
+    assert done.skipped.total() == 2 - len(kept)
+
+
+def test_a_row_too_long_for_one_model_is_left_out_for_all():
+    pairs = [plain(), plain("why", "so", "no")]
+    renderings = {"policy": Rendering(words()), "short": Rendering(tiny.byte_tokenizer(), max_positions=7)}
+    done = tokenize(pairs, renderings, CONFIG)
+    assert done.kept.tolist() == [1]
+    assert done.tables["policy"][0].prompt.tolist() == [WHY]
+    assert renderings["short"].tokenizer.decode(done.tables["short"][0].prompt) == "why"
+    assert dict(done.skipped) == {"too long for short": 1}
+    message = (
+        r"train.jsonl:1: too long for short: 20 tokens, 10 of them the prompt, and 7 fit, .* data.on_long_row"
+    )
+    with pytest.raises(DataError, match=message):
+        tokenize(pairs, renderings, config(on_long_row="stop"))
+
+
+def test_the_policys_positions_bind_it():
+    done = tokenize([plain(), plain("why", "so", "no")], {"p": Rendering(words(), max_positions=6)}, CONFIG)
+    assert done.kept.tolist() == [1]
+
+
+# ---- tables ----
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12), st.data())
+def test_a_table_gives_back_each_row(shape, data):
+    pairs = [Pair("why " * a, "so " * b, "no " * (a + b)) for a, b in shape]
+    table = tokenize(pairs, {"p": Rendering(words())}, CONFIG).tables["p"]
+    chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), max_size=10))
+    indices = np.array(chosen, np.int64)
+    for part in (table.take(indices), pickle.loads(pickle.dumps(table)).take(indices)):
+        assert len(part) == len(chosen)
+        for row, index in zip((part[i] for i in range(len(part))), chosen, strict=True):
+            a, b = shape[index]
+            assert row.prompt.tolist() == [WHY] * a
+            assert row.chosen.tolist() == [SO] * b + [EOS]
+            assert row.rejected.tolist() == [NO] * (a + b) + [EOS]
+    assert table.prompt_lengths.tolist() == [a for a, _ in shape]
+    assert table.chosen_lengths.tolist() == [b + 1 for _, b in shape]
+    assert table.pair_lengths.tolist() == [2 * a + 2 * b + 2 for a, b in shape]
+
+
+def test_rows_are_counted_from_either_end():
+    table = tokenize([plain(), plain("why")], {"p": Rendering(words())}, CONFIG).tables["p"]
+    assert table[-1].prompt.tolist() == [WHY]
+    assert table[0].prompt.dtype == np.int32
+    with pytest.raises(IndexError, match="pair 2 of 2"):
+        table[2]
+
+
+# ---- real tokenizers ----
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(assets.smollm2())
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(assets.gpt2_tokenizer())
+
+
+@pytest.mark.smollm2
+def test_smollm2_reads_a_conversation_as_it_would_answer_it(smollm2):
+    assert smollm2.pad_token_id == smollm2.eos_token_id == 2
+    pair = chat("Is it good?", chosen="Yes, it is.", rejected="No \U0001f642")
+    prompt, chosen, rejected = ids(pair, Rendering(smollm2))
+    own = smollm2.apply_chat_template(pair.prompt, add_generation_prompt=True, return_dict=False)
+    assert prompt == own
+    assert smollm2.decode(chosen) == "Yes, it is.<|im_end|>"
+    assert smollm2.decode(rejected) == "No \U0001f642<|im_end|>"
+    assert chosen.count(2) == rejected.count(2) == 1  # its pad token ends the turn, and must be scored
+
+
+@pytest.mark.smollm2
+def test_two_real_tokenizers_read_the_same_text(smollm2, gpt2):
+    pair = plain("The film was", " g\u00e9nial, truly  fine.", " dull \U0001f4a4 and long")
+    done = tokenize([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
+    rows = {name: table[0] for name, table in done.tables.items()}
+    ends = {"policy": (smollm2, "<|im_end|>"), "gpt2": (gpt2, "<|endoftext|>")}
+    for name, (tokenizer, end) in ends.items():
+        assert tokenizer.decode(rows[name].prompt) == pair.prompt
+        assert tokenizer.decode(rows[name].chosen) == pair.chosen + end
+        assert tokenizer.decode(rows[name].rejected) == pair.rejected + end
+    assert rows["policy"].chosen.tolist() != rows["gpt2"].chosen.tolist()
