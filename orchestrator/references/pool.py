@@ -97,7 +97,7 @@ class ReplicaPool:
             self._members.remove(member)
             ray.kill(member.handle)
 
-    def died(self, member: Member, error: RayActorError) -> None:
+    def died(self, member: Member, error: Exception) -> None:
         """A replica was found dead; several batches may find that out, it counts once."""
         if member in self._members:
             self._members.remove(member)
@@ -149,7 +149,7 @@ class ReplicaPool:
                 f"{spec.start_timeout_s:g} s; free resources, ask for less, or lower its replicas"
             ) from None
 
-    def _count_death(self, error: RayActorError) -> None:
+    def _count_death(self, error: Exception) -> None:
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row <= self._spec.max_retries:
             self.ensure_started()

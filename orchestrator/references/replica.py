@@ -125,17 +125,28 @@ class Replica:
 
         Raises:
             ModelError: the model cannot be found or loaded.
+            ScoringError: a GPU was promised and torch finds none.
         """
-        import torch
-
-        from models.load import load_model, locate
-        from models.logprobs import Scorer
+        from models.locate import locate
 
         spec = self._spec
-        device = torch.device("cuda" if spec.num_gpus and torch.cuda.is_available() else "cpu")
+        located = locate(spec.config)  # before the slow imports: what is missing is told soon
+
+        import torch
+
+        from models.load import load_model
+        from models.logprobs import Scorer
+
+        device = torch.device("cuda" if spec.num_gpus else "cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            # Falling back would give scores of another dtype under the fingerprint of this one.
+            raise ScoringError(
+                f"reference {spec.name!r}: its replica was given {spec.num_gpus:g} GPU, but torch finds no "
+                "CUDA device there; install torch for CUDA on that node, or ask for no GPU"
+            )
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(spec.num_cpus)))
-        model = load_model(locate(spec.config), spec.config, device=device, trainable=False)
+        model = load_model(located, spec.config, device=device, trainable=False)
         scorer = Scorer(model)
         shared = spec.config.prefix_sharing == "auto" and scorer.sharing_refusal is None
         self._model = FrozenModel(

@@ -286,4 +286,11 @@ class Router:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody awaits these tasks, so an error they did not foresee goes to whoever waits for scores."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("router of reference %r: unexpected error", self._spec.name, exc_info=error)
+            self._fail_all(ScoringError(f"reference {self._spec.name!r}: {type(error).__name__}: {error}"))

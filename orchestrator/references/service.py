@@ -16,6 +16,7 @@ from orchestrator.references.messages import Group, ReferenceSpec, RouterStats, 
 from orchestrator.references.pool import explained
 from orchestrator.references.replica import Replica
 from orchestrator.references.router import Router
+from orchestrator.references.store import absolute
 
 ROUTER_CPUS = 0.01
 """A router waits nearly always: it only must not be counted as a whole core on a small machine."""
@@ -159,7 +160,7 @@ def start_references(
         replica_class: the actor that scores, `Replica` or one with its methods.
         router_options: `linger_s`, `flush_scores`, `flush_s` of `Router`.
     """
-    storage = os.fspath(storage_path)
+    storage = absolute(storage_path)
     routers: dict[str, Any] = {}
     addresses: dict[str, str] = {}
     owned: dict[str, Any] = {}

@@ -58,7 +58,7 @@ class ScoreStore:
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
         self._fingerprint = fingerprint.encode()
         try:
-            self._files, root = _filesystem(os.fspath(uri))
+            self._files, root = pafs.FileSystem.from_uri(absolute(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
             parts = self._read_all()
         except (OSError, pa.ArrowException) as error:
@@ -121,7 +121,7 @@ class ScoreStore:
             return 0
         try:
             self._write(unsaved)
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             with self._saving:
                 self._unsaved = unsaved | self._unsaved
             raise ScoringError(f"scores cannot be written to {self.folder}: {error}") from error
@@ -178,10 +178,10 @@ class ScoreStore:
         return keys, Scores(logps, lengths.astype(np.int64), entropies)
 
 
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in uri:
-        return pafs.FileSystem.from_uri(uri)
-    return pafs.LocalFileSystem(), str(Path(uri).resolve())
+def absolute(uri: str | os.PathLike[str]) -> str:
+    """A URI as it is, a path made absolute here, where it was given: actors work in other folders."""
+    text = os.fspath(uri)
+    return text if "://" in text else str(Path(text).resolve())
 
 
 def _as_strings(keys: Keys) -> NDArray[np.bytes_]:

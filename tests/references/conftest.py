@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import ray.cloudpickle
 
 from models.config import ModelConfig
+from orchestrator.references.client import ReferenceArrays
 from orchestrator.references.messages import ReferenceSpec, ScoreRequest, Scores
 from orchestrator.references.replica import Replica
+from orchestrator.references.service import ReferenceService, start_references
+
+# Ray's workers cannot import test files.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,6 @@ def ray_running() -> Iterator[None]:
         object_store_memory=100 * 2**20,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}},
     )
     yield
     ray.shutdown()
@@ -51,11 +58,44 @@ def make_table() -> Callable[..., Table]:
         def ids(longest: int) -> np.ndarray:
             return random.integers(0, 256, random.integers(1, longest), dtype=np.int32)
 
-        return Table(
-            TokenPair(ids(20), ids(12), None if completions_only else ids(12)) for _ in range(rows)
-        )
+        return Table(TokenPair(ids(20), ids(12), None if completions_only else ids(12)) for _ in range(rows))
 
     return make
+
+
+class Calls:
+    """What the replicas that write to a folder were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "calls"
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(line.split()[0]) for line in self._lines()]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(line.split()[1]) for line in self._lines()]
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + 120
+        while len(self._lines()) < count:
+            assert time.monotonic() < deadline, f"{count} calls did not come: {self._lines()}"
+            time.sleep(0.02)
+
+    def _lines(self) -> list[str]:
+        return self._file.read_text().splitlines() if self._file.exists() else []
+
+
+def _right(table: Table, indices: Any, arrays: ReferenceArrays) -> bool:
+    """Whether the arrays hold what `SumReplica` gives for these rows."""
+    for row, pair in enumerate(table[int(i)] for i in indices):
+        chosen = (arrays.chosen[row], arrays.chosen_lengths[row], arrays.chosen_entropy[row])
+        rejected = (arrays.rejected[row], arrays.rejected_lengths[row], arrays.rejected_entropy[row])
+        wanted = (0.0, 0, 0.0) if pair.rejected is None else expected(pair.prompt, pair.rejected)
+        if chosen != expected(pair.prompt, pair.chosen) or rejected != wanted:
+            return False
+    return True
 
 
 def expected(prompt: np.ndarray, response: np.ndarray) -> tuple[float, int, float]:
@@ -77,8 +117,6 @@ class SumReplica(Replica):
             raise RuntimeError("no such weights")
 
     def score(self, request: ScoreRequest) -> tuple[Scores, int]:
-        import time
-
         with open(self._folder / "calls", "a") as calls:
             calls.write(f"{os.getpid()} {len(request)}\n")
         die = self._folder / "die"
@@ -106,17 +144,39 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def right() -> Callable[..., bool]:
+    """`right(table, indices, arrays)`: whether these are `SumReplica`'s scores."""
+    return _right
+
+
+@pytest.fixture
+def calls(folder: Path) -> Calls:
+    """What the replicas were asked so far."""
+    return Calls(folder)
+
+
+@pytest.fixture
+def serve(ray_running: None, tmp_path: Path) -> Callable[..., ReferenceService]:
+    """`serve(*specs)`: a service of `SumReplica`s over one store."""
+
+    def start(*specs: ReferenceSpec, **options: Any) -> ReferenceService:
+        return start_references(specs, tmp_path / "storage", replica_class=SumReplica, **options)
+
+    return start
+
+
+@pytest.fixture
 def spec(folder: Path) -> Callable[..., ReferenceSpec]:
     """`spec(**changes)`: a reference for `SumReplica`."""
 
     def make(**changes: Any) -> ReferenceSpec:
-        settings: dict[str, Any] = dict(
-            name="base",
-            config=ModelConfig(model=str(folder)),
-            fingerprint="f" * 32,
-            num_cpus=0.1,
-            max_retries=2,
-        )
+        settings: dict[str, Any] = {
+            "name": "base",
+            "config": ModelConfig(model=str(folder)),
+            "fingerprint": "f" * 32,
+            "num_cpus": 0.1,
+            "max_retries": 2,
+        }
         return ReferenceSpec(**(settings | changes))
 
     return make
