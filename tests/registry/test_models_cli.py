@@ -1,0 +1,221 @@
+"""`polyref models ...` as users type it, on a pipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from orchestrator.config import UsageError
+from orchestrator.mlflow_client import connect
+from orchestrator.models_cli import app
+from orchestrator.promotion import promotion_refusal
+from orchestrator.register import register
+from orchestrator.tracking import Tracker
+from tests.registry.policies import Exported, lineage
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def _models(uri: str, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--tracking-uri", uri])
+
+
+def _refused(uri: str, *arguments: str) -> str:
+    """The one message of a UsageError, which `polyref` prints before it exits with 2."""
+    result = _models(uri, *arguments)
+    assert isinstance(result.exception, UsageError), result.output
+    return str(result.exception)
+
+
+def _version(uri: str, folder: Path, accuracy: float | None, **tags: str) -> int:
+    """A version as `register` tags it, with no files behind it: the commands that only read tags."""
+    client = connect(uri)
+    run = Tracker.resume_or_start(
+        None, name=f"run-{accuracy}", uri=uri, folder=folder, params={"loss": {"beta": accuracy}, "seed": 0}
+    )
+    if not client.search_registered_models("name='sentiment'"):
+        client.create_registered_model("sentiment")
+    usual = {
+        "polyref.state": "verified",
+        "references.primary": "base",
+        "reference.base": "f" * 40,
+        "data.eval_digest": "a" * 40,
+    }
+    if accuracy is not None:
+        usual |= {"metric.eval/accuracy": str(accuracy), "metric.eval/loss": "0.5"}
+    made = client.create_model_version("sentiment", folder.as_uri(), run.run_id, tags={**usual, **tags})
+    return int(made.version)
+
+
+def test_list_is_tab_separated_on_a_pipe(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7)
+    _version(uri, tmp_path, 0.65)
+    connect(uri).set_registered_model_alias("sentiment", "champion", "1")
+    result = _models(uri, "list")
+    assert result.exit_code == 0
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert lines[0] == ["name", "version", "aliases", "created", "eval/accuracy", "run"]
+    assert [[line[i] for i in (0, 1, 2, 4, 5)] for line in lines[1:]] == [
+        ["sentiment", "2", "", "0.65", "run-0.65"],
+        ["sentiment", "1", "champion", "0.7", "run-0.7"],
+    ]
+    as_json = json.loads(_models(uri, "list", "--json").stdout)
+    assert as_json[1]["aliases"] == ["champion"]
+    assert as_json[1]["eval/accuracy"] == 0.7
+
+
+def test_unverified_versions_are_not_listed(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7, **{"polyref.state": "verifying"})
+    assert json.loads(_models(uri, "list", "--json").stdout) == []
+    assert "no models are registered yet" in _models(uri, "list").stderr
+
+
+def test_show_one_version_or_all_of_a_name(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7)
+    shown = dict(line.split("\t") for line in _models(uri, "show", "sentiment/1").stdout.splitlines())
+    assert shown["reference.base"] == "f" * 40
+    assert shown["eval/loss"] == "0.5"
+    assert shown["source"] == tmp_path.as_uri()
+    about = json.loads(_models(uri, "show", "models:/sentiment/1", "--json").stdout)
+    assert about["metrics"] == {"eval/accuracy": 0.7, "eval/loss": 0.5}
+    assert about["lineage"]["data.eval_digest"] == "a" * 40
+    assert len(_models(uri, "show", "sentiment").stdout.splitlines()) == 2
+    assert "no registered model is called 'sentimant'" in _refused(uri, "show", "sentimant")
+
+
+def test_promote_refuses_the_worse_with_the_numbers(uri: str, tmp_path: Path) -> None:
+    for accuracy in (0.7, 0.65, 0.71):
+        _version(uri, tmp_path, accuracy)
+    first = _models(uri, "promote", "sentiment/1")
+    assert first.exit_code == 0
+    assert first.stdout == "models:/sentiment@champion is version 1\n"
+    message = _refused(uri, "promote", "sentiment/2")
+    assert "eval/accuracy of version 2 is 0.6500, the champion's, version 1, is 0.7000" in message
+    assert "--force" in message
+    assert _champion(uri) == 1
+    assert "until now version 1" in _models(uri, "promote", "sentiment/3").stdout
+    assert _models(uri, "promote", "sentiment@champion").exit_code == 0  # as it is already
+    assert _models(uri, "promote", "sentiment/2", "--force").exit_code == 0
+    assert _champion(uri) == 2
+    assert _models(uri, "promote", "sentiment/1", "--alias", "candidate").exit_code == 0
+    assert _champion(uri) == 2
+
+
+def _champion(uri: str) -> int:
+    return int(connect(uri).get_model_version_by_alias("sentiment", "champion").version)
+
+
+@pytest.mark.parametrize(
+    ("tags", "accuracy", "message"),
+    [
+        ({"reference.base": "e" * 40}, 0.9, r"different primary reference \(e{12} and f{12}\)"),
+        ({"data.eval_digest": "b" * 40}, 0.9, r"different held-out pairs \(b{12} and a{12}\)"),
+        ({}, None, "of version 2 is none, the champion's, version 1, is 0.7000"),
+    ],
+)
+def test_promote_refuses_what_cannot_be_compared(
+    uri: str, tmp_path: Path, tags: dict[str, str], accuracy: float | None, message: str
+) -> None:
+    _version(uri, tmp_path, 0.7)
+    _version(uri, tmp_path, accuracy, **tags)
+    assert _models(uri, "promote", "sentiment/1").exit_code == 0
+    with pytest.raises(UsageError, match=message):
+        raise UsageError(_refused(uri, "promote", "sentiment/2"))
+
+
+def test_promote_refuses_unknown_references(uri: str, tmp_path: Path) -> None:
+    client = connect(uri)
+    client.create_registered_model("theirs")
+    client.create_model_version("theirs", tmp_path.as_uri())
+    assert "does not say which references" in _refused(uri, "promote", "theirs/1")
+    assert _models(uri, "promote", "theirs/1", "--force").exit_code == 0
+
+
+def test_a_renamed_reference_is_the_same_reference(uri: str, tmp_path: Path) -> None:
+    """Names are a run file's own; the fingerprint says which model it was."""
+    _version(uri, tmp_path, 0.7)
+    _version(uri, tmp_path, 0.8, **{"references.primary": "start", "reference.start": "f" * 40})
+    client = connect(uri)
+    champion, candidate = (client.get_model_version("sentiment", number) for number in ("1", "2"))
+    assert promotion_refusal(client, candidate, champion) is None
+
+
+def test_compare_shows_what_differs(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7)
+    _version(uri, tmp_path, 0.65)
+    lines = [
+        line.split("\t") for line in _models(uri, "compare", "sentiment/1", "sentiment/2").stdout.splitlines()
+    ]
+    assert lines == [
+        ["", "sentiment/1", "sentiment/2"],
+        ["loss.beta", "0.7", "0.65"],
+        ["eval/accuracy", "0.7", "0.65"],
+        ["eval/loss", "0.5", "0.5"],
+    ]
+    as_json = json.loads(_models(uri, "compare", "sentiment/1", "sentiment/2", "--json").stdout)
+    assert as_json["params"] == {"loss.beta": ["0.7", "0.65"]}
+    assert "two versions or more" in _refused(uri, "compare", "sentiment/1")
+
+
+def test_a_version_outlives_its_run(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7)
+    client = connect(uri)
+    client.delete_run(client.get_model_version("sentiment", "1").run_id)
+    assert _models(uri, "list").exit_code == 0
+    assert _models(uri, "compare", "sentiment/1", "sentiment/1").exit_code == 0
+
+
+def test_get_hands_over_the_checked_folder(uri: str, run_id: str, policy: Exported, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"folder": policy.merged, "adapter": policy.adapter, "probe": policy.probe}
+    registered = register(uri, name="sentiment", run_id=run_id, lineage=lineage(), alias="best", **arguments)
+    result = _models(uri, "get", "sentiment@best", "--to", str(tmp_path / "mine"))
+    assert result.exit_code == 0
+    assert "models:/sentiment/1 is in" in result.stdout
+    AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "not an empty folder" in _refused(uri, "get", "sentiment@best", "--to", str(tmp_path / "mine"))
+    (registered.folder / "generation_config.json").unlink()
+    message = _refused(uri, "get", "sentiment@best", "--to", str(tmp_path / "other"))
+    assert "are not those that were registered" in message
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_default_store_is_the_runs_folders(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path / "runs", 0.7)
+    listed = CliRunner().invoke(app, ["list", "--storage-path", str(tmp_path)])
+    assert "sentiment" in listed.stdout
+    missing = CliRunner().invoke(app, ["list", "--storage-path", str(tmp_path / "elsewhere")])
+    assert "there is no MLflow database at" in str(missing.exception)
+    assert not (tmp_path / "elsewhere").exists()  # reading creates nothing
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator", "models", "list", "--storage-path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "there is no MLflow database" in done.stderr
+    assert done.stdout == ""
+
+
+def test_start_up_imports_neither_mlflow_nor_torch() -> None:
+    code = (
+        "import sys, orchestrator.models_cli; print({'mlflow', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert done.stdout.strip() == "set()"
