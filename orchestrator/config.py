@@ -36,7 +36,7 @@ class UsageError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run itself failed, not its input; the message says why and what is left. The command exits with 1."""
+    """The run itself failed, not its input; the message says why. The command exits with 1."""
 
 
 class Settings(BaseModel):
@@ -237,6 +237,8 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
             raise UsageError(f"override {override!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:
         loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
@@ -248,8 +250,7 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
+    assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
 

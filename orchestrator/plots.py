@@ -191,7 +191,7 @@ def _line(ax: "Axes", series: _Series, colour: str, label: str) -> None:
 
 
 def _held_out(ax: "Axes", series: _Series, interval: _Series | None) -> None:
-    style = {"color": _HELD_OUT, "marker": "o", "markersize": 4, "linewidth": 1.2}
+    style: dict[str, Any] = {"color": _HELD_OUT, "marker": "o", "markersize": 4, "linewidth": 1.2}
     if interval is None or interval.steps != series.steps:
         ax.plot(series.steps, series.values, label="held out", **style)
     else:

@@ -56,7 +56,7 @@ class Policy:
             return self.scorer(rows, entropy=True)
 
     def flops(self, rows: Rows) -> float:
-        """Model FLOPs of a training step over the rows: backward costs twice the forward, or once with LoRA."""
+        """Model FLOPs of a training step: backward costs twice the forward, or once with LoRA."""
         passes = 2 if find_adapter(self.scorer) is not None else 3
         return passes * self.scorer.forward_flops(rows)
 
@@ -104,7 +104,7 @@ def open_policy(config: RunConfig, located: Located, *, device: torch.device, lo
 
 
 def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int]]) -> None:
-    """Write the trained policy, all of it or nothing: `model/`, with LoRA also `adapter/`, and `probe.safetensors`.
+    """Write the trained policy, all or nothing: `model/`, with LoRA also `adapter/`, `probe.safetensors`.
 
     `model/` loads in transformers as it is (LoRA merged); the probe holds the logits of the policy in hand on
     a few token rows, for comparison with whatever is loaded back later. Merging changes the policy in place:

@@ -1,4 +1,4 @@
-"""Everything that can be refused before a device is held: models found and pinned, data read and tokenised."""
+"""What can be refused before a device is held: models found and pinned, data read and tokenised."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -136,7 +136,7 @@ def _refuse_unwritable(config: RunConfig) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"storage_path {config.storage_path}: cannot be written ({error.strerror}); name a folder that can"
+            f"storage_path {config.storage_path} cannot be written ({error.strerror}); name a folder that can"
         ) from None
 
 

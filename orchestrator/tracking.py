@@ -127,7 +127,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl` and return; a value that is not finite becomes null there."""
         values = {key: float(value) for key, value in metrics.items()}
-        line = {"step": step, "time": round(time.time(), 3)}
+        line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         if self._sender is None:
             self._sender = _Sender(self.uri, self.run_id, self._path)

@@ -82,8 +82,8 @@ def _prepared(config: RunConfig, console: Console) -> Prepared:
     storage = config.storage_path
     if _JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise UsageError(
-            f"storage_path {storage} is relative, and a submitted job's working folder is thrown away with the "
-            "job; give an absolute path that all nodes share"
+            f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
+            "with the job; give an absolute path that all nodes share"
         )
     prepared = prepare(with_resolved_paths(config, base=Path.cwd()))
     for split, counts in prepared.counts.items():
@@ -206,8 +206,8 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
     rank, first = min(failures.items())
     cause = getattr(first, "cause", None) or first
     return (
-        f"worker {rank} failed: {str(cause).strip().splitlines()[-1]}. Checkpoints are kept: the same command "
-        "goes on from the last one"
+        f"worker {rank} failed: {str(cause).strip().splitlines()[-1]}. Checkpoints are kept: the same "
+        "command goes on from the last one"
     )
 
 

@@ -211,7 +211,7 @@ class _Run:
             self._journal.log_scales(table["scale"].tolist())
 
     def evaluate(self, step: int, *, start_is: str | None = None) -> dict[str, float]:
-        """Held-out metrics; with `start_is` that reference's scores are the policy's, without a forward pass."""
+        """Held-out metrics; `start_is` names a reference whose scores are the policy's own, still."""
         feed = self._feeds["eval"]
         indices = np.arange(len(feed.part))
         feed.ask(("eval", step), indices)

@@ -1,0 +1,167 @@
+"""One step on plain tensors: whatever the split into micro-batches, it is the same step."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from losses.presets import preset
+from losses.scores import ReferenceScores
+from models.logprobs import Scorer
+from models.parallel import Parallel, prepare
+from models.rows import Prompted, build_rows
+from orchestrator.metrics import StepTable
+from orchestrator.step import MicroBatch, NonFiniteLoss, evaluation_pass, training_step
+
+CPU = torch.device("cpu")
+
+
+def policy(seed: int = 0, learning_rate: float = 1e-2) -> Parallel:
+    model = tiny.llama(seed=seed).train()
+    return prepare(Scorer(model), device=CPU, learning_rate=learning_rate)
+
+
+def pairs(count: int = 6) -> list[Prompted]:
+    generator = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return generator.integers(0, 256, size=int(generator.integers(low, high)))
+
+    return [Prompted(ids(3, 9), [ids(2, 12), ids(2, 12)]) for _ in range(count)]
+
+
+def reference_scores(scorer: Scorer, groups: list[Prompted]) -> ReferenceScores:
+    with torch.no_grad():
+        scores = scorer(build_rows(groups, shared=False, pad_id=0), entropy=True)
+    assert scores.entropy is not None
+    return ReferenceScores(
+        *(f[side::2] for f in (scores.logps, scores.lengths, scores.entropy) for side in (0, 1))
+    )
+
+
+def batch(
+    groups: list[Prompted], at: list[int], references: list[ReferenceScores], *, shared: bool = True
+) -> MicroBatch:
+    cut = tuple(ReferenceScores(*(v[at] for v in vars(r).values())) for r in references)
+    return MicroBatch(
+        rows=build_rows([groups[i] for i in at], shared=shared, pad_id=0),
+        slots=torch.tensor(at, dtype=torch.long),
+        soft_labels=torch.linspace(0.5, 1, len(groups), dtype=torch.float64)[at],
+        references=cut,
+    )
+
+
+LOSS = preset("mrpo", soft_label={"type": "geometric"}, dispersion={"type": "entropy", "phi_star": 0.5})
+
+
+def trajectory(
+    split: list[list[int]], *, shared: bool = True, steps: int = 3
+) -> tuple[list[float], torch.Tensor]:
+    groups, parallel = pairs(), policy()
+    references = [reference_scores(Scorer(tiny.llama(seed=s)), groups) for s in (0, 1)]
+    batches = [batch(groups, part, references, shared=shared) for part in split]
+    losses = []
+    for _ in range(steps):
+        table, _ = training_step(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), clip_norm=1.0)
+        losses.append(float(table["loss"].mean()))
+    weights = torch.cat([w.flatten() for w in parallel.model_state().values()])
+    return losses, weights
+
+
+@pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4], [5]], [[5, 1, 3], [0], [], [4, 2]]])
+def test_any_split_into_microbatches_is_the_same_step(split: list[list[int]]) -> None:
+    whole, weights = trajectory([[0, 1, 2, 3, 4, 5]])
+    losses, others = trajectory(split)
+    assert losses == pytest.approx(whole, rel=1e-5)
+    assert whole[0] != pytest.approx(whole[-1], rel=1e-3)
+    assert torch.allclose(weights, others, atol=2e-4)
+
+
+def test_plain_rows_are_the_same_step() -> None:
+    shared, plain = trajectory([[0, 1, 2], [3, 4, 5]]), trajectory([[0, 1, 2], [3, 4, 5]], shared=False)
+    assert plain[0] == pytest.approx(shared[0], rel=1e-5)
+
+
+def test_the_first_step_against_oneself_is_log_2() -> None:
+    groups, parallel = pairs(), policy()
+    own = reference_scores(parallel.unwrapped, groups)
+    table, _ = training_step(
+        parallel,
+        [batch(groups, list(range(6)), [own])],
+        loss=preset("dpo"),
+        table=StepTable(6, ["self"]),
+        clip_norm=1.0,
+    )
+    assert table["loss"].tolist() == pytest.approx([math.log(2)] * 6, abs=1e-5)
+
+
+def test_the_norm_of_the_gradient_is_clipped() -> None:
+    groups, parallel = pairs(), policy()
+    own = reference_scores(parallel.unwrapped, groups)
+    seen = {}
+    inner = parallel.step
+
+    def step() -> None:
+        seen["norm"] = math.sqrt(sum(float(w.grad.square().sum()) for w in parallel.unwrapped.parameters()))
+        inner()
+
+    parallel.step = step  # type: ignore[method-assign]
+    _, before = training_step(
+        parallel,
+        [batch(groups, [0, 1, 2], [own])],
+        loss=preset("dpo", beta=5.0),
+        table=StepTable(3, ["s"]),
+        clip_norm=0.1,
+    )
+    assert before > 0.1
+    assert seen["norm"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_names_its_pairs_and_touches_no_weight() -> None:
+    groups, parallel = pairs(), policy()
+    own = reference_scores(parallel.unwrapped, groups)
+    own.chosen[4] = float("nan")
+    before = parallel.model_state()
+    with pytest.raises(NonFiniteLoss) as caught:
+        training_step(
+            parallel,
+            [batch(groups, [0, 1, 2], [own]), batch(groups, [3, 4, 5], [own])],
+            loss=preset("dpo"),
+            table=StepTable(6, ["self"]),
+            clip_norm=1.0,
+        )
+    assert caught.value.slots == (4,)
+    after = parallel.model_state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(w.grad is None for w in parallel.unwrapped.parameters())
+
+
+def test_evaluation_leaves_weights_and_mode_and_equals_the_start_it_is_told() -> None:
+    groups, parallel = pairs(), policy()
+    own = reference_scores(parallel.unwrapped, groups)
+    other = reference_scores(Scorer(tiny.llama(seed=1)), groups)
+    batches = [batch(groups, [0, 2, 4], [own, other]), batch(groups, [1, 3, 5], [own, other])]
+    before = parallel.model_state()
+    table = evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]))
+    told = evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), start_is=0)
+    assert torch.allclose(table.values[:-1], told.values[:-1], atol=1e-4)
+    assert told.cost.tokens == 0 < table.cost.tokens
+    assert parallel.module.training
+    assert all(torch.equal(before[name], weight) for name, weight in parallel.model_state().items())
+
+
+def test_supervised_rows_learn_their_completion() -> None:
+    groups = [Prompted(group.prompt, [group.responses[0]]) for group in pairs()]
+    parallel = policy()
+    rows = build_rows(groups, shared=True, pad_id=0)
+    one = MicroBatch(rows=rows, slots=torch.arange(6), soft_labels=torch.ones(6), references=(), paired=False)
+    losses = []
+    for _ in range(5):
+        table, _ = training_step(parallel, [one], loss=preset("sft"), table=StepTable(6, []), clip_norm=1.0)
+        losses.append(float(table["loss"].mean()))
+    with torch.no_grad():
+        start = Scorer(tiny.llama())(rows)
+    assert losses[0] == pytest.approx(float((-start.logps / start.lengths).mean()), rel=1e-5)
+    assert losses[-1] < losses[0]
