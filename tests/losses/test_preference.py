@@ -88,3 +88,15 @@ def test_narrow_log_probs_are_widened(name: str, dtype: torch.dtype) -> None:
 def test_references_may_be_wider_than_the_policy() -> None:
     out = preference_loss(POLICY.to(torch.float32), [A, B], config=preset("mrpo"))
     assert out.losses.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_stage_leaves_the_device_or_waits_for_it(name: str) -> None:
+    # A meta tensor has no values: reading one, or mixing in a tensor of another device, raises.
+    policy, *references = (
+        replace(scores, **{field: value.to("meta") for field, value in vars(scores).items()})
+        for scores in (POLICY, A, B)
+    )
+    labels = torch.ones(2, device="meta")
+    out = preference_loss(policy, references, config=PRESETS[name], soft_labels=labels)
+    assert {value.device.type for value in vars(out).values()} == {"meta"}
