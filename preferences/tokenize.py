@@ -122,11 +122,15 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A table for each rendering, row i of each being pair `kept[i]`, and the pairs left out, by reason."""
+    """A table for each rendering, row i of each being pair `kept[i]`, and the pairs left out, by reason.
+
+    `truncated` counts the kept pairs that were cut.
+    """
 
     tables: dict[str, TokenTable]
     kept: npt.NDArray[np.int64]
     skipped: Counter[str]
+    truncated: int = 0
 
 
 def tokenize(
@@ -160,10 +164,10 @@ def tokenize(
             f"no pair is left of {len(pairs)} ({reasons}); raise data.max_length, or see the first one in "
             "full with data.on_long_row: stop and data.on_bad_row: stop"
         )
-    if len(kept) == len(pairs):
-        return Tokenized(tables, kept, job.skipped)
-    taken = {first: tables[first].take(kept) for first in same.values()}
-    return Tokenized({name: taken[same[r.identity]] for name, r in renderings.items()}, kept, job.skipped)
+    if len(kept) < len(pairs):
+        taken = {first: tables[first].take(kept) for first in same.values()}
+        tables = {name: taken[same[rendering.identity]] for name, rendering in renderings.items()}
+    return Tokenized(tables, kept, job.skipped, sum(bool(job.fits[i]) for i in job.cuts))
 
 
 @dataclass(slots=True)

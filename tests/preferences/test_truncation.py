@@ -27,6 +27,7 @@ def policy_and_bytes(pair, settings, *, chat=False):
     }
     done = tokenize([pair], renderings, settings)
     row, other = done.tables["policy"][0], done.tables["bytes"][0]
+    assert done.truncated == 1
     assert done.tables["twin"] is done.tables["policy"]  # the same tokens, not a retokenised text
     decode = renderings["bytes"].tokenizer.decode
     return (
@@ -93,6 +94,7 @@ def test_a_row_that_no_cut_can_help_is_counted(pair, settings):
     done = tokenize([pair, Pair("a", "b", "c")], renderings, settings)
     assert done.kept.tolist() == [1]
     assert dict(done.skipped) == {"too long for policy, and no use when cut": 1}
+    assert done.truncated == 0
 
 
 def test_a_completion_alone_is_cut_too():
