@@ -235,7 +235,7 @@ def _answering(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     def answer(*_: Any, **__: Any) -> _Answer:
         return _Answer(last_hidden_state=hidden)
 
-    decoder.forward = answer  # type: ignore[method-assign]
+    decoder.forward = answer
     try:
         yield
     finally:

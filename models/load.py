@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,7 +44,7 @@ def load_tokenizer(located: Located, config: ModelConfig) -> PreTrainedTokenizer
         place, arguments["gguf_file"] = place.parent, place.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
             f"{config.model}: no tokenizer could be loaded from {place} ({first_line(error)}); put its files "
             "(tokenizer.json, tokenizer_config.json) beside the weights"
@@ -76,10 +76,7 @@ def load_model(
     device = torch.device(device)
     lora = config.adapter if trainable and isinstance(config, PolicyConfig) else None
     whole = trainable and lora is None
-    if config.attention == "flex" and device.type == "cpu":
-        raise ModelError(
-            f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
-        )
+    _check_device(config, device, trainable)
     dtype = torch.float32 if whole else getattr(torch, config.dtype_on(device.type))
     model: PreTrainedModel | PeftModel = _load_base(located, config, device, dtype)
     if located.kind == "adapter":
@@ -125,6 +122,20 @@ def export(
     return folder
 
 
+def _check_device(config: ModelConfig, device: torch.device, trainable: bool) -> None:
+    if device.type != "cpu":
+        return
+    if config.attention == "flex":
+        raise ModelError(
+            f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
+        )
+    # After one forward pass in eval mode bitsandbytes' CPU kernels no longer pass gradients on.
+    if trainable and config.quantization != "none":
+        raise ModelError(
+            f"{config.model}: a quantised policy trains on a GPU only; set quantization: none, or run on a GPU"
+        )
+
+
 def _load_base(
     located: Located, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -150,7 +161,7 @@ def _load_base(
         model, info = AutoModelForCausalLM.from_pretrained(source, **arguments)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{config.model} could not be loaded from {path}: {first_line(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -171,7 +182,7 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=model.device))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{config.model}: quantization {config.quantization} does not run on {model.device.type} here "
             f"({first_line(error)}); set quantization: none, or run on another device"

@@ -60,3 +60,9 @@ def tiny_words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny.word_tokenizer(words)
     model = tiny.llama(seed=2, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return tiny.save(tmp_path_factory.mktemp("tiny") / "words", model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_llama_folder` in one GGUF file, unquantised."""
+    return tiny.save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny.llama(), tiny.byte_tokenizer())

@@ -7,6 +7,8 @@ wrong mask, position or shift changes log-probs by far more than any tolerance.
 import os
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -161,3 +163,46 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_gguf(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Write a tiny llama with a byte tokenizer as llama.cpp's converter would; returns the file.
+
+    <bos> becomes the merged token `ab`, because a GGUF tokenizer needs at least one merge.
+    """
+    c, heads = model.config, {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(c.vocab_size)
+    tokens = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    tokens[tokenizer.bos_token_id] = "ab"
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in SPECIAL else 1 for t in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids(EOS))
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        array = weight.numpy()
+        for projection, count in heads.items():
+            if projection in name:  # llama.cpp rotates neighbouring channels, transformers halves
+                parts = array.reshape(count, 2, array.shape[0] // count // 2, array.shape[1])
+                array = parts.swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -1,0 +1,142 @@
+"""Equal for a copy; another as soon as anything that decides a score changes."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from models import fingerprint as module
+from models.adapters import add_lora
+from models.config import LoraSettings, ModelConfig, ModelError
+from models.fingerprint import Fingerprint, fingerprint
+from models.load import export, load_tokenizer, locate
+
+
+def of(folder: Path, **settings: Any) -> Fingerprint:
+    arguments = {k: settings.pop(k) for k in ("template_kwargs", "device_type") if k in settings}
+    config = ModelConfig(model=str(folder), **settings)
+    located = locate(config)
+    return fingerprint(located, config, load_tokenizer(located, config), **arguments)
+
+
+@pytest.fixture
+def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_copy_is_the_same_whoever_wrote_it(tiny_llama_folder: Path, folder: Path) -> None:
+    first = of(tiny_llama_folder)
+    assert len(first.digest) == 64
+    edit(folder / "config.json", transformers_version="9.9", _name_or_path="elsewhere")
+    (folder / "README.md").write_text("new")
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert of(folder) == first
+    config = ModelConfig(model=str(folder))
+    tokenizer = load_tokenizer(locate(config), config)
+    tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)  # leaves traces in the tokenizer
+    assert fingerprint(locate(config), config, tokenizer) == first
+
+
+def weights(folder: Path) -> None:
+    tiny.llama(seed=9).save_pretrained(folder)
+
+
+def tokenizer(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
+    "weights": (weights, {"weights"}),
+    "config": (lambda f: edit(f / "config.json", rms_norm_eps=1e-5), {"config"}),
+    "template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), {"chat_template"}),
+    "tokenizer": (tokenizer, {"tokenizer"}),
+    "eos": (lambda f: edit(f / "tokenizer_config.json", eos_token="<eos>"), {"tokenizer", "bos_eos"}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_file_changes_it(name: str, folder: Path) -> None:
+    before = of(folder)
+    change, parts = CHANGES[name]
+    change(folder)
+    after = of(folder)
+    assert after.digest != before.digest
+    assert set(after.changed(before)) == parts
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"device_type": "cuda"}, "dtype"),
+        ({"template_kwargs": {"enable_thinking": False}}, "template_kwargs"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"quantization": "8bit", "device_type": "cuda", "dtype": "bfloat16"}, "quantization"),
+    ],
+)
+def test_a_changed_setting_changes_it(settings: dict[str, Any], part: str, tiny_llama_folder: Path) -> None:
+    assert part in of(tiny_llama_folder, **settings).changed(of(tiny_llama_folder))
+
+
+def test_the_version_of_the_scoring_code_counts(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = of(tiny_llama_folder)
+    monkeypatch.setattr(module, "SCORING_VERSION", module.SCORING_VERSION + 1)
+    assert of(tiny_llama_folder).changed(before) == ["scoring"]
+
+
+def test_an_adapter_counts_with_its_base(folder: Path, tmp_path: Path) -> None:
+    config = ModelConfig(model=str(folder))
+    model = add_lora(tiny.llama(), LoraSettings(r=2))
+    model.peft_config["default"].base_model_name_or_path = str(folder)
+    adapter = export(model, load_tokenizer(locate(config), config), tmp_path / "adapter")
+    first, base = of(adapter), of(folder)
+    assert first.changed(base) == ["adapter"]
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert of(adapter, base=str(moved)) == first
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    edit(adapter / "adapter_config.json", target_modules=sorted(settings["target_modules"], reverse=True))
+    assert of(adapter) == first
+    edit(adapter / "adapter_config.json", lora_alpha=99)
+    assert of(adapter).changed(first) == ["adapter"]
+    weights(folder)
+    assert "weights" in of(adapter).changed(first)
+
+
+def test_a_gguf_file_has_one(tiny_gguf_file: Path) -> None:
+    assert of(tiny_gguf_file).parts["config"] is None
+
+
+def test_shards_count_and_must_be_there(folder: Path) -> None:
+    tiny.llama().save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    before = of(folder)
+    data = bytearray(shards[-1].read_bytes())
+    data[-1] ^= 1
+    shards[-1].write_bytes(data)
+    assert of(folder).changed(before) == ["weights"]
+    shards[-1].unlink()
+    with pytest.raises(ModelError, match=r"is named by model.safetensors.index.json but missing"):
+        of(folder)
+
+
+def test_parts_can_be_written_as_json(tiny_llama_folder: Path) -> None:
+    parts = of(tiny_llama_folder, template_kwargs={"a": [1]}).parts
+    assert json.loads(json.dumps(parts)) == parts
+    assert torch.float32 not in parts.values()

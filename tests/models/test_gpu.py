@@ -1,0 +1,58 @@
+"""What only a GPU can show: FlexAttention's masks, bfloat16 kernels, fused AdamW."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from plain_logits import GROUPS, assert_equal_gradients, gradients, weighted
+from transformers import PreTrainedModel
+
+from models.logprobs import Scorer
+from models.parallel import prepare
+from models.rows import build_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def scored(model: PreTrainedModel, *, shared: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    scorer = Scorer(model, chunk_tokens=8)
+    assert scorer.sharing_refusal is None
+    logps = scorer(build_rows(GROUPS, shared=shared, pad_id=0).to(model.device)).logps
+    return logps.detach().cpu(), {n: g.cpu() for n, g in gradients(model, weighted(logps.cpu())).items()}
+
+
+@pytest.mark.parametrize("make", [tiny.llama_config, tiny.qwen_config, tiny.gpt2_config])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_gpu_gives_what_a_cpu_gives(make: Callable[..., object], attention: str) -> None:
+    # FlexAttention's kernels want heads of at least 16 channels.
+    width = {"n_embd": 64} if make is tiny.gpt2_config else {"hidden_size": 64, "head_dim": 16}
+    expected, gradient = scored(tiny.build(make(**width)), shared=False)
+    model = tiny.build(make(**width), attention=attention).to("cuda")
+    for shared in (True, False):
+        logps, found = scored(model, shared=shared)
+        torch.testing.assert_close(logps, expected, rtol=1e-3, atol=0.0)
+        assert_equal_gradients(found, gradient, 1e-2)
+
+
+def test_bfloat16_on_a_gpu_stays_near_float32() -> None:
+    expected, _ = scored(tiny.llama(), shared=True)
+    logps, _ = scored(tiny.llama().to("cuda", torch.bfloat16), shared=True)
+    torch.testing.assert_close(logps, expected, rtol=2e-2, atol=0.5)
+
+
+def test_fused_adamw_steps_as_the_plain_one() -> None:
+    states = []
+    for device in ("cpu", "cuda"):
+        model = tiny.llama().to(device)
+        parallel = prepare(Scorer(model), device=torch.device(device), learning_rate=1e-2)
+        rows = build_rows(GROUPS, shared=True, pad_id=0).to(device)
+        parallel.backward(parallel.module(rows).logps.sum())
+        parallel.clip(1.0)
+        parallel.step()
+        states.append(parallel.model_state())
+    drift = torch.cat([(states[0][n] - w).flatten() for n, w in states[1].items()])
+    assert drift.abs().mean() < 1e-4

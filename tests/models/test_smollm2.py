@@ -1,0 +1,59 @@
+"""A real language model: sharing and chunks are exact there too, and its GGUF file is read."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from plain_logits import assert_equal_gradients, gradients, plain_scores, weighted
+
+from models.config import LoraSettings, ModelConfig, PolicyConfig
+from models.load import load_model, load_tokenizer, locate
+from models.logprobs import Scorer
+from models.rows import Prompted, build_rows
+
+pytestmark = pytest.mark.smollm2
+
+TEXTS = [
+    ("The film opens on a quiet street, and", [" then everything goes wrong.", " nothing else happens, ever."]),
+    ("I had hoped for more:", [" the plot is thin, the acting thinner.", " it was wonderful!"]),
+]
+
+
+@cache
+def folder() -> str:
+    from orchestrator.demo import assets
+
+    return str(assets.smollm2())
+
+
+@cache
+def groups() -> list[Prompted]:
+    config = ModelConfig(model=folder())
+    tokenizer: Any = load_tokenizer(locate(config), config)
+    # The pad token is the end-of-turn token: responses end in it and must be scored to the last token.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    return [
+        Prompted(tokenizer(p)["input_ids"], [[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in responses])
+        for p, responses in TEXTS
+    ]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_equal_plain_logits(shared: bool) -> None:
+    config = PolicyConfig(model=folder(), adapter=LoraSettings(r=4, target_modules=("q_proj", "v_proj")))
+    model = load_model(locate(config), config, device="cpu", trainable=True)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    scorer = Scorer(model, chunk_tokens=8)
+    assert scorer.sharing_refusal is None
+    pad = 2
+    scores = scorer(build_rows(groups(), shared=shared, pad_id=pad), entropy=True)
+    logps, entropies = plain_scores(model, groups())
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(scores.entropy, entropies, rtol=1e-4, atol=0.0)
+    assert -8.0 < (scores.logps / scores.lengths).mean() < -1.0  # it is a language model
+    assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-4)
