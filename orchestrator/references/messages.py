@@ -27,8 +27,9 @@ class ReferenceSpec:
     """One frozen reference: which model, under which identity, on how many copies of which size.
 
     `config` must be resolved and pinned (a folder every node sees, or a hub id with its revision), because
-    each replica locates it on its own node. `replicas=0` is a reference that the workers score themselves:
-    its router only keeps the store.
+    each replica locates it on its own node. A replica runs on CUDA where `num_gpus` is above 0, else on the
+    CPU; the fingerprint must have been taken for that device. `replicas=0` is a reference that the workers
+    score themselves: its router only keeps the store.
     """
 
     name: str

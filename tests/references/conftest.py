@@ -1,4 +1,4 @@
-"""One Ray for all of these tests, token tables by hand, and replicas that need no model."""
+"""A small Ray, token tables by hand, and replicas that need no model."""
 
 import hashlib
 import os
@@ -35,8 +35,9 @@ class Table(list[TokenPair]):
     """What the client needs of a token table."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_running() -> Iterator[None]:
+    """A small Ray, gone with the module so that other tests may start theirs."""
     ray.init(
         num_cpus=4,
         include_dashboard=False,
