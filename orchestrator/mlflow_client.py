@@ -36,16 +36,26 @@ def redact(text: str) -> str:
     return text
 
 
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Nested settings with the values of secret fields hidden and all text redacted, fit to be shown."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner) for inner in value]
+    if value and _SECRET_KEY.search(name):
+        return "***"
+    return redact(value) if isinstance(value, str) else value
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as MLflow parameters: dotted keys, redacted text values, cut to MLflow's limits."""
     flat: dict[str, str] = {}
-    for key, value in settings.items():
+    for key, value in without_secrets(settings).items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{name}.")
         else:
-            shown = "***" if value and _SECRET_KEY.search(name) else redact(str(value))
-            flat[metric_key(name)] = _cut(shown, _PARAM_LENGTH)
+            flat[metric_key(name)] = _cut(str(value), _PARAM_LENGTH)
     return flat
 
 

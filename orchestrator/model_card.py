@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.mlflow_client import redact
+from orchestrator.mlflow_client import redact, without_secrets
 
 _HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
 
@@ -46,7 +46,7 @@ class Lineage:
 
     def to_json(self) -> str:
         """All of it as JSON text, without secrets."""
-        return redact(json.dumps(asdict(self), indent=2, sort_keys=True, default=str)) + "\n"
+        return json.dumps(without_secrets(asdict(self)), indent=2, sort_keys=True, default=str) + "\n"
 
 
 def render(name: str, lineage: Lineage, *, adapter: bool) -> str:

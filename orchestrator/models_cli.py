@@ -187,13 +187,14 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for title in header:
-        table.add_column(title, overflow="fold")
+        table.add_column(Text(title), overflow="fold")
     for line in rows:
-        table.add_row(*line)
-    Console().print(table, markup=False)
+        table.add_row(*map(Text, line))  # Text: a name in [brackets] is no markup
+    Console().print(table)
 
 
 def _text(value: Any) -> str:
@@ -205,4 +206,4 @@ def _text(value: Any) -> str:
 
 
 def _time(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
+    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%MZ}"

@@ -120,8 +120,7 @@ def find_version(client: "MlflowClient", ref: str) -> "ModelVersion":
             f"version {found.version} of {name!r} was never verified, its registration was cut short: "
             "run the training again to finish it, or choose another version"
         )
-    # An alias look-up leaves the aliases out, and a version's text form may be an int or a str.
-    return client.get_model_version(name, str(found.version))
+    return found
 
 
 def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":

@@ -37,7 +37,10 @@ def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: 
         "counts": {"train pairs": 900, "held-out pairs": 100, "skipped, too long": 3},
         "before": {"eval/accuracy": 0.5},
         "after": {"eval/accuracy": accuracy, "eval/label_nll": 0.61},
-        "config": {"name": "a-run", "tracking": {"uri": "http://me:hunter2@mlflow.example"}},
+        "config": {
+            "tracking": {"uri": "http://me:hunter2@mlflow.example"},
+            "extra": [{"api_key": "hunter2"}],
+        },
         "code": {"polyref.version": "0.1.0"},
     }
     return Lineage(**(settings | changes))  # type: ignore[arg-type]
