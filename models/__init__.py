@@ -1,1 +1,1 @@
-"""Frozen and trained causal language models: loading, exact log-probs, adapters, fingerprints, parallelism."""
+"""Causal language models: loading, exact log-probs, adapters, fingerprints, parallel training."""

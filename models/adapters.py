@@ -49,7 +49,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     """Let `model` (a PeftModel, or anything that holds one: a Scorer, a DDP wrapper) be its frozen base.
 
     Inside, dropout is off as well and no gradient is recorded; modes are put back after. Only under the same
-    weights is this "the policy's own start": with no adapter there is nothing to switch off, and ModelError says so.
+    weights is this "the policy's own start": with no adapter there is nothing to switch off, and ModelError
+    says so.
     """
     peft = find_adapter(model)
     if peft is None:
@@ -68,13 +69,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model with its adapter's product added to the weights, in place; a model without adapter as it is."""
+    """Add the adapter's product to the weights, in place; a model without adapter stays as it is."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def known_warnings_off() -> Iterator[None]:
-    """Silence what PEFT says about its own code and about GPT-2's transposed layers, which it handles itself."""
+    """Silence what PEFT says about its own code and about GPT-2's layers, which it handles itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)

@@ -1,4 +1,4 @@
-"""Settings of one model: where it comes from, its dtype, its adapter. Imports neither torch nor transformers."""
+"""Settings of one model: its source, dtype and adapter. Imports neither torch nor transformers."""
 
 from typing import Annotated, Literal, Self
 
@@ -51,7 +51,8 @@ class ModelConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.model.startswith("models:/") and self.revision is not None:
             raise ValueError(
-                "revision is for hub models; a registry model is pinned by its version: models:/<name>/<version>"
+                "revision is for hub models; a registry model is pinned by its version: "
+                "models:/<name>/<version>"
             )
         if self.quantization != "none" and self.is_gguf:
             raise ValueError(
@@ -77,7 +78,7 @@ class ModelConfig(BaseModel):
 
 
 class LoraSettings(BaseModel):
-    """A low-rank adapter (LoRA; Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) B A, B = 0 at the start."""
+    """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) B A, B = 0 at the start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -109,7 +110,8 @@ class PolicyConfig(ModelConfig):
     def _trainable(self) -> Self:
         if self.quantization != "none" and self.adapter is None:
             raise ValueError(
-                "a quantised policy trains only through an adapter; add adapter: {r: 16} or set quantization: none"
+                "a quantised policy trains only through an adapter; add adapter: {r: 16} or set "
+                "quantization: none"
             )
         if self.dtype == "float16":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a frozen model is: equal for a copy of it, another as soon as anything that decides its scores changes."""
+"""What a frozen model is: equal for a copy, another once anything that decides its scores changes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from models.config import ModelConfig, ModelError
 from models.load import Located
 
 SCORING_VERSION = 1
-"""Raised when a change to rows, log-probs or rendering changes scores: stored ones are then not used again."""
+"""Raised when a change to rows or log-probs changes scores: stored ones are then not used again."""
 
 # Where a file came from and who wrote it, not what it computes.
 _VOLATILE = frozenset(
@@ -48,8 +48,9 @@ def fingerprint(
 ) -> Fingerprint:
     """Identity of the scores that the located model gives.
 
-    Weights, config, adapter, tokenizer, chat template and its arguments, BOS/EOS rule, dtype (`auto` resolved for
-    `device_type`), quantisation and the version of the scoring code. Folder names and timestamps do not count.
+    Weights, config, adapter, tokenizer, chat template and its arguments, BOS/EOS rule, dtype (`auto` resolved
+    for `device_type`), quantisation and the version of the scoring code. Folder names and timestamps do not
+    count.
     """
     model = located.base_path if located.kind == "adapter" else located.path
     assert model is not None

@@ -2,12 +2,12 @@
 
 Two ways to the same numbers:
 
-LinearHead    a plain linear head, with the scale and soft cap some architectures put behind it. Where the head
-              is frozen, the gradient of the hidden states is taken while the chunk's logits are there, so the
-              backward is one multiplication; where it is trained, the backward makes each chunk's logits again.
+LinearHead    a plain linear head, with the scale and soft cap some architectures put behind it. Where it is
+              frozen, the gradient of the hidden states is taken while the chunk's logits are there, so the
+              backward is one multiplication; where it is trained, the backward makes the logits again.
 ReplayedHead  the model's own forward, its decoder answering with the given hidden states, under activation
-              checkpointing: exact for whatever a model does behind its decoder (an adapter on the head, unknown
-              scaling), at one more product per chunk.
+              checkpointing: exact for whatever a model does behind its decoder (an adapter on the head,
+              unknown scaling), at one more product per chunk.
 """
 
 import math
@@ -63,7 +63,9 @@ class Head(Protocol):
 
     def __call__(
         self, hidden: Tensor, targets: Tensor, *, chunk_tokens: int, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, int]: ...
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """At most `chunk_tokens` x V logits exist at a time, in the backward pass too."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class ReplayedHead:
 
         logps: list[Tensor] = []
         entropies: list[Tensor] = []
-        # One chunk at least, so that a rank without tokens still gives every trained weight a (zero) gradient.
+        # One chunk at least, so that a rank without tokens still gives every trained weight a (zero)
+        # gradient.
         for part in _chunks(max(targets.numel(), 1), chunk_tokens):
             chosen, spread = checkpoint(score, hidden[part], targets[part], use_reentrant=False)
             logps.append(chosen)
@@ -124,7 +127,8 @@ class ReplayedHead:
 class _ChunkedLinear(torch.autograd.Function):
     """log softmax(tail(h W' + b))[target] and its entropy, per token.
 
-    d logp / d logits = onehot(target) - softmax. Softmax and sums run in float32 (float64 for a float64 model).
+    d logp / d logits = onehot(target) - softmax. Softmax and sums run in float32 (float64 for a float64
+    model).
     """
 
     @staticmethod
@@ -170,7 +174,8 @@ class _ChunkedLinear(torch.autograd.Function):
             return (None,) * 8
         tail, dtype, chunk_tokens = ctx.settings
         grads = [
-            torch.zeros_like(t) if n else None for t, n in zip((hidden, weight, bias), ctx.needs_input_grad)
+            torch.zeros_like(t) if n else None
+            for t, n in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         grad_hidden, grad_weight, grad_bias = grads
         with torch.autocast(hidden.device.type, enabled=False):
@@ -224,7 +229,7 @@ class _Answer(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return
 
 
 @contextmanager
@@ -248,8 +253,8 @@ def _answering(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
 def head_of(model: PreTrainedModel) -> tuple[Head, str | None]:
     """The exact head for `model`, and why it is not the fast one (None where it is).
 
-    The fast head must reproduce the model's own logits on hidden states of several sizes (a soft cap or a scale
-    shows on large ones only). The probe runs no decoder and changes nothing.
+    The fast head must reproduce the model's own logits on hidden states of several sizes (a soft cap or a
+    scale shows on large ones only). The probe runs no decoder and changes nothing.
     """
     replayed = ReplayedHead(model)
     linear = model.get_output_embeddings()

@@ -1,7 +1,7 @@
 """From a `ModelConfig` to a model and a tokenizer on a device, and from a model to a folder.
 
-`locate` finds (or downloads) the files and refuses what cannot work before any weight is read; the others load
-from what it found. Weights are read from safetensors or GGUF alone.
+`locate` finds (or downloads) the files and refuses what cannot work before any weight is read; the others
+load from what it found. Weights are read from safetensors or GGUF alone.
 """
 
 import os
@@ -65,11 +65,12 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Load onto `device`.
 
-    Frozen: no gradients, eval mode, the dtype of `config.dtype_on(device)`; an adapter folder gives a PeftModel.
+    Frozen: no gradients, eval mode, the dtype of `config.dtype_on`; an adapter folder gives a PeftModel.
+
     Trainable: train mode, the model's own dropout off (the policy must start as its own reference). With
-    `PolicyConfig.adapter` the base is frozen in its dtype behind a new float32 LoRA drawn from `seed`; without,
-    every weight is a float32 master (run the step under autocast for bfloat16). An adapter folder is merged first,
-    so that the policy's start is base and adapter. `activation_checkpointing` trades time for memory.
+    `PolicyConfig.adapter` the base is frozen in its dtype behind a new float32 LoRA drawn from `seed`;
+    without, every weight is a float32 master (run the step under autocast for bfloat16). An adapter folder is
+    merged first: the policy's start is base and adapter. `activation_checkpointing` trades time for memory.
 
     Raises ModelError for weights missing from the files, and where quantisation does not run on this machine.
     """
@@ -86,8 +87,8 @@ def load_model(
     if located.kind == "adapter":
         if config.quantization != "none":
             raise ModelError(
-                f"{config.model}: an adapter cannot be merged into a quantised base without loss before training; "
-                "set quantization: none, or export base and adapter as one model first"
+                f"{config.model}: an adapter cannot be merged into a quantised base without loss before "
+                "training; set quantization: none, or export base and adapter as one model first"
             )
         model = merge(model)
     _dropout_off(model)
@@ -127,12 +128,14 @@ def _check_device(config: ModelConfig, device: torch.device, trainable: bool) ->
         return
     if config.attention == "flex":
         raise ModelError(
-            f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
+            f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on "
+            "a GPU"
         )
     # After one forward pass in eval mode bitsandbytes' CPU kernels no longer pass gradients on.
     if trainable and config.quantization != "none":
         raise ModelError(
-            f"{config.model}: a quantised policy trains on a GPU only; set quantization: none, or run on a GPU"
+            f"{config.model}: a quantised policy trains on a GPU only; set quantization: none, or run on a "
+            "GPU"
         )
 
 
@@ -154,7 +157,8 @@ def _load_base(
         arguments["gguf_file"], source = path.name, path.parent
     else:
         arguments["use_safetensors"], source = True, path
-        # Straight onto the device: a large model may not fit into main memory, a quantised one cannot be moved.
+        # Straight onto the device: a large model may not fit into main memory, a quantised one cannot be
+        # moved.
         if device.type != "cpu" or config.quantization != "none":
             arguments["device_map"] = {"": device}
     try:
@@ -190,7 +194,7 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def _without_gguf(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights in a model that can be saved: transformers refuses to write one that was read from GGUF."""
+    """The same weights in a model that can be saved: transformers writes none that was read from GGUF."""
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     config = type(model.config).from_dict(settings)
@@ -208,8 +212,8 @@ def _bitsandbytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig
         import bitsandbytes  # noqa: F401  (transformers' own message comes late and hides the reason)
     except (ImportError, RuntimeError, OSError) as error:
         raise ModelError(
-            f"{config.model}: quantization {config.quantization} needs bitsandbytes, which does not import here "
-            f"({first_line(error)}); install polyref[quantization], or set quantization: none"
+            f"{config.model}: quantization {config.quantization} needs bitsandbytes, which does not import "
+            f"here ({first_line(error)}); install polyref[quantization], or set quantization: none"
         ) from error
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -235,8 +239,8 @@ def _with_adapter(base: PreTrainedModel, located: Located, config: ModelConfig) 
         missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(file.keys())
     if missing:
         raise ModelError(
-            f"adapter {config.model} lacks {len(missing)} weights its config asks for, such as {min(missing)}; "
-            "save the adapter again, or give the base it was trained on as base: <model>"
+            f"adapter {config.model} lacks {len(missing)} weights its config asks for, such as "
+            f"{min(missing)}; save the adapter again, or give the base it was trained on as base: <model>"
         )
     return model
 

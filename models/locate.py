@@ -41,8 +41,9 @@ class Located:
 def locate(config: ModelConfig) -> Located:
     """Find the model's files, downloading a hub model; no weight is loaded.
 
-    Raises ModelError, naming the model and the remedy, for a missing folder, a hub model that is neither reachable
-    nor cached, a folder that holds no model, weights in a pickle only, or an architecture that is not a causal LM.
+    Raises ModelError, naming the model and the remedy, for a missing folder, a hub model that is neither
+    reachable nor cached, a folder that holds no model, weights in a pickle only, or an architecture that is
+    not a causal LM.
     """
     path, revision = _fetch(config)
     if path.is_file():
@@ -110,13 +111,13 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Lo
     settings = _json(path / "adapter_config.json")
     if settings.get("peft_type") in _PROMPT_ADAPTERS:
         raise ModelError(
-            f"{config.model}: {settings['peft_type']} adapters add virtual tokens and cannot be scored exactly; "
-            "use a LoRA adapter"
+            f"{config.model}: {settings['peft_type']} adapters add virtual tokens and cannot be scored "
+            "exactly; use a LoRA adapter"
         )
     if not (path / "adapter_model.safetensors").exists():
         raise ModelError(
-            f"{config.model}: the adapter has no adapter_model.safetensors; pickled weights (.bin) are not read: "
-            "save it again with peft's save_pretrained"
+            f"{config.model}: the adapter has no adapter_model.safetensors; pickled weights (.bin) are not "
+            "read: save it again with peft's save_pretrained"
         )
     base = config.base or settings.get("base_model_name_or_path")
     if not base:
@@ -131,7 +132,8 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Lo
         )
     except ModelError as error:
         raise ModelError(
-            f"the base of adapter {config.model} cannot be loaded: {error}. Where the base has moved, give base: <model>"
+            f"the base of adapter {config.model} cannot be loaded: {error}. Where the base has moved, give "
+            "base: <model>"
         ) from error
     if found.kind == "adapter":
         raise ModelError(
@@ -151,17 +153,16 @@ def _gguf_in(config: ModelConfig, path: Path) -> Path | None:
     if not files or (path / "config.json").exists():
         return None
     if len(files) > 1:
-        raise ModelError(
-            f"{config.model} holds several GGUF files; choose one as gguf_file: {' | '.join(p.name for p in files)}"
-        )
+        names = " | ".join(p.name for p in files)
+        raise ModelError(f"{config.model} holds several GGUF files; choose one as gguf_file: {names}")
     return files[0]
 
 
 def _check_folder(config: ModelConfig, path: Path) -> None:
     if not (path / "config.json").exists():
         raise ModelError(
-            f"{config.model} ({path}) is not a model folder: it has no config.json (nor adapter_config.json, nor a "
-            ".gguf file); give the folder that save_pretrained wrote"
+            f"{config.model} ({path}) is not a model folder: it has no config.json (nor adapter_config.json, "
+            "nor a .gguf file); give the folder that save_pretrained wrote"
         )
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
@@ -175,7 +176,8 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
     settings = _json(path / "config.json")
     if settings.get("is_encoder_decoder"):
         raise ModelError(
-            f"{config.model} ({settings.get('model_type')}) is an encoder-decoder; use a decoder-only language model"
+            f"{config.model} ({settings.get('model_type')}) is an encoder-decoder; use a decoder-only "
+            "language model"
         )
     if "auto_map" in settings and settings.get("model_type") is None and not config.trust_remote_code:
         raise ModelError(

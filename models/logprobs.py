@@ -1,4 +1,4 @@
-"""Rows -> log-probability, length and mean entropy of every response, exactly as `model(...).logits` gives them.
+"""Rows -> log-prob, length and mean entropy of every response, exactly as `model(...).logits` gives them.
 
 The decoder runs once over the rows; the lm head (`models.head`) only over the positions that predict a
 response token.
@@ -31,8 +31,12 @@ _refusals: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary(
 
 
 class SequenceScores(NamedTuple):
-    """logps: (S,) summed over response tokens, nats; lengths: (S,) int64; entropy: (S,) mean over response tokens
-    divided by log V (in [0, 1], without gradient), or None where not asked for."""
+    """One entry per response.
+
+    logps:   (S,) summed over response tokens, nats.
+    lengths: (S,) int64, response tokens.
+    entropy: (S,) mean over response tokens / log V, in [0, 1], without gradient; None where not asked for.
+    """
 
     logps: Tensor
     lengths: Tensor
@@ -42,8 +46,8 @@ class SequenceScores(NamedTuple):
 class Scorer(nn.Module):
     """Log-probs of responses under one causal language model.
 
-    `model` keeps its dtype, adapter and mode (train or eval); sums are float32, or float64 for a float64 model.
-    `chunk_tokens` response tokens at a time meet the head: memory is chunk_tokens x V floats.
+    `model` keeps its dtype, adapter and mode (train or eval); sums are float32, or float64 for a float64
+    model. `chunk_tokens` response tokens at a time meet the head: memory is chunk_tokens x V floats.
     Raises ModelError where the model's logits do not follow from its decoder's hidden states.
     """
 
@@ -71,9 +75,10 @@ class Scorer(nn.Module):
     def forward_flops(self, rows: Rows) -> float:
         """Floating-point operations of one forward pass over `rows`, an estimate for utilisation figures.
 
-        2 per weight of a matrix that a token meets (the head: response tokens only; experts: the share a token is
-        sent to), plus 4 per head width and attended (query, key) pair. Norms, embeddings and padding do not count.
-        A backward pass is twice that when every weight is trained, about once with a frozen base.
+        2 per weight of a matrix that a token meets (the head: response tokens only; experts: the share a
+        token is sent to), plus 4 per head width and attended (query, key) pair. Norms, embeddings and padding
+        do not count. A backward pass is twice that when every weight is trained, about once with a frozen
+        base.
         """
         sizes = self._sizes
         matrices = 2.0 * (sizes.body * rows.tokens + sizes.head * rows.response_tokens)
@@ -159,8 +164,8 @@ def _checked_head(model: PreTrainedModel) -> Head:
     if not per_token <= _tolerance(model):
         raise ModelError(
             f"{name} ({model.config.model_type}): log-probs from its hidden states differ from its logits by "
-            f"{per_token:.2g} nats per token, so it cannot be scored; use a causal language model whose forward is "
-            "decoder, then head"
+            f"{per_token:.2g} nats per token, so it cannot be scored; use a causal language model whose "
+            "forward is decoder, then head"
         )
     if slow is not None:
         log.info("%s: the lm head runs through the model's own forward, because %s", name, slow)
@@ -200,7 +205,7 @@ def _refusal_by_config(model: PreTrainedModel) -> str | None:
 
 
 def _refusal_by_probe(model: PreTrainedModel) -> str | None:
-    """Two equal responses and another behind one prompt: whatever leaks between them makes the copy likelier."""
+    """Two equal responses and another behind one prompt: a leak between them makes the copy likelier."""
     prompt, responses = _probe(model)
     group = [Prompted(prompt, responses)]
     kind = model.config.model_type

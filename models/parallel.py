@@ -5,6 +5,7 @@ micro-batch, then `clip`, `step`, `zero_grad`. Gradients are averaged over ranks
 the global batch is multiplied by `world_size` first.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Parallel:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch; gradients are exchanged in the step's last one only."""
+        """Around forward and backward of a micro-batch; only in the step's last are gradients exchanged."""
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -53,7 +54,7 @@ class Parallel:
         loss.backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scale gradients to a global norm of at most `max_norm` (None: leave them); the norm before, a 0-d tensor."""
+        """Scale gradients to a global norm of at most `max_norm` (None: leave them); the norm before."""
         bound = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_(list(self._trained().values()), bound)
 
@@ -92,7 +93,7 @@ class Parallel:
                 weight.copy_(state[name])
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """AdamW's moments and step counts as `<weight>/<quantity>` tensors on the CPU, and what JSON can hold."""
+        """AdamW's moments and step counts as `<weight>/<quantity>` CPU tensors, and what JSON can hold."""
         tensors = {
             f"{name}/{quantity}": value.detach().cpu().contiguous()
             for name, weight in self._trained().items()
@@ -124,19 +125,26 @@ class Replicated(Parallel):
 
     def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         super().__init__(scorer, optimizer, device)
-        self._ddp = DistributedDataParallel(scorer, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers (rotary frequencies) never change; torch renamed the switch in version 2.13.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+        self._ddp = DistributedDataParallel(scorer, **options)
         self.module = self._ddp
 
     @property
     def rank(self) -> int:
+        """See `Parallel`."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
+        """See `Parallel`."""
         return dist.get_world_size()
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
+        """See `Parallel`."""
         if last:
             yield
         else:
@@ -144,6 +152,7 @@ class Replicated(Parallel):
                 yield
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """See `Parallel`."""
         dist.all_reduce(tensor)
         return tensor
 
@@ -158,10 +167,10 @@ def prepare(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> Parallel:
-    """Make `scorer` trainable by the ranks of the default process group, or by this process alone without one.
+    """Make `scorer` trainable by the ranks of the default process group, or by this process alone.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norms are not decayed. The scorer must already
-    be on `device`. Raises ModelError where it has nothing to train.
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norms are not decayed. The scorer must
+    already be on `device`. Raises ModelError where it has nothing to train.
     """
     trained = trained_weights(scorer)
     if not trained:

@@ -37,7 +37,7 @@ class Rows:
     input_ids:    (R, T) int64.
     position_ids: (R, T) int64; 0 on padding.
     segments:     (R, T) int32; 0 = prompt, j = j-th response of the row, -1 = padding.
-    predictors:   (N,) int64; index into the flattened R * T positions of the hidden state that predicts a token.
+    predictors:   (N,) int64; index into the flattened R * T positions of the state that predicts a token.
     targets:      (N,) int64; the token it predicts.
     sequences:    (N,) int64; the sequence, 0..S-1, that the token belongs to.
     lengths:      (S,) int64; response tokens per sequence.
@@ -162,7 +162,8 @@ def _parts(number: int, group: Prompted, shared: bool) -> list[list[Ids]]:
         )
     if not len(group.responses) or any(len(r) == 0 for r in group.responses):
         raise ModelError(
-            f"prompt {number} of the batch has an empty response; append the end-of-turn token or drop the row"
+            f"prompt {number} of the batch has an empty response; append the end-of-turn token or drop the "
+            "row"
         )
     return [list(group.responses)] if shared else [[r] for r in group.responses]
 

@@ -56,8 +56,8 @@ def tiny_sliding_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama behind a word tokenizer: a reference whose tokens are not the policy's."""
-    words = "a the good bad film was is it not very great poor i liked hated this , . ! ?".split()
-    tokenizer = tiny.word_tokenizer(words)
+    words = "a the good bad film was is it not very great poor i liked hated this , . ! ?"
+    tokenizer = tiny.word_tokenizer(words.split())
     model = tiny.llama(seed=2, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return tiny.save(tmp_path_factory.mktemp("tiny") / "words", model, tokenizer)
 

@@ -170,7 +170,10 @@ def save_gguf(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
     <bos> becomes the merged token `ab`, because a GGUF tokenizer needs at least one merge.
     """
-    c, heads = model.config, {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    c, heads = (
+        model.config,
+        {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads},
+    )
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_name("tiny")
     writer.add_context_length(c.max_position_embeddings)

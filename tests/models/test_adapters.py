@@ -90,11 +90,14 @@ def test_merge_keeps_the_scores() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"target_modules \('nope',\) does not fit llama.*down_proj.*all-linear"):
+    with pytest.raises(
+        ModelError, match=r"target_modules \('nope',\) does not fit llama.*down_proj.*all-linear"
+    ):
         add_lora(tiny.llama(), LoraSettings(target_modules=("nope",)))
     with pytest.raises(ModelError, match="already carries an adapter; merge it first"):
         add_lora(moved(), LoraSettings())
-    with pytest.raises(ModelError, match=r"model: policy .* this policy has none; add policy.adapter"), adapter_off(
-        tiny.llama()
+    with (
+        pytest.raises(ModelError, match=r"model: policy .* this policy has none; add policy.adapter"),
+        adapter_off(tiny.llama()),
     ):
         pass

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from models import locate as locating
-from models.adapters import find_adapter
+from models.adapters import find_adapter, known_warnings_off
 from models.config import LoraSettings, ModelConfig, ModelError, PolicyConfig
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer
@@ -54,9 +54,9 @@ def test_a_frozen_folder(tiny_gpt2_folder: Path) -> None:
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(scores(model), scores(tiny.gpt2()))
-    assert {p.dtype for p in loaded(ModelConfig(model=str(tiny_gpt2_folder), dtype="bfloat16")).parameters()} == {
-        torch.bfloat16
-    }
+    assert {
+        p.dtype for p in loaded(ModelConfig(model=str(tiny_gpt2_folder), dtype="bfloat16")).parameters()
+    } == {torch.bfloat16}
 
 
 def test_a_policy_trained_whole_is_float32_and_without_dropout(tiny_gpt2_folder: Path) -> None:
@@ -68,19 +68,22 @@ def test_a_policy_trained_whole_is_float32_and_without_dropout(tiny_gpt2_folder:
 
 
 def test_a_lora_policy_keeps_its_base_in_its_dtype(tiny_llama_folder: Path) -> None:
-    config = PolicyConfig(model=str(tiny_llama_folder), dtype="bfloat16", adapter=LoraSettings(r=2, dropout=0.5))
+    config = PolicyConfig(
+        model=str(tiny_llama_folder), dtype="bfloat16", adapter=LoraSettings(r=2, dropout=0.5)
+    )
     model = loaded(config, trainable=True, seed=4)
     assert model.training
-    assert {p.requires_grad: p.dtype for p in model.parameters()} == {True: torch.float32, False: torch.bfloat16}
+    assert {p.requires_grad: p.dtype for p in model.parameters()} == {
+        True: torch.float32,
+        False: torch.bfloat16,
+    }
     again = loaded(config, trainable=True, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_activation_checkpointing_is_switched_on(tiny_llama_folder: Path) -> None:
     config = PolicyConfig(model=str(tiny_llama_folder))
-    model = load_model(
-        locate(config), config, device="cpu", trainable=True, activation_checkpointing=True
-    )
+    model = load_model(locate(config), config, device="cpu", trainable=True, activation_checkpointing=True)
     assert model.is_activation_checkpointing
 
 
@@ -105,7 +108,9 @@ def test_an_adapter_whose_base_moved(adapter_folder: Path, tiny_llama_folder: Pa
     settings = json.loads((adapter_folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "/gone/base"
     (adapter_folder / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"base of adapter .*/gone/base: there is no such.*give base: <model>"):
+    with pytest.raises(
+        ModelError, match=r"base of adapter .*/gone/base: there is no such.*give base: <model>"
+    ):
         locate(ModelConfig(model=str(adapter_folder)))
     moved = ModelConfig(model=str(adapter_folder), base=str(tiny_llama_folder))
     assert not torch.allclose(scores(loaded(moved)), scores(tiny.llama()))
@@ -126,7 +131,8 @@ def test_an_adapter_without_a_weight_or_on_another_base(adapter_folder: Path, ti
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
-    model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with known_warnings_off():
+        model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="PROMPT_TUNING adapters add virtual tokens"):
         locate(ModelConfig(model=str(tmp_path)))
@@ -213,7 +219,9 @@ def test_missing_weights_are_not_made_up(tiny_llama_folder: Path, tmp_path: Path
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing from .*model.norm.weight; they would be random"):
+    with pytest.raises(
+        ModelError, match=r"1 weights are missing from .*model.norm.weight; they would be random"
+    ):
         loaded(ModelConfig(model=str(folder)))
     (folder / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match=r"could not be loaded from"):
@@ -230,7 +238,9 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
 def test_hub_models_are_pinned_and_their_absence_explained(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ModelError, match=r"model nobody/nothing is not in the hub's cache here .*local folder"):
+    with pytest.raises(
+        ModelError, match=r"model nobody/nothing is not in the hub's cache here .*local folder"
+    ):
         locate(ModelConfig(model="nobody/nothing"))
     with pytest.raises(ModelError, match=r"neither an existing path nor a hub id"):
         locate(ModelConfig(model="not a model!"))
@@ -258,7 +268,9 @@ def test_flex_and_unsuitable_quantisation_are_refused(tiny_llama_folder: Path) -
     with pytest.raises(ModelError, match="attention: flex has no backward pass on a CPU"):
         loaded(ModelConfig(model=str(tiny_llama_folder), attention="flex"))
     # Rows of 32 weights are shorter than one block of 4-bit ones.
-    with pytest.raises(ModelError, match=r"quantization 4bit does not run on cpu here .*set quantization: none"):
+    with pytest.raises(
+        ModelError, match=r"quantization 4bit does not run on cpu here .*set quantization: none"
+    ):
         loaded(ModelConfig(model=str(tiny_llama_folder), quantization="4bit"))
 
 

@@ -29,18 +29,18 @@ from models.head import LinearHead, ReplayedHead
 from models.logprobs import Scorer, sharing_refusal
 from models.rows import Prompted, build_rows
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=120,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    initializer_range=0.4,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SMALL: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": tiny.llama,
     "qwen": tiny.qwen,
@@ -84,9 +84,7 @@ def test_chunks_do_not_matter(chunk_tokens: int, frozen_head: bool) -> None:
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-12, atol=0.0)
-    assert_equal_gradients(
-        gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-11
-    )
+    assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-11)
 
 
 def cohere_like() -> PreTrainedModel:
@@ -337,7 +335,9 @@ def test_settings_are_checked() -> None:
 def test_flex_attention_is_refused_on_a_cpu() -> None:
     model = tiny.llama()
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ModelError, match="attention: flex has no backward pass on a CPU; set attention: sdpa"):
+    with pytest.raises(
+        ModelError, match="attention: flex has no backward pass on a CPU; set attention: sdpa"
+    ):
         Scorer(model)
 
 

@@ -15,11 +15,19 @@ from models.config import LoraSettings, ModelConfig, PolicyConfig
     [
         (ModelConfig, {"model": " "}, "must not be empty; give a hub id or a path"),
         (ModelConfig, {"model": "x", "modle": 1}, "Extra inputs are not permitted"),
-        (ModelConfig, {"model": "models:/a/1", "revision": "main"}, "pinned by its version: models:/<name>/<ver"),
+        (
+            ModelConfig,
+            {"model": "models:/a/1", "revision": "main"},
+            "pinned by its version: models:/<name>/<ver",
+        ),
         (ModelConfig, {"model": "x.gguf", "quantization": "4bit"}, "must be none for a GGUF file"),
         (ModelConfig, {"model": "x", "quantization": "8bit", "dtype": "float32"}, "use bfloat16 or auto"),
         (ModelConfig, {"model": "x", "dtype": "int8"}, "'auto', 'float32', 'bfloat16' or 'float16'"),
-        (PolicyConfig, {"model": "x", "quantization": "4bit"}, r"only through an adapter; add adapter: \{r: 16\}"),
+        (
+            PolicyConfig,
+            {"model": "x", "quantization": "4bit"},
+            r"only through an adapter; add adapter: \{r: 16\}",
+        ),
         (PolicyConfig, {"model": "x", "dtype": "float16"}, "would need loss scaling"),
         (LoraSettings, {"r": 0}, "greater than or equal to 1"),
         (LoraSettings, {"target_modules": []}, "at least one module; try all-linear"),

@@ -1,6 +1,7 @@
 """One process, two gloo ranks: the same step; and state that goes out and comes back."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torc
         accumulated(parallel, share, count=7)
         state[f"norm{step}"] = parallel.clip(0.5)
         if step == 0:
-            state |= {f"gradient/{n}": p.grad.clone() for n, p in parallel.unwrapped.named_parameters() if p.grad is not None}
+            state |= {
+                f"gradient/{n}": p.grad.clone()
+                for n, p in parallel.unwrapped.named_parameters()
+                if p.grad is not None
+            }
         parallel.step()
         parallel.zero_grad()
     return state | {f"weight/{n}": p for n, p in parallel.model_state().items()}
@@ -61,6 +66,7 @@ def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torc
 
 def _rank(rank: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=FutureWarning)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         for lora in (False, True):
@@ -83,7 +89,9 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
             found = load_file(tmp_path / f"{lora}-{rank}.safetensors")
             assert found.keys() == expected.keys()
             for name, value in found.items():
-                torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    value, expected[name], rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 def test_one_process_steps_as_plain_adamw() -> None:
@@ -109,7 +117,9 @@ def test_one_process_steps_as_plain_adamw() -> None:
         optimizer.zero_grad()
         parallel.zero_grad()
     for name, weight in parallel.model_state().items():
-        torch.testing.assert_close(weight, dict(scorer.named_parameters())[name].detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            weight, dict(scorer.named_parameters())[name].detach(), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
@@ -163,7 +173,7 @@ def test_state_before_the_first_step_is_empty_and_comes_back() -> None:
 
 def test_anothers_state_is_refused() -> None:
     full, adapter = prepared(), prepared(lora=True)
-    with pytest.raises(ModelError, match="belong to another policy .*resume with the model and adapter"):
+    with pytest.raises(ModelError, match=r"belong to another policy .*resume with the model and adapter"):
         adapter.load_model_state(full.model_state())
     with pytest.raises(ModelError, match="optimizer state belong to another policy"):
         adapter.load_optimizer_state(*full.optimizer_state())

@@ -46,7 +46,9 @@ def test_both_layouts_score_the_same_tokens(some: list[Prompted]) -> None:
         expected = [len(g.prompt) - 1 + i for g in some for r in g.responses for i in range(len(r))]
         assert places.tolist() == expected
         before = rows.input_ids.flatten()[rows.predictors].tolist()
-        assert before == [t for g in some for r in g.responses for t in [*g.prompt, *r][len(g.prompt) - 1 : -1]]
+        assert before == [
+            t for g in some for r in g.responses for t in [*g.prompt, *r][len(g.prompt) - 1 : -1]
+        ]
 
 
 @settings(max_examples=30, deadline=None)

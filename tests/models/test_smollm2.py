@@ -15,7 +15,10 @@ from models.rows import Prompted, build_rows
 pytestmark = pytest.mark.smollm2
 
 TEXTS = [
-    ("The film opens on a quiet street, and", [" then everything goes wrong.", " nothing else happens, ever."]),
+    (
+        "The film opens on a quiet street, and",
+        [" then everything goes wrong.", " nothing else happens, ever."],
+    ),
     ("I had hoped for more:", [" the plot is thin, the acting thinner.", " it was wonderful!"]),
 ]
 
@@ -34,7 +37,10 @@ def groups() -> list[Prompted]:
     # The pad token is the end-of-turn token: responses end in it and must be scored to the last token.
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     return [
-        Prompted(tokenizer(p)["input_ids"], [[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in responses])
+        Prompted(
+            tokenizer(p)["input_ids"],
+            [[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in responses],
+        )
         for p, responses in TEXTS
     ]
 

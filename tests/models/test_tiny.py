@@ -11,7 +11,8 @@ def test_byte_tokenizer_round_trips_any_text() -> None:
     text = "Ein Maß, <|im_end|> 日本!\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer) == tiny.VOCAB
-    assert tokenizer.pad_token_id == 256 and tokenizer.bos_token_id == 257
+    assert tokenizer.pad_token_id == 256
+    assert tokenizer.bos_token_id == 257
 
 
 def test_chat_template_only_where_asked() -> None:
