@@ -26,7 +26,7 @@ from transformers import (
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelError
 from models.head import LinearHead, ReplayedHead
-from models.logprobs import Scorer, sharing_refusal
+from models.logprobs import Scorer, causal_model, sharing_refusal
 from models.rows import Prompted, build_rows
 
 SMALL: dict[str, Any] = {
@@ -238,10 +238,11 @@ def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: boo
     assert_equal_gradients(found, expected, 0.1)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    model = tiny.llama().train()
+@pytest.mark.parametrize("make", [tiny.llama, lora_on_head])
+def test_activation_checkpointing_changes_nothing(make: Callable[[], PreTrainedModel]) -> None:
+    model = make().train()
     plain = gradients(model, weighted(Scorer(model)(rows(True)).logps))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    causal_model(model).activation_checkpointing_enable({"use_reentrant": False})
     assert_equal_gradients(gradients(model, weighted(Scorer(model)(rows(True)).logps)), plain, 1e-6)
 
 

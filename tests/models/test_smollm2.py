@@ -1,4 +1,4 @@
-"""A real language model: sharing and chunks are exact there too, and its GGUF file is read."""
+"""A real language model: shared prompts and chunks are exact there too, ends of turn included."""
 
 from functools import cache
 from typing import Any
