@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from losses.settings import LossError
 from models.config import ModelError
 from orchestrator import models_cli
 from orchestrator.config import RunFailed, UsageError, load_run, run_schema
@@ -93,7 +94,7 @@ def main() -> None:
     _quiet_libraries()
     try:
         app(standalone_mode=True)
-    except (UsageError, DataError, ModelError) as error:
+    except (UsageError, DataError, ModelError, LossError) as error:
         print(f"polyref: {error}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:

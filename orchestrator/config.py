@@ -236,7 +236,7 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         if "=" not in override or override.startswith("="):
             raise UsageError(f"override {override!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
             raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))

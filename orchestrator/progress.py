@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from orchestrator.tracking import METRICS_FILE
 
@@ -22,10 +22,10 @@ def plain_console() -> Console:
 
 
 class Meter:
-    """Shows counts of named tasks on `console`."""
+    """Shows counts of named tasks on `console`, each with `prefix` before its name."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, prefix: str = "") -> None:
+        self.console, self._prefix = console, prefix
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,7 +36,7 @@ class Meter:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> "Meter":
@@ -48,6 +48,7 @@ class Meter:
 
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are done."""
+        task = self._prefix + task
         if self.console.is_terminal:
             if task not in self._tasks:
                 self._tasks[task] = self._bars.add_task(task, total=total, note=note)

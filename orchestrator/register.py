@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orchestrator.config import UsageError
+from orchestrator.config import RunFailed, UsageError
 from orchestrator.mlflow_client import connect, first_line, metric_key, redact
 from orchestrator.model_card import Lineage
 from orchestrator.packing import pack, refuse_unfit
@@ -38,7 +38,7 @@ _PROBE_ROWS, _PROBE_TOKENS = 4, 16
 _FULL_PRECISION, _HALF_PRECISION = 2e-4, 4e-2
 
 
-class RegistryError(RuntimeError):
+class RegistryError(RunFailed):
     """What came back from the registry is not the model that was trained."""
 
 

@@ -83,7 +83,7 @@ def training_step(
                 scores = parallel.module(batch.rows, entropy=True)
             losses = _score(scores, batch, loss=loss, table=table)
             parallel.backward(global_mean(losses, global_count=pairs, world_size=parallel.world_size))
-    table.values = parallel.all_reduce_sum(table.values)
+    parallel.all_reduce_sum(table.values)
     if bad := table.non_finite():
         parallel.zero_grad()
         raise NonFiniteLoss("the loss is not finite", bad)
@@ -124,14 +124,14 @@ def evaluation_pass(
                 _score(scores, batch, loss=loss, table=table)
             elif len(batch.slots):
                 same = batch.references[start_is]
+                assert same.chosen_entropy is not None
+                assert same.rejected_entropy is not None
                 policy = PairScores(same.chosen, same.rejected, same.chosen_lengths, same.rejected_lengths)
-                entropy = (
-                    (same.chosen_entropy + same.rejected_entropy) / 2 if batch.paired else same.chosen_entropy
-                )
+                entropy = (same.chosen_entropy + same.rejected_entropy) / (2 if batch.paired else 1)
                 _tabulate(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()
-    table.values = parallel.all_reduce_sum(table.values)
+    parallel.all_reduce_sum(table.values)
     return table
 
 

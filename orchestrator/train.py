@@ -1,6 +1,7 @@
 """The commands `train`, `score` and `check`: from a run file to a registered model."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from rich.console import Console
 from orchestrator import plots
 from orchestrator.cluster import connected, nodes
 from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator.feed import Part
 from orchestrator.mlflow_client import connect as connect_to_mlflow
+from orchestrator.mlflow_client import without_secrets
 from orchestrator.model_card import Lineage, Reference
 from orchestrator.placement import has_gpus, refuse_impossible, replica_bundle, worker_bundle
 from orchestrator.prepare import Prepared, prepare, with_resolved_paths
@@ -26,6 +29,7 @@ from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.register import Probe, register
 from orchestrator.tracking import Tracker, code_tags, read_metrics
 from orchestrator.worker import EXPORT, WorkerSetup, total_steps, train_worker
+from preferences.tokenize import TokenTable
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver."""
@@ -146,6 +150,8 @@ def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -
         if config.references.mode == "precompute":
             _score_all(service, prepared, console)
             service.release()
+        else:
+            _start_replicas(service, prepared)
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with following_steps(config.folder, total, console):
             result = _fit(prepared, service, tracker)
@@ -234,14 +240,32 @@ def _references(prepared: Prepared) -> ReferenceService:
     return start_references(specs, config.storage_path)
 
 
+def _start_replicas(service: ReferenceService, prepared: Prepared) -> None:
+    """Place references before workers, where the store misses scores; what prevents it is raised here."""
+    served = _served(prepared.config)
+    parts = [part for part in (prepared.train, prepared.held_out) if part is not None]
+    missing = {
+        name for part in parts for name, count in service.missing(_tables(part, served)).items() if count
+    }
+    service.start(missing)
+
+
+def _served(config: RunConfig) -> list[str]:
+    return [name for name, reference in config.references.models.items() if not reference.in_process]
+
+
+def _tables(part: Part, names: Iterable[str]) -> dict[str, TokenTable]:
+    return {name: part.references[name] for name in names}
+
+
 def _score_all(service: ReferenceService, prepared: Prepared, console: Console) -> None:
-    served = [n for n, r in prepared.config.references.models.items() if not r.in_process]
+    served = _served(prepared.config)
     for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
         if part is None:
             continue
         with Meter(console) as meter:
             service.score_all(
-                {name: part.references[name] for name in served},
+                _tables(part, served),
                 lambda name, done, total, split=split: meter.update(f"scoring {split}, {name}", done, total),
             )
 
@@ -259,7 +283,7 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
     """Plots, artifacts and the registered version; each can be done again after a kill."""
     config, folder = prepared.config, prepared.config.folder
     run_file = folder / "run.yaml"
-    run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
+    run_file.write_text(yaml.safe_dump(without_secrets(record.config), sort_keys=False))
     tracker.log_files([run_file], under="config")
     tracker.log_files(plots.draw(folder), under="plots")
     tracker.set_tags(_score_tags(record))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
+from orchestrator.config import RunFailed
 
 Ids = NDArray[np.int32]
 Offsets = NDArray[np.int64]
@@ -18,7 +19,7 @@ Keys = NDArray[np.uint8]
 KEY_BYTES = 16
 
 
-class ScoringError(RuntimeError):
+class ScoringError(RunFailed):
     """A reference cannot give scores; the message names the reference and says why."""
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Self
@@ -54,9 +54,17 @@ class ReferenceService:
     ) -> None:
         self.shutdown()
 
-    def start(self) -> None:
-        """Start all replicas now and wait until they have their model; raises what prevents it."""
-        self._all("start")
+    def start(self, names: Iterable[str] | None = None) -> None:
+        """Start replicas now, of all references or of those named, and wait until they have their model.
+
+        Raises:
+            ModelError: a model cannot be found or loaded.
+            ScoringError: a replica found no place, or died.
+        """
+        wanted = self.routers if names is None else {name: self.routers[name] for name in names}
+        answers = {name: router.start.remote() for name, router in wanted.items()}
+        for name, answer in answers.items():
+            answer_of(name, answer)
 
     def missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
         """How many different responses of the tables have no score in the store, by reference name."""

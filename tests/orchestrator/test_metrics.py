@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from losses.presets import preset
 from losses.preference import preference_loss
+from losses.presets import preset
 from losses.scores import PairScores, ReferenceScores
 from orchestrator.metrics import (
     StepCost,

@@ -1,0 +1,143 @@
+"""`polyref demo`: people's ratings of film reviews become a registered model, step by step."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.cluster import connected
+from orchestrator.config import RunConfig, UsageError, parse_run
+from orchestrator.demo import assets, ratings
+from orchestrator.progress import plain_console
+from orchestrator.record import RunRecord
+from orchestrator.tracking import read_metrics
+from orchestrator.train import train
+
+_SAMPLED_PROMPTS, _SHOWN_PROMPTS = 24, 4
+_NEW_TOKENS = 20
+_TABLE = (
+    ("agreement with the majority (eval/accuracy)", "eval/accuracy"),
+    ("negative log-likelihood of the votes (eval/label_nll)", "eval/label_nll"),
+    ("reward margin, chosen over rejected", "eval/rewards/margins"),
+)
+
+
+def run_demo(folder: str, *, fresh: bool) -> None:
+    """Train a film-review reference, then a policy against it and its own start, and show what changed.
+
+    Everything lies in `folder`; what is there already is not made again unless `fresh`.
+
+    Raises:
+        UsageError: the model or the ratings can neither be fetched nor found in the cache.
+    """
+    console, root = plain_console(), Path(folder).resolve()
+    if fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    try:
+        model, rated, sentiment = assets.smollm2(), assets.human_ratings(), assets.lexicon()
+    except assets.AssetError as error:
+        raise UsageError(str(error)) from error
+    rows = ratings.build(ratings.read_movie_reviews(rated))
+    data = ratings.write(rows, root / "data")
+
+    reference, policy = (_run(name, root, model, data) for name in ("reference", "policy"))
+    with connected():
+        console.print("\n(a) a reference that speaks like film reviews, preset sft")
+        train(reference)
+        console.print("\n(b) a policy from votes: soft labels, Mallows dispersion, two references")
+        record = train(policy)
+    console.print("\n(c) what changed, on pairs whose texts were not trained on")
+    _print_evaluation(policy, record, console)
+    prompts = _prompts(rows.eval)
+    _print_continuations(model, policy.folder / "export" / "model", prompts, sentiment, console)
+    _print_whereabouts(root, policy, record, console)
+
+
+def _run(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:
+    """One of the two shipped run files with the fetched model, the data and the folder put in."""
+    settings: dict[str, Any] = yaml.safe_load((files("orchestrator.demo") / f"{name}.yaml").read_text())
+    settings["storage_path"] = str(root / "runs")
+    settings["policy"]["model"] = str(model)
+    if name == "policy":
+        settings["references"]["models"]["base"]["model"] = str(model)
+    for split in ("train", "eval"):
+        if split in settings["data"]:
+            settings["data"][split] = str(data[Path(settings["data"][split]).stem])
+    return parse_run(settings, source=f"{name}.yaml")
+
+
+def _print_evaluation(policy: RunConfig, record: RunRecord, console: Console) -> None:
+    held_out = [line for line in read_metrics(policy.folder) if "eval/accuracy" in line]
+    before, after = held_out[0], held_out[-1]
+    table = Table(title=f"{record.counts['eval']['pairs']} held-out pairs", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for title, metric in _TABLE:
+        cells = [f"{line[metric]:.3f}" for line in (before, after)]
+        if metric == "eval/accuracy":
+            cells = [
+                f"{cell} ± {line['eval/accuracy_interval']:.3f}"
+                for cell, line in zip(cells, (before, after), strict=True)
+            ]
+        table.add_row(title, *cells)
+    console.print(table)
+    console.print("± is half of the 95 % interval; before training no pair is preferred, hence one half")
+
+
+def _prompts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Openings of held-out pairs, each once, in the file's order."""
+    return list(dict.fromkeys(row["prompt"] for row in rows))[:_SAMPLED_PROMPTS]
+
+
+@dataclass(frozen=True)
+class _Written:
+    texts: list[str]
+    scores: list[float]
+
+
+def _print_continuations(
+    before: Path, after: Path, prompts: list[str], sentiment: Callable[[str], float], console: Console
+) -> None:
+    written = [_continue(folder, prompts, sentiment) for folder in (before, after)]
+    console.print("\ncontinuations, with their sentiment by the lexicon (-1 to 1)")
+    for index in range(_SHOWN_PROMPTS):
+        console.print(f"  {prompts[index]}...")
+        for label, one in zip(("before", "after"), written, strict=True):
+            console.print(f"    {label:>6} {one.scores[index]:+.2f}  {one.texts[index]}")
+    means = [fmean(one.scores) for one in written]
+    console.print(f"  mean over {len(prompts)} prompts: {means[0]:+.3f} before, {means[1]:+.3f} after")
+
+
+def _continue(folder: Path, prompts: list[str], sentiment: Callable[[str], float]) -> _Written:
+    """Greedy continuations of every prompt, so that both models are asked the same."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        out = model.generate(
+            **batch, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    fresh = out[:, batch["input_ids"].shape[1] :]
+    texts = [" ".join(text.split()) for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
+    return _Written(texts, [sentiment(text) for text in texts])
+
+
+def _print_whereabouts(root: Path, policy: RunConfig, record: RunRecord, console: Console) -> None:
+    runs = root / "runs"
+    console.print(f"\nregistered: {record.registered}")
+    console.print(f"  polyref models list --storage-path {runs}")
+    console.print(
+        f"  polyref models show {str(record.registered).removeprefix('models:/')} --storage-path {runs}"
+    )
+    console.print(f"plots: {policy.folder / 'plots'}")
+    console.print(f"MLflow's pages: mlflow server --backend-store-uri sqlite:///{runs / 'mlflow.db'}")

@@ -1,0 +1,136 @@
+"""Whole runs on a real Ray: one trajectory however they are spread, and scores that are made once."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from orchestrator.config import RunFailed, UsageError
+from orchestrator.record import RunRecord
+from orchestrator.tracking import read_metrics
+from orchestrator.train import train
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model" / "model.safetensors")
+
+
+def counts(record: RunRecord, key: str) -> dict[str, int]:
+    return {name: stats[key] for name, stats in record.result["scores"].items()}
+
+
+def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any) -> None:
+    one = run_of("one")
+    record = train(one)
+    expected = losses(one.folder)
+    assert len(expected) == 6
+    assert counts(record, "replicas_started") == {"base": 1, "other": 1}
+
+    two = run_of("two", parallel={"workers": 2})
+    train(two)
+    assert losses(two.folder) == pytest.approx(expected, rel=1e-5)
+
+    micro = run_of(
+        "micro",
+        training={"tokens_per_microbatch": 40},
+        references=one.references.model_copy(update={"mode": "precompute"}).model_dump(),
+        storage_path=str(one.folder.parent / "elsewhere"),
+    )
+    record = train(micro)
+    assert losses(micro.folder) == pytest.approx(expected, rel=1e-5)
+    last = read_metrics(one.folder)[-1]
+    assert read_metrics(micro.folder)[-1]["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+
+
+def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_of: Any) -> None:
+    first = train(run_of("first"))
+    pairs = [json.loads(line) for line in Path(first.config["data"]["train"]).read_text().splitlines()]
+    responses = {(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")}
+    assert counts(first, "scored") == {"base": len(responses), "other": len(responses)}
+
+    loss = {
+        "preset": "mallows_theta",
+        "references": {"combine": "geometric"},
+        "dispersion": {"phi_star": "auto"},
+    }
+    second = run_of("second", loss=loss, training={"seed": 1}, data={"eval_fraction": 0.25})
+    record = train(second)
+    assert counts(record, "scored") == {"base": 0, "other": 0}
+    assert counts(record, "replicas_started") == {"base": 0, "other": 0}
+    assert record.result["phi_star"] > 0
+    scales = json.loads((second.folder / "dispersion.json").read_text())
+    assert np.mean(scales) == pytest.approx(1, abs=0.05)
+
+
+def test_the_policy_itself_as_reference_starts_at_log_2_and_equals_the_served_one(run_of: Any) -> None:
+    loss = {"preset": "dpo"}
+    own = run_of("own", loss=loss, references={"primary": "self", "models": {"self": {"model": "policy"}}})
+    train(own)
+    base = {"model": own.policy.model}
+    served = run_of("served", loss=loss, references={"primary": "base", "models": {"base": base}})
+    record = train(served)
+    assert losses(own.folder)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(served.folder) == pytest.approx(losses(own.folder), rel=1e-5)
+    assert counts(record, "scored") == {"base": 0}, "what the worker scored itself is in the store"
+
+
+def test_full_training_without_references_exports_what_was_trained(run_of: Any) -> None:
+    run = run_of("full", policy={"adapter": None}, references={}, loss={"preset": "simpo"})
+    train(run)
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "export" / "model")
+    start = AutoModelForCausalLM.from_pretrained(run.policy.model)
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+    checkpoint = max((run.folder / "checkpoints").glob("checkpoint_*"))
+    kept = load_file(checkpoint / "policy.safetensors")
+    found = {f"model.{name}": weight for name, weight in exported(run.folder).items()}
+    assert all(torch.equal(kept[name], found[name]) for name in found)
+    assert (
+        not list(run.folder.rglob("*.bin")) + list(run.folder.rglob("*.pt")) + list(run.folder.rglob("*.pkl"))
+    )
+
+
+def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(run_of: Any) -> None:
+    run = run_of("again", training={"max_steps": 2})
+    train(run)
+    before = (run.folder / "metrics.jsonl").read_text()
+    train(run)
+    assert (run.folder / "metrics.jsonl").read_text() == before
+    with pytest.raises(UsageError, match=r"loss.beta: 0.1 -> 0.3.*--fresh"):
+        train(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
+    assert train(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result["step"] == 2
+    assert (run.folder / "metrics.jsonl").read_text() != before
+
+
+def test_a_diverging_run_stops_names_the_step_and_keeps_the_last_checkpoint(run_of: Any) -> None:
+    run = run_of(
+        "diverges",
+        policy={"adapter": None},
+        references={},
+        loss={"preset": "cpo", "beta": 1e4},
+        training={"learning_rate": 1e30, "save_every": 1, "warmup": 0.2},
+    )
+    with pytest.raises(RunFailed, match=r"not finite at step \d+, pairs .*pairs.jsonl:\d+"):
+        train(run)
+    assert list((run.folder / "checkpoints").glob("checkpoint_*"))
+    assert not (run.folder / "export").exists()
+
+
+def test_nothing_is_left_behind(run_of: Any) -> None:
+    train(run_of("clean", training={"max_steps": 1}))
+    assert ray.util.list_named_actors(all_namespaces=True) == [] or all(
+        "router" not in actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)
+    )
