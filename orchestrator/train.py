@@ -244,10 +244,8 @@ def _start_replicas(service: ReferenceService, prepared: Prepared) -> None:
     """Place references before workers, where the store misses scores; what prevents it is raised here."""
     served = _served(prepared.config)
     parts = [part for part in (prepared.train, prepared.held_out) if part is not None]
-    missing = {
-        name for part in parts for name, count in service.missing(_tables(part, served)).items() if count
-    }
-    service.start(missing)
+    counts = [service.missing(_tables(part, served)) for part in parts]
+    service.start([name for name in served if any(count[name] for count in counts)])
 
 
 def _served(config: RunConfig) -> list[str]:
@@ -263,11 +261,8 @@ def _score_all(service: ReferenceService, prepared: Prepared, console: Console) 
     for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
         if part is None:
             continue
-        with Meter(console) as meter:
-            service.score_all(
-                _tables(part, served),
-                lambda name, done, total, split=split: meter.update(f"scoring {split}, {name}", done, total),
-            )
+        with Meter(console, prefix=f"scoring {split}, ") as meter:
+            service.score_all(_tables(part, served), meter.update)
 
 
 def _report_scores(service: ReferenceService, console: Console) -> None:
@@ -329,7 +324,7 @@ def _lineage(prepared: Prepared, record: RunRecord) -> Lineage:
     config = prepared.config
     history = [line for line in read_metrics(config.folder) if "eval/loss" in line]
     held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
-    counts = {}
+    counts: dict[str, int] = {}
     for split, part in record.counts.items():
         counts |= {f"{split} pairs": part["pairs"], f"{split} turned round": part["turned_round"]}
         counts |= {f"{split} skipped, {reason}": count for reason, count in part["skipped"].items()}
