@@ -16,6 +16,7 @@ from rich.console import Console
 from orchestrator import plots
 from orchestrator.cluster import connected, nodes
 from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator.entry import work
 from orchestrator.feed import Part
 from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import without_secrets
@@ -28,7 +29,7 @@ from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.register import Probe, register
 from orchestrator.tracking import Tracker, code_tags, read_metrics
-from orchestrator.worker import EXPORT, WorkerSetup, total_steps, train_worker
+from orchestrator.worker import EXPORT, WorkerSetup, total_steps
 from preferences.tokenize import TokenTable
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -181,8 +182,8 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
         tracking_run=tracker.run_id,
     )
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"setup": setup},
+        work,
+        train_loop_config={"setup": ray.put(setup)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.parallel.workers,

@@ -65,15 +65,14 @@ class WorkerSetup:
     tracking_run: str
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop_per_worker`: train until the last step and export the policy.
+def train_worker(setup: WorkerSetup) -> dict[str, Any]:
+    """Train until the last step and export the policy.
 
     Returns:
         `{"status": "done", "step": n, "metrics": {...}}`, or `{"status": "diverged", "reason": ...}` when a
         loss is not finite: a failure that a restart would only repeat.
     """
-    setup: WorkerSetup = settings["setup"]
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     config, context = setup.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 

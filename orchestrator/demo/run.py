@@ -136,8 +136,7 @@ def _print_whereabouts(root: Path, policy: RunConfig, record: RunRecord, console
     runs = root / "runs"
     console.print(f"\nregistered: {record.registered}")
     console.print(f"  polyref models list --storage-path {runs}")
-    console.print(
-        f"  polyref models show {str(record.registered).removeprefix('models:/')} --storage-path {runs}"
-    )
+    version = str(record.registered).removeprefix("models:/")
+    console.print(f"  polyref models show {version} --storage-path {runs}")
     console.print(f"plots: {policy.folder / 'plots'}")
     console.print(f"MLflow's pages: mlflow server --backend-store-uri sqlite:///{runs / 'mlflow.db'}")

@@ -1,0 +1,15 @@
+"""What Ray Train's controller unpickles: a function that imports nothing until a worker calls it.
+
+The controller has no use for torch, and importing it there would delay every start by seconds.
+"""
+
+from typing import Any
+
+
+def work(settings: dict[str, Any]) -> dict[str, Any]:
+    """`train_loop_per_worker`: fetch the setup and run `orchestrator.worker.train_worker`."""
+    import ray
+
+    from orchestrator.worker import train_worker
+
+    return train_worker(ray.get(settings["setup"]))
