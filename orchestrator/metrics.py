@@ -127,30 +127,44 @@ def _gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
     return gap if primary is None else gap - (primary.chosen - primary.rejected)
 
 
-def training_metrics(table: StepTable, *, dispersed: bool, weighted: bool) -> dict[str, float]:
-    """Named means over a step's pairs.
+@dataclass(frozen=True)
+class Told:
+    """What of a run's metrics has a meaning.
 
-    Args:
-        table: summed over ranks.
-        dispersed: whether the loss has a dispersion, whose scale is then reported.
-        weighted: whether several references are weighed.
+    Attributes:
+        paired: rows have a rejected response.
+        soft: labels other than 1 exist.
+        dispersed: the loss has a dispersion, whose scale is reported.
+        weighted: several references are weighed.
     """
-    rewards = table["chosen_reward"] - table["rejected_reward"]
+
+    paired: bool = True
+    soft: bool = False
+    dispersed: bool = False
+    weighted: bool = False
+
+
+def training_metrics(table: StepTable, told: Told) -> dict[str, float]:
+    """Named means over a step's pairs; the table is summed over ranks."""
     metrics = {
         "loss": table["loss"].mean(),
-        "rewards/chosen": table["chosen_reward"].mean(),
-        "rewards/rejected": table["rejected_reward"].mean(),
-        "rewards/margins": rewards.mean(),
-        "rewards/accuracies": (rewards > 0).double().mean(),
         "logps/chosen": table["chosen_logp"].mean(),
-        "logps/rejected": table["rejected_logp"].mean(),
         "entropy": table["entropy"].mean(),
     }
+    if told.paired:
+        rewards = table["chosen_reward"] - table["rejected_reward"]
+        metrics |= {
+            "rewards/chosen": table["chosen_reward"].mean(),
+            "rewards/rejected": table["rejected_reward"].mean(),
+            "rewards/margins": rewards.mean(),
+            "rewards/accuracies": (rewards > 0).double().mean(),
+            "logps/rejected": table["rejected_logp"].mean(),
+        }
     for name in table.references:
         metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean()
-        if weighted:
+        if told.weighted:
             metrics[f"weights/{name}"] = table[f"weight/{name}"].mean()
-    if dispersed:
+    if told.dispersed:
         scale = table["scale"]
         metrics["dispersion/mean"] = scale.mean()
         metrics["dispersion/p10"] = torch.quantile(scale, 0.1)
@@ -181,9 +195,7 @@ def perf_metrics(
     return metrics
 
 
-def held_out_metrics(
-    table: StepTable, *, dispersed: bool, weighted: bool, soft: bool, paired: bool
-) -> dict[str, float]:
+def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
     """`eval/` metrics: those of training, and agreement with the people who were asked.
 
     `eval/accuracy` is the share of pairs whose h against the primary reference has the sign of the
@@ -191,14 +203,14 @@ def held_out_metrics(
     95 % normal interval. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
     compare sigma(beta h), beta h being the implied reward margin, with the soft labels.
     """
-    metrics = training_metrics(table, dispersed=dispersed, weighted=weighted)
-    if paired:
+    metrics = training_metrics(table, told)
+    if told.paired:
         correct = agreement(table)
         if len(correct):
             accuracy = correct.mean()
             metrics["accuracy"] = float(accuracy)
             metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(correct)).sqrt())
-    if soft:
+    if told.soft:
         margin = table["chosen_reward"] - table["rejected_reward"]
         metrics["label_nll"] = float(label_nll(margin, table["soft_label"]))
         metrics["calibration_error"] = float(calibration_error(margin.sigmoid(), table["soft_label"]))

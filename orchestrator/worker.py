@@ -26,7 +26,7 @@ from orchestrator import checkpoint
 from orchestrator.checkpoint import Progress
 from orchestrator.config import RunConfig
 from orchestrator.feed import Feed, Part
-from orchestrator.metrics import StepTable, held_out_metrics, perf_metrics, training_metrics
+from orchestrator.metrics import StepTable, Told, held_out_metrics, perf_metrics, training_metrics
 from orchestrator.policy import Policy, export_policy, open_policy
 from orchestrator.references.client import ReferenceClient
 from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
@@ -170,10 +170,12 @@ class _Run:
         self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
         self._loss, self._journal = loss, journal
         self._names = setup.config.references.ordered
-        self._told = {
-            "dispersed": loss.dispersion.type != "none",
-            "weighted": len(self._names) > 1 and not loss.reference_free,
-        }
+        self._told = Told(
+            paired=feeds["train"].part.paired,
+            soft=any(feed.part.soft for feed in feeds.values()),
+            dispersed=loss.dispersion.type != "none",
+            weighted=len(self._names) > 1 and not loss.reference_free,
+        )
 
     def ask(self, step: int) -> None:
         """Ask the references for a coming step's scores."""
@@ -196,7 +198,7 @@ class _Run:
         )
         if self._journal is None:
             return
-        metrics = training_metrics(table, **self._told)
+        metrics = training_metrics(table, self._told)
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics |= {"epoch": (step + 1) / self._plan.steps_per_epoch}
         metrics |= perf_metrics(
@@ -206,7 +208,7 @@ class _Run:
             peak_flops=self._policy.peak_flops,
         )
         self._journal.log(step + 1, metrics)
-        if self._told["dispersed"]:
+        if self._told.dispersed:
             self._journal.log_scales(table["scale"].tolist())
 
     def evaluate(self, step: int, *, start_is: str | None = None) -> dict[str, float]:
@@ -223,7 +225,7 @@ class _Run:
             precision=self._policy.precision,
             start_is=None if start_is is None else self._names.index(start_is),
         )
-        metrics = held_out_metrics(table, soft=feed.part.soft, paired=feed.part.paired, **self._told)
+        metrics = held_out_metrics(table, self._told)
         if self._journal is not None:
             self._journal.log(step, metrics)
         return metrics

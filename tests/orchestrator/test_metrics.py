@@ -12,6 +12,7 @@ from losses.scores import PairScores, ReferenceScores
 from orchestrator.metrics import (
     StepCost,
     StepTable,
+    Told,
     agreement,
     calibration_error,
     held_out_metrics,
@@ -51,7 +52,7 @@ def test_ranks_sum_to_the_whole_batch() -> None:
     whole, policy, references = table_of(7, parts=[[0, 1, 2, 3, 4, 5, 6]])
     split, *_ = table_of(7, parts=[[6, 0], [3, 1, 5], [2, 4]])
     assert torch.equal(whole.values[:-1], split.values[:-1])
-    metrics = training_metrics(split, dispersed=True, weighted=True)
+    metrics = training_metrics(split, Told(dispersed=True, weighted=True))
     assert metrics["logps/chosen"] == pytest.approx(float(policy.chosen.mean()))
     by_hand = (policy.chosen - references[1].chosen + policy.rejected - references[1].rejected) / 2
     assert metrics["logratio/movie"] == pytest.approx(float(by_hand.mean()))
@@ -76,7 +77,7 @@ def test_accuracy_counts_ties_half_and_leaves_out_pairs_without_majority() -> No
     table["primary_gap"][:] = torch.tensor([1.0, -1.0, 0.0, 5.0, -2.0], dtype=torch.float64)
     table["soft_label"][:] = torch.tensor([0.9, 0.9, 0.9, 0.5, 0.2], dtype=torch.float64)
     assert agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
-    metrics = held_out_metrics(table, dispersed=False, weighted=False, soft=False, paired=True)
+    metrics = held_out_metrics(table, Told())
     assert metrics["eval/accuracy"] == 0.625
     assert metrics["eval/accuracy_interval"] == pytest.approx(1.96 * math.sqrt(0.625 * 0.375 / 4))
 
