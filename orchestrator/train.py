@@ -1,7 +1,8 @@
 """The commands `train`, `score` and `check`: from a run file to a registered model."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def score(config: RunConfig) -> None:
     with connected(wait_minutes=config.placement.wait_minutes):
         prepared = _placed(prepared)
         with _references(prepared) as service:
-            _score_all(service, prepared, console)
+            for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
+                if part is not None:
+                    _score(service, part, split, config, console)
             _report_scores(service, console)
 
 
@@ -65,9 +68,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
         RunFailed: training diverged, or the cluster was lost.
     """
     console = plain_console()
-    if fresh:
-        remove_run(with_resolved_paths(config, base=Path.cwd()).folder)
     prepared = _prepared(config, console)
+    if fresh:
+        remove_run(prepared.config.folder)
     before = read_record(prepared.config.folder)
     if before is not None and before.result:
         prepared = prepared.on(before.device_type)
@@ -147,22 +150,33 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
 def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -> None:
     config, tracker = prepared.config, _tracker(prepared, record)
     total = total_steps(config, len(prepared.train))
-    with _references(prepared) as service:
+    with _failing_with(tracker), _references(prepared) as service:
+        if prepared.held_out is not None:  # needed at once, for the evaluation before the first step
+            _score(service, prepared.held_out, "eval", config, console)
         if config.references.mode == "precompute":
-            _score_all(service, prepared, console)
+            _score(service, prepared.train, "train", config, console)
             service.release()
         else:
-            _start_replicas(service, prepared)
+            _warm(service, _tables(prepared.train, config))
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with following_steps(config.folder, total, console):
             result = _fit(prepared, service, tracker)
         _report_scores(service, console)
         stats = {name: asdict(counts) for name, counts in service.stats().items()}
-    if result["status"] != "done":
-        tracker.finish("FAILED")
-        raise RunFailed(result["reason"])
+        if result["status"] != "done":
+            raise RunFailed(result["reason"])
     record.result = result | {"scores": stats}
     record.write(config.folder)
+
+
+@contextmanager
+def _failing_with(tracker: Tracker) -> Iterator[None]:
+    """Let MLflow know how the run ended, where it did not end well."""
+    try:
+        yield
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
 
 
 def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dict[str, Any]:
@@ -203,7 +217,6 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
     try:
         return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
-        tracker.finish("FAILED")
         raise RunFailed(_reason(error)) from error
 
 
@@ -241,29 +254,25 @@ def _references(prepared: Prepared) -> ReferenceService:
     return start_references(specs, config.storage_path)
 
 
-def _start_replicas(service: ReferenceService, prepared: Prepared) -> None:
-    """Place references before workers, where the store misses scores; what prevents it is raised here."""
-    served = _served(prepared.config)
-    parts = [part for part in (prepared.train, prepared.held_out) if part is not None]
-    counts = [service.missing(_tables(part, served)) for part in parts]
-    service.start([name for name in served if any(count[name] for count in counts)])
+def _tables(part: Part, config: RunConfig) -> dict[str, TokenTable]:
+    """The rows as the served references read them; those scored in process are the workers' own affair."""
+    served = [name for name, reference in config.references.models.items() if not reference.in_process]
+    return {name: part.references[name] for name in served}
 
 
-def _served(config: RunConfig) -> list[str]:
-    return [name for name, reference in config.references.models.items() if not reference.in_process]
+def _warm(service: ReferenceService, tables: Mapping[str, TokenTable]) -> bool:
+    """Place the references whose store misses scores, before any worker; raises what prevents it."""
+    missing = [name for name, count in service.missing(tables).items() if count]
+    service.start(missing)
+    return bool(missing)
 
 
-def _tables(part: Part, names: Iterable[str]) -> dict[str, TokenTable]:
-    return {name: part.references[name] for name in names}
-
-
-def _score_all(service: ReferenceService, prepared: Prepared, console: Console) -> None:
-    served = _served(prepared.config)
-    for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
-        if part is None:
-            continue
+def _score(service: ReferenceService, part: Part, split: str, config: RunConfig, console: Console) -> None:
+    """Fill the stores with a split's scores."""
+    tables = _tables(part, config)
+    if _warm(service, tables):
         with Meter(console, prefix=f"scoring {split}, ") as meter:
-            service.score_all(_tables(part, served), meter.update)
+            service.score_all(tables, meter.update)
 
 
 def _report_scores(service: ReferenceService, console: Console) -> None:

@@ -172,7 +172,7 @@ class _Run:
         self._names = setup.config.references.ordered
         self._told = Told(
             paired=feeds["train"].part.paired,
-            soft=any(feed.part.soft for feed in feeds.values()),
+            soft=any(feed.part.soft and feed.part.paired for feed in feeds.values()),
             dispersed=loss.dispersion.type != "none",
             weighted=len(self._names) > 1 and not loss.reference_free,
         )

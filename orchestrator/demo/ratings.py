@@ -74,9 +74,9 @@ def vote_share(one: Sequence[int], other: Sequence[int]) -> float:
 def build(
     texts: Iterable[RatedText],
     *,
-    train: int = 480,
-    held_out: int = 400,
-    reviews: int = 480,
+    train: int = 400,
+    held_out: int = 320,
+    reviews: int = 384,
     seed: int = 0,
 ) -> DemoRows:
     """Draw the rows: `held_out` and `train` pairs, then `reviews` rows of texts that no pair uses.

@@ -13,7 +13,7 @@ from orchestrator.demo import assets, ratings
 from preferences.config import DataConfig
 from preferences.load import load_pairs
 
-COUNTS = {"train": 480, "held_out": 400, "reviews": 480, "seed": 0}
+COUNTS = {"train": 400, "held_out": 320, "reviews": 384, "seed": 0}
 votes = st.lists(st.integers(-4, 4), min_size=1, max_size=6)
 
 
