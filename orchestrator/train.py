@@ -33,6 +33,8 @@ from orchestrator.tracking import Tracker, code_tags, read_metrics
 from orchestrator.worker import EXPORT, WorkerSetup, total_steps
 from preferences.tokenize import TokenTable
 
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
+"""Tokens of a replica's batch: enough to fill the device, few enough that a CPU answers within seconds."""
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver."""
 
@@ -69,16 +71,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     """
     console = plain_console()
     prepared = _prepared(config, console)
-    if fresh:
-        remove_run(prepared.config.folder)
-    before = read_record(prepared.config.folder)
+    before = None if fresh else read_record(prepared.config.folder)
     if before is not None and before.result:
         prepared = prepared.on(before.device_type)
         record = _open(prepared)
     else:
         with connected(wait_minutes=config.placement.wait_minutes):
             prepared = _placed(prepared)
-            record = _open(prepared)
+            record = _open(prepared, fresh=fresh)
             _train_on_cluster(prepared, record, console)
     if not record.finished:
         _finish(prepared, record, _tracker(prepared, record))
@@ -111,10 +111,12 @@ def _placed(prepared: Prepared) -> Prepared:
     return prepared.on("cuda" if has_gpus(cluster) else "cpu")
 
 
-def _open(prepared: Prepared) -> RunRecord:
-    """The run's record, begun or gone on with, once the tracking server has answered."""
+def _open(prepared: Prepared, *, fresh: bool = False) -> RunRecord:
+    """The run's record, begun or gone on with, once nothing is left that could refuse the run."""
     config = prepared.config
     connect_to_mlflow(prepared.tracking_uri)
+    if fresh:
+        remove_run(config.folder)
     return open_record(
         config.folder,
         RunRecord(
@@ -239,15 +241,17 @@ def _references(prepared: Prepared) -> ReferenceService:
     for name in config.references.ordered:
         settings, model = config.references.models[name], prepared.references[name]
         bundle = replica_bundle(settings.resources, gpus=gpus)
+        num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
         specs.append(
             ReferenceSpec(
                 name=name,
                 config=model.config.model_copy(update={"dtype": model.config.dtype_on(model.device_type)}),
                 fingerprint=model.fingerprint.digest,
                 replicas=0 if settings.in_process else settings.replicas,
-                num_cpus=bundle.pop("CPU", 0),
-                num_gpus=bundle.pop("GPU", 0),
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
                 resources=bundle,
+                max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
                 start_timeout_s=60 * config.placement.wait_minutes,
             )
         )

@@ -22,8 +22,8 @@ ROUTER_CPUS = 0.01
 """A router waits nearly always: it only must not be counted as a whole core on a small machine."""
 RESTARTS = 8
 CONCURRENCY = 1000
-BULK_ROWS = 256
-BULK_REQUESTS = 8
+BULK_ROWS = 64
+BULK_REQUESTS = 32
 """Requests of this many rows, and how many of them per reference are on their way at once."""
 
 Progress = Callable[[str, int, int], None]
