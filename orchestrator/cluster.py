@@ -1,6 +1,7 @@
 """Connecting to Ray: an existing cluster when there is one, else one on this machine."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -24,23 +25,28 @@ _WORKER_ENVIRONMENT = {
 }
 # A cluster of our own on this machine has no nodes that a cloud could take away.
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-# What a worker needs to reach the hub as the driver does. Values travel in Ray's runtime environment of
-# the job, never in its command line or in logs of ours.
+# What a worker needs to reach a hub or a server as the driver does.
 _PASSED_ON = (
-    "HF_TOKEN",
+    "DS_ACCELERATOR",
     "HF_HOME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
+    "NO_PROXY",
+    "no_proxy",
+)
+# Ray writes runtime environments to its logs, so these travel as objects. Proxies may hold a password.
+_SECRET = (
+    "HF_TOKEN",
     "HTTP_PROXY",
     "HTTPS_PROXY",
-    "NO_PROXY",
     "http_proxy",
     "https_proxy",
-    "no_proxy",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
 
 @contextlib.contextmanager
@@ -55,13 +61,15 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if "RAY_ADDRESS" not in os.environ:
-        for name, value in _LOCAL_ENVIRONMENT.items():
+    local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    if local:
+        # Workers of a cluster of our own inherit this process's environment.
+        for name, value in (_WORKER_ENVIRONMENT | _LOCAL_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
     ray.init(
         namespace=NAMESPACE,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": worker_environment(os.environ)},
+        runtime_env=None if local else {"env_vars": worker_environment(os.environ)},
     )
     try:
         yield
@@ -70,9 +78,19 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables for every Ray worker of a run."""
-    names = (*_DRIVER_ENVIRONMENT, *_LOCAL_ENVIRONMENT, *_PASSED_ON, "DS_ACCELERATOR")
-    return _WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
+    """What is not secret of the environment that every Ray worker of a run gets.
+
+    Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
+    """
+    job = json.loads(environment.get(JOB, "{}")).get("runtime_env") or {}
+    names = (*_DRIVER_ENVIRONMENT, *_LOCAL_ENVIRONMENT, *_PASSED_ON)
+    ours = _WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
+    return {name: value for name, value in ours.items() if name not in job.get("env_vars", {})}
+
+
+def secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
+    return {name: environment[name] for name in _SECRET if name in environment}
 
 
 def nodes() -> list[dict[str, float]]:

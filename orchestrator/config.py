@@ -140,6 +140,8 @@ class PlacementConfig(Settings):
 
 
 def _loss(value: Any) -> Any:
+    if not isinstance(value, Mapping | LossConfig):
+        raise ValueError(f"must be a section such as {{preset: dpo, beta: 0.1}}, got {value!r}")
     return from_settings(value) if isinstance(value, Mapping) else value
 
 
@@ -165,11 +167,11 @@ class RunConfig(Settings):
         """`loss.references.weights: {base: 0.7, movie: 0.3}` becomes a list in the references' order."""
         if not isinstance(values, Mapping):
             return values
-        stage = (values.get("loss") or {}).get("references") or {}
+        loss, references = values.get("loss"), values.get("references") or {}
+        stage = loss.get("references") if isinstance(loss, Mapping) else None
         weights = stage.get("weights") if isinstance(stage, Mapping) else None
-        if not isinstance(weights, Mapping):
+        if not isinstance(weights, Mapping) or not isinstance(references, Mapping):
             return values
-        references = values.get("references") or {}
         primary, names = references.get("primary"), list(references.get("models") or {})
         if set(weights) != set(names):
             raise ValueError(
@@ -232,14 +234,11 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
 
 def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file with dotted overrides merged over it."""
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise UsageError(f"override {override!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:
         loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
             raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(loaded, *map(_override, overrides))
         content = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; write a run file, or start from one in configs/") from None
@@ -252,6 +251,16 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         raise UsageError(f"{path}: cannot be read: {error}") from None
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def _override(text: str) -> Any:
+    if "=" not in text or text.startswith("="):
+        raise UsageError(f"override {text!r} is not of the form field.name=value, e.g. loss.beta=0.2")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UsageError(f"override {text!r}: the value is not valid YAML: {reason}") from None
 
 
 def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:

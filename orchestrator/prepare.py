@@ -128,6 +128,11 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _refuse_unwritable(config: RunConfig) -> None:
+    if "://" in config.storage_path:
+        raise UsageError(
+            f"storage_path {config.storage_path} is a URI, and runs are kept in a folder; name one that all "
+            "nodes share, such as a mounted bucket"
+        )
     folder = Path(config.storage_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +160,10 @@ def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str) -> Model:
     """Resolve a registry name, find the files and read the tokenizer."""
     pin, settings = None, asked
     if asked.model.startswith("models:/"):
-        resolved = resolve(asked.model, uri)
+        try:
+            resolved = resolve(asked.model, uri)
+        except UsageError as error:
+            raise UsageError(f"{field}: {error}") from error
         pin, settings = resolved.uri_pinned, asked.model_copy(update={"model": str(resolved.folder)})
     try:
         located = locate(settings)

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from losses.config import LossConfig
 from losses.dispersion import calibrated_phi_star
-from models.load import Located
+from models.config import ModelConfig, ModelError
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Progress
 from orchestrator.config import RunConfig
@@ -35,6 +35,7 @@ from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2
 CALIBRATION_PAIRS = 2048
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 EXPORT = "export"
 
 
@@ -44,7 +45,7 @@ class WorkerSetup:
 
     Attributes:
         config: the run file.
-        policy: where the policy's start lies.
+        policy: the policy's start, pinned; every worker locates it on its own node.
         train, held_out: object references to `Part`s.
         routers: handles of the served references' routers by name.
         identity: fingerprints and digests that a checkpoint must share to be resumed.
@@ -54,7 +55,7 @@ class WorkerSetup:
     """
 
     config: RunConfig
-    policy: Located
+    policy: ModelConfig
     train: ray.ObjectRef
     held_out: ray.ObjectRef | None
     routers: Mapping[str, Any]
@@ -69,19 +70,23 @@ def train_worker(setup: WorkerSetup) -> dict[str, Any]:
     """Train until the last step and export the policy.
 
     Returns:
-        `{"status": "done", "step": n, "metrics": {...}}`, or `{"status": "diverged", "reason": ...}` when a
-        loss is not finite: a failure that a restart would only repeat.
+        `{"status": "done", "step": n, "metrics": {...}}`; or what a restart would only repeat:
+        `{"status": "diverged" | "refused", "reason": ...}` when a loss is not finite, or the policy cannot be
+        made as asked.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     config, context = setup.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
-    policy = open_policy(
-        config,
-        setup.policy,
-        device=ray.train.torch.get_device(),
-        local_workers=context.get_local_world_size(),
-    )
+    try:
+        policy = open_policy(
+            config,
+            setup.policy,
+            device=ray.train.torch.get_device(),
+            local_workers=context.get_local_world_size(),
+        )
+    except ModelError as error:  # the same on every rank, and on every restart
+        return {"status": "refused", "reason": f"policy: {error}"}
     parts = {"train": ray.get(setup.train), "eval": ray.get(setup.held_out) if setup.held_out else None}
     feeds = {
         split: _feed(setup, part, policy, rank=rank, world_size=world_size)
@@ -92,7 +97,7 @@ def train_worker(setup: WorkerSetup) -> dict[str, Any]:
     total = total_steps(config, plan.count)
 
     schedule = get_scheduler(
-        config.training.schedule,
+        _SCHEDULES[config.training.schedule],
         policy.parallel.optimizer,
         num_warmup_steps=round(config.training.warmup * total),
         num_training_steps=total,
@@ -241,7 +246,9 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Send the metrics that are left."""
+        """Send the scores and metrics that are left."""
+        for feed in self._feeds.values():
+            feed.close()
         if self._journal is not None:
             self._journal.close()
 
@@ -281,6 +288,7 @@ def _resume(setup: WorkerSetup, policy: Policy, schedule: Any) -> Progress:
     with stored.as_directory() as folder:
         progress = checkpoint.load(folder, policy.parallel, identity=setup.identity)
     schedule.load_state_dict(progress.schedule)
+    policy.parallel.set_learning_rate(schedule.get_last_lr()[0])  # loading a schedule leaves the optimizer's
     return progress
 
 
@@ -290,7 +298,7 @@ def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[Loss
     Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
     """
     loss = config.loss
-    if loss.dispersion.type != "entropy" or loss.dispersion.phi_star != "auto":
+    if not loss.needs_calibration:
         return loss, progress
     if progress.phi_star is None:
         generator = np.random.default_rng(config.training.seed)
