@@ -272,11 +272,25 @@ def _template(given: str) -> str:
 
 
 def max_positions(located: Located, config: ModelConfig) -> int | None:
-    """The longest row the model has positions for, as its config says; None where it names no limit."""
+    """The longest row the model has positions for, as its config says; None where it names no limit.
+
+    Raises ModelError for an architecture that transformers does not have, or that brings code of its own.
+    """
     place = located.base_path or located.path
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if place.suffix == ".gguf":
         place, arguments["gguf_file"] = place.parent, place.name
-    settings = AutoConfig.from_pretrained(place, **arguments).get_text_config()
+    try:
+        settings = AutoConfig.from_pretrained(place, **arguments).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        own = "auto_map" in (place / "config.json").read_text(encoding="utf-8") if place.is_dir() else False
+        remedy = (
+            "it brings code of its own: read it, then set trust_remote_code: true if you trust it"
+            if own and not config.trust_remote_code
+            else "use a causal language model that the installed transformers knows"
+        )
+        raise ModelError(
+            f"{config.model}: its architecture is unknown ({first_line(error)}); {remedy}"
+        ) from error
     limit = getattr(settings, "max_position_embeddings", None)
     return None if limit is None else int(limit)

@@ -179,10 +179,6 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
             f"{config.model} ({settings.get('model_type')}) is an encoder-decoder; use a decoder-only "
             "language model"
         )
-    if "auto_map" in settings and settings.get("model_type") is None and not config.trust_remote_code:
-        raise ModelError(
-            f"{config.model} brings its own code; read it, then set trust_remote_code: true if you trust it"
-        )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -49,7 +51,8 @@ def train(
     config = load_run(run, overrides or ())
     from orchestrator.train import train as train_run
 
-    train_run(config, fresh=fresh)
+    with _interruptible():
+        train_run(config, fresh=fresh)
 
 
 @app.command()
@@ -58,7 +61,8 @@ def score(run: RunFile, overrides: Overrides = None) -> None:
     config = load_run(run, overrides or ())
     from orchestrator.train import score as score_run
 
-    score_run(config)
+    with _interruptible():
+        score_run(config)
 
 
 @app.command()
@@ -86,23 +90,38 @@ def demo(
     """Human ratings to a registered model in some minutes on two CPU cores."""
     from orchestrator.demo.run import run_demo
 
-    run_demo(folder, fresh=fresh)
+    with _interruptible():
+        run_demo(folder, fresh=fresh)
 
 
 def main() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
     _quiet_libraries()
     try:
-        app(standalone_mode=True)
+        app()
     except (UsageError, DataError, ModelError, LossError) as error:
-        print(f"polyref: {error}", file=sys.stderr)
-        sys.exit(2)
+        _complain(str(error), code=2)
     except RunFailed as error:
-        print(f"polyref: {error}", file=sys.stderr)
-        sys.exit(1)
+        _complain(str(error), code=1)
+    except _Interrupted:
+        _complain("interrupted; the same command goes on from the last checkpoint", code=130)
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, under a name that the command-line library does not swallow."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
-        print("polyref: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        raise _Interrupted from None
+
+
+def _complain(message: str, *, code: int) -> NoReturn:
+    print(f"polyref: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _quiet_libraries() -> None:

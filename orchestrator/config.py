@@ -64,6 +64,16 @@ class ReferenceConfig(ModelConfig):
         """Whether the policy's workers score it themselves, with their adapter off."""
         return self.model == POLICY
 
+    @model_validator(mode="after")
+    def _in_process_has_no_settings(self) -> "ReferenceConfig":
+        extra = sorted(self.model_fields_set - {"model"})
+        if self.in_process and extra:
+            raise ValueError(
+                f"`model: policy` is the policy's own start, so {', '.join(extra)} cannot be set here; "
+                "leave it out, or name the model itself"
+            )
+        return self
+
 
 class ReferencesConfig(Settings):
     """The references by name. `primary` centres the trust region and gives entropy and accuracy."""
@@ -96,11 +106,11 @@ class TrainingConfig(Settings):
     max_steps: int | None = Field(default=None, ge=1)
     pairs_per_step: int = Field(default=64, ge=1)
     tokens_per_microbatch: int = Field(default=8192, ge=1)
-    learning_rate: float = Field(default=5.0e-6, gt=0)
+    learning_rate: float = Field(default=5.0e-6, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     save_every: int = Field(default=200, ge=1)
@@ -121,7 +131,9 @@ class EvaluationConfig(Settings):
     """Held-out evaluation: before the first step, every so many steps, and at the end."""
 
     every_steps: int = Field(default=50, ge=1)
-    metric: str = "eval/accuracy"
+    metric: Literal["eval/accuracy", "eval/label_nll", "eval/loss", "eval/rewards/margins"] = Field(
+        default="eval/accuracy", description="what the run is judged by; shown first at its end"
+    )
 
 
 class TrackingConfig(Settings):
@@ -168,9 +180,12 @@ class RunConfig(Settings):
         if not isinstance(values, Mapping):
             return values
         loss, references = values.get("loss"), values.get("references") or {}
-        stage = loss.get("references") if isinstance(loss, Mapping) else None
+        loss = loss if isinstance(loss, Mapping) else {}
+        stage = loss.get("references")
         weights = stage.get("weights") if isinstance(stage, Mapping) else None
-        if not isinstance(weights, Mapping) or not isinstance(references, Mapping):
+        if not (
+            isinstance(stage, Mapping) and isinstance(weights, Mapping) and isinstance(references, Mapping)
+        ):
             return values
         primary, names = references.get("primary"), list(references.get("models") or {})
         if set(weights) != set(names):
@@ -179,8 +194,8 @@ class RunConfig(Settings):
                 "give every reference one weight"
             )
         ordered = sorted(names, key=lambda name: name != primary)
-        loss = dict(values["loss"], references=dict(stage, weights=[weights[name] for name in ordered]))
-        return dict(values, loss=loss)
+        by_order = {**stage, "weights": [weights[name] for name in ordered]}
+        return {**values, "loss": {**loss, "references": by_order}}
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "RunConfig":

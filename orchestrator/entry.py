@@ -3,13 +3,15 @@
 The controller has no use for torch, and importing it there would delay every start by seconds.
 """
 
+import os
 from typing import Any
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop_per_worker`: fetch the setup and run `orchestrator.worker.train_worker`."""
+    """`train_loop_per_worker`: fetch environment and setup and run `orchestrator.worker.train_worker`."""
     import ray
 
+    os.environ.update(ray.get(settings["secrets"]))
     from orchestrator.worker import train_worker
 
     return train_worker(ray.get(settings["setup"]))

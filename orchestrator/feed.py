@@ -1,6 +1,6 @@
 """From the plan of a step to the micro-batches of one rank, reference scores included."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -78,32 +78,42 @@ class Feed:
         self._budget = tokens_per_microbatch
         self._shared_rows, self._pad_id, self._device = shared_rows, pad_id, device
         self._flops = flops
-        self._lengths = part.policy.pair_lengths
+        # What a pair costs: its prompt once with both responses behind it, or two rows of its longer side.
+        apart = part.paired and not shared_rows
+        self._lengths = 2 * part.policy.longest if apart else part.policy.pair_lengths
 
     def ask(self, ticket: Ticket, indices: np.ndarray) -> None:
         """Ask every served reference for this rank's share of a global batch; does not block."""
         mine = self._share(indices)
         self._client.ask(ticket, np.concatenate(mine) if mine else np.zeros(0, dtype=np.int64))
 
-    def collect(self, ticket: Ticket, indices: np.ndarray) -> tuple[list[MicroBatch], StepCost]:
-        """This rank's micro-batches of a global batch asked for before, and what waiting cost."""
+    def collect(self, ticket: Ticket, indices: np.ndarray) -> tuple[Iterator[MicroBatch], StepCost]:
+        """This rank's micro-batches of a batch asked for before, and what waiting for its scores cost.
+
+        Each is laid out when it is taken, so that a whole split never lies on the device.
+        """
         stalled = self._client.stall_seconds
         scores = self._client.collect(ticket)
+        waited = StepCost(reference_stall=self._client.stall_seconds - stalled)
+        return self._laid_out(scores, indices), waited
+
+    def close(self) -> None:
+        """Wait until the scores made in process are stored."""
+        self._client.close()
+
+    def _laid_out(self, scores: dict[str, ReferenceArrays], indices: np.ndarray) -> Iterator[MicroBatch]:
         place = {int(row): slot for slot, row in enumerate(indices)}
-        batches, start = [], 0
+        start = 0
         for rows in self._share(indices):
             stop = start + len(rows)
             slots = torch.tensor([place[int(row)] for row in rows], dtype=torch.long, device=self._device)
-            batches.append(
-                self._microbatch(rows, slots, {n: _cut(a, start, stop) for n, a in scores.items()})
-            )
+            yield self._microbatch(rows, slots, {n: _cut(a, start, stop) for n, a in scores.items()})
             start = stop
-        return batches, StepCost(reference_stall=self._client.stall_seconds - stalled)
 
     def primary_entropies(self, indices: np.ndarray) -> torch.Tensor:
         """(len(indices),) mean entropy of both responses under the primary reference, of any rank's rows."""
         ticket = ("sample", 0)
-        self._client.ask(ticket, indices)
+        self._client.ask(ticket, indices, names=self._order[:1])
         arrays = self._complete(self._client.collect(ticket), indices)[self._order[0]]
         return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
 

@@ -161,7 +161,8 @@ def training_metrics(table: StepTable, told: Told) -> dict[str, float]:
             "logps/rejected": table["rejected_logp"].mean(),
         }
     for name in table.references:
-        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean()
+        # A supervised row has one response, which the mean over two has halved.
+        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean() * (1 if told.paired else 2)
         if told.weighted:
             metrics[f"weights/{name}"] = table[f"weight/{name}"].mean()
     if told.dispersed:

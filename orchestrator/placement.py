@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from orchestrator.config import Resources, RunConfig, UsageError
 
-ROUTER_CPU = 0.01
 REPLICA_CPU = 0.1
 WORKER_CPU = 0.75
 """Requests on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs the whole."""
@@ -87,13 +86,16 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]
 
 
 def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
-    """First-fit decreasing; enough in total, but no node with room for a whole bundle, is refused too."""
+    """Enough in total, but no node with room for a whole bundle, is refused too.
+
+    The scarce first: what asks for GPUs or custom resources is placed before what asks for cores alone, and
+    that goes to the nodes with the fewest GPUs.
+    """
     free = [defaultdict(float, node) for node in nodes]
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
-    for role, bundle in sorted(
-        bundles, key=lambda item: sorted(item[1].values(), reverse=True), reverse=True
-    ):
-        home = next((n for n in free if all(n[r] + 1e-9 >= a for r, a in bundle.items())), None)
+    for role, bundle in sorted(bundles, key=lambda item: _scarcity(item[1]), reverse=True):
+        homes = [node for node in free if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
+        home = min(homes, key=lambda node: (node["GPU"], node["CPU"]), default=None)
         if home is None:
             offers = "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)
             wanted = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
@@ -103,6 +105,11 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, flo
             )
         for resource, amount in bundle.items():
             home[resource] -= amount
+
+
+def _scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
+    custom = sum(name not in ("CPU", "GPU") for name in bundle)
+    return custom, bundle.get("GPU", 0), bundle.get("CPU", 0)
 
 
 def _plain(node: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from models.adapters import adapter_off, find_adapter, merge
-from models.load import Located, export, load_model, load_tokenizer
+from models.config import ModelConfig
+from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
 from models.parallel import Parallel, prepare
 from models.rows import Rows
@@ -47,12 +48,11 @@ class Policy:
         return self.parallel.unwrapped
 
     def score_start(self, rows: Rows) -> SequenceScores:
-        """Scores of the policy's own start: the adapter switched off, no gradient."""
-        enabled = self.precision != torch.float32
-        with (
-            adapter_off(self.scorer.model),
-            torch.autocast(self.parallel.device.type, dtype=self.precision, enabled=enabled),
-        ):
+        """Scores of the policy's own start: the adapter switched off, no gradient.
+
+        Not under autocast: they are stored under the start's fingerprint, as a replica would score it.
+        """
+        with adapter_off(self.scorer.model):
             return self.scorer(rows, entropy=True)
 
     def flops(self, rows: Rows) -> float:
@@ -61,18 +61,18 @@ class Policy:
         return passes * self.scorer.forward_flops(rows)
 
 
-def open_policy(config: RunConfig, located: Located, *, device: torch.device, local_workers: int) -> Policy:
+def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, local_workers: int) -> Policy:
     """Load the policy's start and make it trainable.
 
     Args:
         config: the run file.
-        located: the policy's weights.
+        start: the policy's start, pinned; it is located on this node.
         device: this worker's.
         local_workers: workers on this machine, which share its cores.
     """
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
-    training = config.training
+    training, located = config.training, locate(start)
     model = load_model(
         located,
         config.policy,

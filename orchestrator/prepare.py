@@ -1,5 +1,6 @@
 """What can be refused before a device is held: models found and pinned, data read and tokenised."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config import RunConfig, UsageError
 from orchestrator.feed import Part
 from orchestrator.mlflow_client import tracking_uri
+from orchestrator.record import RunRecord, pinned
 from orchestrator.registry import resolve
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
@@ -99,26 +101,31 @@ class Prepared:
     @property
     def pins(self) -> dict[str, str]:
         """What names stood for when the run began."""
-        return {"policy": self.policy.pin} | {f"references.{n}": m.pin for n, m in self.references.items()}
+        return {"policy": self.policy.pin} | {
+            f"references.models.{name}": model.pin for name, model in self.references.items()
+        }
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
     """Find and pin the models of a run file whose paths are resolved, read and tokenise the data.
+
+    A run that was begun `before` keeps to what its names stood for then, wherever they point now.
 
     Raises:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
     _refuse_unwritable(config)
     uri = tracking_uri(config.tracking.uri, config.storage_path)
-    policy = _find("policy", _policy_start(config), config, uri)
+    policy = _find("policy", _policy_start(config), config, uri, before)
     references = {
         name: policy
         if reference.in_process
-        else _find(f"references.models.{name}", _plain(reference), config, uri)
+        else _find(f"references.models.{name}", _plain(reference), config, uri, before)
         for name, reference in config.references.models.items()
     }
-    completions_only = config.loss.link.type == "none"
-    train, held_out = load_splits(config.data, completions_only=completions_only, seed=config.training.seed)
+    train, held_out = load_splits(
+        config.data, completions_only=config.loss.completions_only, seed=config.training.seed
+    )
     parts, counts = {}, {}
     for split, loaded in (("train", train), ("eval", held_out)):
         if loaded is not None:
@@ -136,9 +143,7 @@ def _refuse_unwritable(config: RunConfig) -> None:
     folder = Path(config.storage_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".polyref-can-write"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(
             f"storage_path {config.storage_path} cannot be written ({error.strerror}); name a folder that can"
@@ -156,15 +161,17 @@ def _plain(config: ModelConfig) -> ModelConfig:
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
-def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str) -> Model:
+def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str, before: RunRecord | None) -> Model:
     """Resolve a registry name, find the files and read the tokenizer."""
-    pin, settings = None, asked
+    pin, settings = pinned(before, field, asked.model), asked
     if asked.model.startswith("models:/"):
         try:
-            resolved = resolve(asked.model, uri)
+            resolved = resolve(pin or asked.model, uri)
         except UsageError as error:
             raise UsageError(f"{field}: {error}") from error
         pin, settings = resolved.uri_pinned, asked.model_copy(update={"model": str(resolved.folder)})
+    elif pin is not None and pin.startswith(f"{asked.model}@"):
+        settings = asked.model_copy(update={"revision": pin.removeprefix(f"{asked.model}@")})
     try:
         located = locate(settings)
         tokenizer = load_tokenizer(located, settings)
@@ -172,7 +179,9 @@ def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str) -> Model:
         raise ModelError(f"{field}: {error}") from error
     if located.revision:
         settings = settings.model_copy(update={"revision": located.revision})
-    pin = pin or (f"{asked.model}@{located.revision}" if located.revision else str(located.path))
+    if not asked.model.startswith("models:/"):
+        pin = f"{asked.model}@{located.revision}" if located.revision else str(located.path)
+    assert pin is not None
     return Model(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
 
 
@@ -195,11 +204,16 @@ def _part(
         references={name: tokenized.tables[f"reference {name}"] for name in references},
         soft_labels=np.array([pair.soft_label for pair in kept]),
         sources=tuple(pair.source for pair in kept),
-        paired=config.loss.link.type != "none",
+        paired=not config.loss.completions_only,
         soft=loaded.has_soft_labels,
     )
     skipped = dict(loaded.skipped + tokenized.skipped)
-    counts = {"pairs": len(kept), "turned_round": loaded.turned_round, "skipped": skipped}
+    counts = {
+        "pairs": len(kept),
+        "turned_round": loaded.turned_round,
+        "truncated": tokenized.truncated,
+        "skipped": skipped,
+    }
     return part, counts
 
 
@@ -207,13 +221,14 @@ def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
     """Relative paths of the run file against `base`; names on a hub or in a registry stay as they are."""
 
     def local(name: str | None) -> str | None:
-        if name is None or "://" in name or name.startswith("models:/"):
+        if name is None or "://" in name or "{" in name or name.startswith("models:/"):
             return name
         path = (base / Path(name).expanduser()).resolve()
         return str(path) if path.exists() else name
 
     def model(settings: Any) -> Any:
-        return settings.model_copy(update={"model": local(settings.model), "base": local(settings.base)})
+        names = ("model", "base", "chat_template")
+        return settings.model_copy(update={name: local(getattr(settings, name)) for name in names})
 
     references = {
         name: reference if reference.in_process else model(reference)

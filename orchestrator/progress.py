@@ -99,5 +99,8 @@ def _new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
         return 0, []
     with path.open("rb") as file:
         file.seek(0 if path.stat().st_size < position else position)
-        lines = [json.loads(line) for line in iter(file.readline, b"") if line.endswith(b"\n")]
+        lines = []
+        for line in iter(file.readline, b""):
+            with contextlib.suppress(ValueError):  # torn by a crash
+                lines.append(json.loads(line))
         return file.tell(), lines

@@ -7,9 +7,13 @@ is refused, because its checkpoint would silently mean something else.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from orchestrator.config import UsageError
 
@@ -96,6 +100,36 @@ def open_record(folder: Path, new: RunRecord) -> RunRecord:
     return old
 
 
+def pinned(record: RunRecord | None, field: str, model: str) -> str | None:
+    """What `model` at `field` (`policy`, `references.models.<name>`) stood for when the run began."""
+    settings: Any = record.config if record else {}
+    for part in field.split(".", 2):
+        settings = settings.get(part) or {}
+    return record.pins.get(field) if record and settings.get("model") == model else None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another process is training this run.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"run {folder.name!r} in {folder} is being trained by another process; wait for it, or give this "
+            "run another name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def remove_run(folder: Path) -> None:
     """Forget a run: its folder with record, checkpoints, metrics and plots. Scores are kept elsewhere."""
     if folder.exists():
@@ -116,8 +150,8 @@ def _changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _of_reference(path: str) -> bool:
-    parts = path.split(".")
-    return path.startswith("references.models.") and parts[-1] in _MAY_CHANGE_PER_REFERENCE
+    parts = path.split(".")  # references.models.<name>.<field>
+    return parts[:2] == ["references", "models"] and parts[3:] in ([f] for f in _MAY_CHANGE_PER_REFERENCE)
 
 
 def _short(value: Any) -> str:

@@ -14,8 +14,9 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
+from losses.config import LossConfig
 from orchestrator import plots
-from orchestrator.cluster import connected, nodes
+from orchestrator.cluster import JOB, connected, nodes, secrets
 from orchestrator.config import RunConfig, RunFailed, UsageError
 from orchestrator.entry import work
 from orchestrator.feed import Part
@@ -25,7 +26,7 @@ from orchestrator.model_card import Lineage, Reference
 from orchestrator.placement import has_gpus, refuse_impossible, replica_bundle, worker_bundle
 from orchestrator.prepare import Prepared, prepare, with_resolved_paths
 from orchestrator.progress import Meter, following_steps, plain_console
-from orchestrator.record import RunRecord, open_record, read_record, remove_run
+from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.register import Probe, register
@@ -35,8 +36,6 @@ from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
 """Tokens of a replica's batch: enough to fill the device, few enough that a CPU answers within seconds."""
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in a submitted job's driver."""
 
 
 def check(config: RunConfig) -> None:
@@ -70,32 +69,35 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
         RunFailed: training diverged, or the cluster was lost.
     """
     console = plain_console()
-    prepared = _prepared(config, console)
-    before = None if fresh else read_record(prepared.config.folder)
-    if before is not None and before.result:
-        prepared = prepared.on(before.device_type)
-        record = _open(prepared)
-    else:
-        with connected(wait_minutes=config.placement.wait_minutes):
-            prepared = _placed(prepared)
-            record = _open(prepared, fresh=fresh)
-            _train_on_cluster(prepared, record, console)
-    if not record.finished:
-        _finish(prepared, record, _tracker(prepared, record))
+    before = None if fresh else read_record(with_resolved_paths(config, base=Path.cwd()).folder)
+    prepared = _prepared(config, console, before)
+    with locked(prepared.config.folder):
+        if before is not None and before.result:
+            prepared = prepared.on(before.device_type)
+            record = _open(prepared)
+        else:
+            with connected(wait_minutes=config.placement.wait_minutes):
+                prepared = _placed(prepared)
+                record = _open(prepared, fresh=fresh)
+                _train_on_cluster(prepared, record, console)
+        if not record.finished:
+            _finish(prepared, record, _tracker(prepared, record))
     _report(prepared.config, record, console)
     return record
 
 
-def _prepared(config: RunConfig, console: Console) -> Prepared:
+def _prepared(config: RunConfig, console: Console, before: RunRecord | None = None) -> Prepared:
     storage = config.storage_path
-    if _JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
+    if JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise UsageError(
             f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
             "with the job; give an absolute path that all nodes share"
         )
-    prepared = prepare(with_resolved_paths(config, base=Path.cwd()))
+    prepared = prepare(with_resolved_paths(config, base=Path.cwd()), before)
     for split, counts in prepared.counts.items():
         text = f"{split}: {counts['pairs']} pairs"
+        if counts["truncated"]:
+            text += f", {counts['truncated']} truncated"
         if counts["turned_round"]:
             text += f", {counts['turned_round']} turned round (their label was below one half)"
         for reason, count in counts["skipped"].items():
@@ -120,7 +122,7 @@ def _open(prepared: Prepared, *, fresh: bool = False) -> RunRecord:
     return open_record(
         config.folder,
         RunRecord(
-            config=config.model_dump(mode="json"),
+            config=without_secrets(config.model_dump(mode="json")),
             device_type=prepared.policy.device_type,
             identity=prepared.identity,
             pins=prepared.pins,
@@ -133,7 +135,7 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
     """The one MLflow run of this training run, whatever the number of restarts."""
     config = prepared.config
     fingerprints = {f"reference.{n}": m.fingerprint.digest for n, m in prepared.references.items()}
-    pins = {f"pin.{name}": pin for name, pin in prepared.pins.items()}
+    pins = {f"pin.{field}": pin for field, pin in prepared.pins.items()}
     digests = {f"data.{split}_digest": digest for split, digest in prepared.digests.items()}
     tracker = Tracker.resume_or_start(
         record.mlflow_run,
@@ -165,6 +167,8 @@ def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -
             result = _fit(prepared, service, tracker)
         _report_scores(service, console)
         stats = {name: asdict(counts) for name, counts in service.stats().items()}
+        if result["status"] == "refused":
+            raise UsageError(result["reason"])
         if result["status"] != "done":
             raise RunFailed(result["reason"])
     record.result = result | {"scores": stats}
@@ -184,10 +188,10 @@ def _failing_with(tracker: Tracker) -> Iterator[None]:
 def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dict[str, Any]:
     """Run the workers to the end; Ray Train restarts them from the last checkpoint when one is lost."""
     config = prepared.config
-    gpus = prepared.policy.device_type == "cuda"
+    bundle = worker_bundle(config.parallel.resources, gpus=prepared.policy.device_type == "cuda")
     setup = WorkerSetup(
         config=config,
-        policy=prepared.policy.located,
+        policy=prepared.policy.config,
         train=ray.put(prepared.train),
         held_out=ray.put(prepared.held_out) if prepared.held_out else None,
         routers=service.routers,
@@ -199,12 +203,12 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
     )
     trainer = TorchTrainer(
         work,
-        train_loop_config={"setup": ray.put(setup)},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
+        torch_config=TorchConfig(backend="nccl" if bundle.get("GPU", 0) > 0 else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.parallel.workers,
-            use_gpu=gpus,
-            resources_per_worker=worker_bundle(config.parallel.resources, gpus=gpus),
+            use_gpu=bundle.get("GPU", 0) > 0,
+            resources_per_worker=bundle,
         ),
         run_config=RayRunConfig(
             name="checkpoints",
@@ -218,6 +222,8 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
     )
     try:
         return trainer.fit().return_value
+    except SystemExit:  # how Ray's own handler of Ctrl-C ends
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise RunFailed(_reason(error)) from error
 
@@ -227,8 +233,9 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, first = min(failures.items())
     cause = getattr(first, "cause", None) or first
+    said = str(cause).strip() or type(cause).__name__
     return (
-        f"worker {rank} failed: {str(cause).strip().splitlines()[-1]}. Checkpoints are kept: the same "
+        f"worker {rank} failed: {said.splitlines()[-1]}. Checkpoints are kept: the same "
         "command goes on from the last one"
     )
 
@@ -252,6 +259,7 @@ def _references(prepared: Prepared) -> ReferenceService:
                 num_gpus=num_gpus,
                 resources=bundle,
                 max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
+                environment=secrets(os.environ),
                 start_timeout_s=60 * config.placement.wait_minutes,
             )
         )
@@ -292,12 +300,14 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
     """Plots, artifacts and the registered version; each can be done again after a kill."""
     config, folder = prepared.config, prepared.config.folder
     run_file = folder / "run.yaml"
-    run_file.write_text(yaml.safe_dump(without_secrets(record.config), sort_keys=False))
+    run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
     tracker.log_files(plots.draw(folder), under="plots")
     tracker.set_tags(_score_tags(record))
     if config.tracking.registered_model is not None:
         export = folder / EXPORT
+        if not (export / "probe.safetensors").exists():
+            raise RunFailed(f"{export} is gone, so there is nothing to register: train again with --fresh")
         version = register(
             prepared.tracking_uri,
             name=config.tracking.registered_model,
@@ -315,9 +325,11 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
 
 
 def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
-    for metric in ("eval/loss", "eval/accuracy", "eval/label_nll"):
-        if metric in record.result["metrics"]:
-            console.print(f"{metric}: {record.result['metrics'][metric]:.4f}")
+    evaluations = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    for metric in dict.fromkeys((config.evaluation.metric, "eval/loss", "eval/accuracy", "eval/label_nll")):
+        values = [line[metric] for line in evaluations if line.get(metric) is not None]
+        if values:
+            console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
     if record.result["sharing_refused"]:
         console.print(f"prompts were computed once per response: {record.result['sharing_refused']}")
     console.print(f"plots: {config.folder / 'plots'}")
@@ -334,20 +346,25 @@ def _score_tags(record: RunRecord) -> dict[str, str]:
     }
 
 
+def _resolved_loss(config: RunConfig, record: RunRecord) -> LossConfig:
+    phi_star = record.result["phi_star"]
+    return config.loss if phi_star is None else config.loss.with_phi_star(phi_star)
+
+
 def _lineage(prepared: Prepared, record: RunRecord) -> Lineage:
     config = prepared.config
     history = [line for line in read_metrics(config.folder) if "eval/loss" in line]
     held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
     counts: dict[str, int] = {}
     for split, part in record.counts.items():
-        counts |= {f"{split} pairs": part["pairs"], f"{split} turned round": part["turned_round"]}
+        counts |= {f"{split} {key.replace('_', ' ')}": n for key, n in part.items() if key != "skipped"}
         counts |= {f"{split} skipped, {reason}": count for reason, count in part["skipped"].items()}
     return Lineage(
         base_model=record.pins["policy"],
         preset=config.preset,
-        loss=config.loss.model_dump(mode="json"),
+        loss=_resolved_loss(config, record).model_dump(mode="json"),
         references={
-            name: Reference(record.pins[f"references.{name}"], model.fingerprint.digest)
+            name: Reference(record.pins[f"references.models.{name}"], model.fingerprint.digest)
             for name, model in prepared.references.items()
         },
         primary=config.references.primary,

@@ -195,7 +195,7 @@ class _Run:
         table.spend(waited)
         table, grad_norm = training_step(
             self._policy.parallel,
-            batches,
+            list(batches),
             loss=self._loss,
             table=table,
             clip_norm=training.clip_norm,

@@ -90,11 +90,20 @@ class ReferenceClient:
         self._asked: dict[Any, dict[str, _Asked]] = {}
         self._recording: list[tuple[str, Any]] = []
 
-    def ask(self, ticket: Any, indices: Sequence[int] | NDArray[np.integer]) -> None:
-        """Send the requests for these rows and return at once; `ticket` names them for `collect`."""
+    def ask(
+        self,
+        ticket: Any,
+        indices: Sequence[int] | NDArray[np.integer],
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Send the requests for these rows and return at once; `ticket` names them for `collect`.
+
+        All references are asked, or those in `names`.
+        """
         if ticket in self._asked:
             raise ValueError(f"ticket {ticket!r} is still open: collect it first")
-        self._asked[ticket] = {name: self._send(name, indices) for name in self._routers}
+        asked = self._routers if names is None else names
+        self._asked[ticket] = {name: self._send(name, indices) for name in asked}
 
     def collect(self, ticket: Any) -> dict[str, ReferenceArrays]:
         """Wait for what was asked under `ticket`; rows in the order they were asked.

@@ -43,6 +43,8 @@ class ReferenceSpec:
     max_tokens_per_batch: int = 16384
     max_retries: int = 5
     """How often in a row replicas, or a batch's replica, may die before everyone who waits gets an error."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables for the replicas' processes; a token for a hub travels here, and not in Ray's settings."""
     start_timeout_s: float = 600.0
     """How long a replica may wait for free resources; loading the model is not counted."""
 

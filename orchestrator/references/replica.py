@@ -130,6 +130,7 @@ class Replica:
         from models.locate import locate
 
         spec = self._spec
+        os.environ.update(spec.environment)
         located = locate(spec.config)  # before the slow imports: what is missing is told soon
 
         import torch

@@ -172,7 +172,8 @@ def start_references(
     routers: dict[str, Any] = {}
     addresses: dict[str, str] = {}
     owned: dict[str, Any] = {}
-    for spec in specs:
+    # One router serves all references of a fingerprint: the spec with most replicas decides how.
+    for spec in sorted(specs, key=lambda spec: -spec.replicas):
         address = _address(spec.fingerprint, storage)
         if address not in addresses.values() and not _running(address):
             actor = ray.remote(Router).options(
