@@ -65,3 +65,8 @@ def test_a_reference_scored_in_process_needs_nothing() -> None:
     in_process = {"a": config.references.models["a"].model_copy(update={"model": "policy"})}
     references = config.references.model_copy(update={"models": in_process})
     refuse_impossible(config.model_copy(update={"references": references}), [{"CPU": 1, "GPU": 1}])
+
+
+def test_references_on_cores_leave_the_gpus_to_those_who_need_them() -> None:
+    on_cores = {"a": {"model": "m", "resources": {"cpu": 8, "gpu": 0}}}
+    refuse_impossible(run(references=on_cores), [{"CPU": 8, "GPU": 1}, {"CPU": 8}])
