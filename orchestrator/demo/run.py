@@ -1,6 +1,8 @@
 """`polyref demo`: people's ratings of film reviews become a registered model, step by step."""
 
+import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -133,10 +135,11 @@ def _continue(folder: Path, prompts: list[str], sentiment: Callable[[str], float
 
 
 def _print_whereabouts(root: Path, policy: RunConfig, record: RunRecord, console: Console) -> None:
-    runs = root / "runs"
-    console.print(f"\nregistered: {record.registered}")
-    console.print(f"  polyref models list --storage-path {runs}")
+    """Commands to copy, as seen from the folder the demonstration was started in."""
+    commands, runs = os.path.relpath(Path(sys.executable).parent), os.path.relpath(root / "runs")
     version = str(record.registered).removeprefix("models:/")
-    console.print(f"  polyref models show {version} --storage-path {runs}")
-    console.print(f"plots: {policy.folder / 'plots'}")
-    console.print(f"MLflow's pages: mlflow server --backend-store-uri sqlite:///{runs / 'mlflow.db'}")
+    console.print(f"\nregistered: {record.registered}. Look at it, and at the run's page:")
+    console.print(f"  {commands}/polyref models list --storage-path {runs}")
+    console.print(f"  {commands}/polyref models show {version} --storage-path {runs}")
+    console.print(f"  {commands}/mlflow ui --backend-store-uri sqlite:///{runs}/mlflow.db")
+    console.print(f"plots: {os.path.relpath(policy.folder / 'plots')}")
