@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from models.parallel import Parallel
@@ -43,6 +44,31 @@ def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
     tensors, rest = parallel.optimizer_state()
     save_file(tensors, folder / OPTIMIZER)
     (folder / PROGRESS).write_text(json.dumps(asdict(replace(progress, optimizer=rest)), indent=1))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint among `checkpoint_*` folders: for when Ray's own list of them was lost."""
+    for candidate in sorted(folder.glob("checkpoint_*/"), reverse=True):
+        try:
+            json.loads((candidate / PROGRESS).read_text())
+            for name in (WEIGHTS, OPTIMIZER):
+                with safe_open(candidate / name, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):  # cut short when the run was killed
+            continue
+        return candidate
+    return None
+
+
+def set_aside_torn_list(folder: Path) -> None:
+    """Ray writes its list of checkpoints in place, and refuses to start over one that a kill cut short."""
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    try:
+        json.loads(snapshot.read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        snapshot.replace(snapshot.with_suffix(".torn"))
 
 
 def load(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) -> Progress:

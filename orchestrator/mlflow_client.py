@@ -124,6 +124,10 @@ def _impatient_http() -> Iterator[None]:
                     os.environ[key] = value
 
 
+_TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens an experiment on its runs; by default MLflow shows the pages for traces of applications."""
+
+
 def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """The experiment's id, made where it is missing. Raises UsageError when it was deleted."""
     from mlflow.exceptions import MlflowException
@@ -133,7 +137,8 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
         # A sqlite file has no server with a place for artifacts; MLflow would choose the current folder.
         folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
         try:
-            return client.create_experiment(name, folder.as_uri() if uri.startswith("sqlite:///") else None)
+            place = folder.as_uri() if uri.startswith("sqlite:///") else None
+            return client.create_experiment(name, place, tags=_TRAINING_PAGES)
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another run may have made it in between
             if found is None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from losses.config import LossConfig
 from orchestrator import plots
+from orchestrator.checkpoint import set_aside_torn_list
 from orchestrator.cluster import JOB, connected, nodes, secrets
 from orchestrator.config import RunConfig, RunFailed, UsageError
 from orchestrator.entry import work
@@ -31,7 +32,7 @@ from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.register import Probe, register
 from orchestrator.tracking import Tracker, code_tags, read_metrics
-from orchestrator.worker import EXPORT, WorkerSetup, total_steps
+from orchestrator.worker import CHECKPOINTS, EXPORT, WorkerSetup, total_steps
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
@@ -201,6 +202,7 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
         tracking_uri=prepared.tracking_uri,
         tracking_run=tracker.run_id,
     )
+    set_aside_torn_list(config.folder / CHECKPOINTS)
     trainer = TorchTrainer(
         work,
         train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
@@ -211,7 +213,7 @@ def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dic
             resources_per_worker=bundle,
         ),
         run_config=RayRunConfig(
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=str(config.folder),
             failure_config=FailureConfig(
                 max_failures=config.parallel.max_failures, controller_failure_limit=0

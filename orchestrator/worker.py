@@ -36,7 +36,7 @@ from preferences.batches import BatchPlan
 BATCHES_AHEAD = 2
 CALIBRATION_PAIRS = 2048
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-EXPORT = "export"
+EXPORT, CHECKPOINTS = "export", "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +283,10 @@ def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_si
 def _resume(setup: WorkerSetup, policy: Policy, schedule: Any) -> Progress:
     """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
     stored = ray.train.get_checkpoint()
+    if stored is None and (kept := checkpoint.newest(Path(setup.folder) / CHECKPOINTS)) is not None:
+        stored = ray.train.Checkpoint.from_directory(kept)
     if stored is None:
-        return Progress(identity=setup.identity, schedule={}, optimizer={}, metrics={})
+        return Progress(identity=setup.identity)
     with stored.as_directory() as folder:
         progress = checkpoint.load(folder, policy.parallel, identity=setup.identity)
     schedule.load_state_dict(progress.schedule)

@@ -1,0 +1,73 @@
+"""Checkpoints: what comes back is what was saved, and torn ones are passed over."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from models.logprobs import Scorer
+from models.parallel import Parallel, prepare
+from models.rows import Prompted, build_rows
+from orchestrator.checkpoint import Progress, load, newest, save, set_aside_torn_list
+
+IDENTITY = {"policy": "p", "references": {"base": "b"}}
+ROWS = build_rows([Prompted([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)
+
+
+def policy(seed: int = 0) -> Parallel:
+    model = tiny.llama(seed=seed, tie_word_embeddings=True).train()
+    return prepare(Scorer(model), device=torch.device("cpu"), learning_rate=1e-2)
+
+
+def step(parallel: Parallel) -> float:
+    loss = -parallel.module(ROWS).logps.sum()
+    parallel.backward(loss)
+    parallel.step()
+    parallel.zero_grad()
+    return float(loss.detach())
+
+
+def checkpoint(folder: Path, steps: int = 3) -> Parallel:
+    parallel = policy()
+    for _ in range(steps):
+        step(parallel)
+    folder.mkdir(parents=True)
+    save(folder, parallel, Progress(identity=IDENTITY, step=steps, metrics={"eval/loss": 0.5}))
+    return parallel
+
+
+def test_a_loaded_policy_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> None:
+    kept = checkpoint(tmp_path / "one")
+    back = policy(seed=7)
+    progress = load(tmp_path / "one", back, identity=IDENTITY)
+    assert (progress.step, progress.metrics) == (3, {"eval/loss": 0.5})
+    assert [step(back) for _ in range(3)] == [step(kept) for _ in range(3)]
+    assert {path.suffix for path in (tmp_path / "one").iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_of_other_references_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "one")
+    with pytest.raises(RuntimeError, match="another references"):
+        load(tmp_path / "one", policy(), identity=IDENTITY | {"references": {"base": "c"}})
+
+
+def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    checkpoint(tmp_path / "checkpoint_1")
+    checkpoint(tmp_path / "checkpoint_2")
+    weights = tmp_path / "checkpoint_2" / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "checkpoint_3").mkdir()
+    assert newest(tmp_path) == tmp_path / "checkpoint_1"
+
+
+def test_only_a_torn_list_is_set_aside(tmp_path: Path) -> None:
+    snapshot = tmp_path / "checkpoint_manager_snapshot.json"
+    set_aside_torn_list(tmp_path)
+    snapshot.write_text("{}")
+    set_aside_torn_list(tmp_path)
+    assert snapshot.exists()
+    snapshot.write_text("")
+    set_aside_torn_list(tmp_path)
+    assert not snapshot.exists()
