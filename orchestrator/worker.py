@@ -103,17 +103,7 @@ def train_worker(setup: WorkerSetup) -> dict[str, Any]:
         num_training_steps=total,
     )
     progress = _resume(setup, policy, schedule)
-    journal = (
-        Tracker(
-            setup.tracking_uri,
-            setup.tracking_run,
-            Path(setup.folder),
-            resume_step=progress.step if progress.step else -1,
-        )
-        if rank == 0
-        else None
-    )
-
+    journal = _journal(setup, progress) if rank == 0 else None
     loss, progress = _calibrated(config, feeds["train"], progress)
     run = _Run(setup, policy, feeds, plan, loss, journal)
     for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
@@ -278,6 +268,12 @@ def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_si
         device=policy.parallel.device,
         flops=policy.flops,
     )
+
+
+def _journal(setup: WorkerSetup, progress: Progress) -> Tracker:
+    """The run's metrics, without those that came after the checkpoint it goes on from."""
+    after = progress.step or -1
+    return Tracker(setup.tracking_uri, setup.tracking_run, Path(setup.folder), resume_step=after)
 
 
 def _resume(setup: WorkerSetup, policy: Policy, schedule: Any) -> Progress:

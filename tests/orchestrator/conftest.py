@@ -80,6 +80,7 @@ def cluster() -> Iterator[None]:
 
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     ray.init(
+        address="local",  # never a cluster that happens to run here
         num_cpus=4,
         namespace=NAMESPACE,
         object_store_memory=200 * 2**20,

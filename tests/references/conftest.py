@@ -39,6 +39,7 @@ class Table(list[TokenPair]):
 def ray_running() -> Iterator[None]:
     """A small Ray, gone with the module so that other tests may start theirs."""
     ray.init(
+        address="local",  # never a cluster that happens to run here
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
