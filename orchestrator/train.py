@@ -305,7 +305,7 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
     run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
     tracker.log_files(plots.draw(folder), under="plots")
-    tracker.set_tags(_score_tags(record))
+    tracker.set_tags(_result_tags(record))
     if config.tracking.registered_model is not None:
         export = folder / EXPORT
         if not (export / "probe.safetensors").exists():
@@ -339,9 +339,11 @@ def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
 
 
-def _score_tags(record: RunRecord) -> dict[str, str]:
-    counts = record.result["scores"]
-    return {
+def _result_tags(record: RunRecord) -> dict[str, str]:
+    """How often references were asked, and what `phi_star: auto` came to."""
+    counts, phi_star = record.result["scores"], record.result["phi_star"]
+    resolved = {} if phi_star is None else {"loss.dispersion.phi_star": f"{phi_star:.6g}"}
+    return resolved | {
         f"scores.{name}.{key}": str(stats[key])
         for name, stats in counts.items()
         for key in ("scored", "from_store", "forwards", "replicas_started")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,9 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
     record = train(second)
     assert counts(record, "scored") == {"base": 0, "other": 0}
     assert counts(record, "replicas_started") == {"base": 0, "other": 0}
-    assert record.result["phi_star"] > 0
+    tags = MlflowClient(f"sqlite:///{second.folder.parent}/mlflow.db").get_run(record.mlflow_run).data.tags
+    assert float(tags["loss.dispersion.phi_star"]) == pytest.approx(record.result["phi_star"], rel=1e-5)
+    assert tags["scores.base.scored"] == "0"
     scales = json.loads((second.folder / "dispersion.json").read_text())
     assert np.mean(scales) == pytest.approx(1, abs=0.05)
 
