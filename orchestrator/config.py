@@ -81,6 +81,22 @@ class ReferencesConfig(Settings):
     primary: str | None = None
     mode: Literal["live", "precompute"] = "live"
     models: dict[str, ReferenceConfig] = Field(default_factory=dict)
+    use: tuple[str, ...] | None = Field(default=None, description="those of models to use; default all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_those_used(cls, values: Any) -> Any:
+        """A model that is not in `use` is as good as not in the file."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("models"), Mapping):
+            return values
+        use = values.get("use")
+        if use is None:
+            return values
+        models = values["models"]
+        for name in [use] if isinstance(use, str) else use:
+            if name not in models:
+                raise ValueError(f"use names {name!r}{did_you_mean(str(name), models)}")
+        return {**values, "models": {name: model for name, model in models.items() if name in use}}
 
     @model_validator(mode="after")
     def _primary_is_named(self) -> "ReferencesConfig":
@@ -90,7 +106,8 @@ class ReferencesConfig(Settings):
         if names and self.primary is None:
             raise ValueError(f"primary must name one of the references: {', '.join(names)}")
         if names and self.primary not in names:
-            raise ValueError(f"primary is {self.primary!r}{did_you_mean(str(self.primary), names)}")
+            left_out = ", and use leaves it out" if self.use is not None else ""
+            raise ValueError(f"primary is {self.primary!r}{left_out}{did_you_mean(str(self.primary), names)}")
         return self
 
     @property
@@ -127,13 +144,86 @@ class ParallelConfig(Settings):
     max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
 
 
+class RewardConfig(Settings):
+    """What judges sampled responses: a Python function, or a model that classifies text, as an actor."""
+
+    function: str | None = Field(
+        default=None, description="package.module:function, (prompts, responses) -> one number each"
+    )
+    model: str | None = Field(default=None, description="a sequence classifier: hub id or folder")
+    revision: str | None = None
+    label: str | int | None = Field(default=None, description="the class whose probability is the reward")
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> "RewardConfig":
+        if (self.function is None) == (self.model is None):
+            raise ValueError("a reward is either function: package.module:name or model: ..., not both")
+        if self.function is not None and self.model_fields_set - {"function"}:
+            raise ValueError("revision, label and resources are for a reward model, not for a function")
+        return self
+
+
+class SamplingConfig(Settings):
+    """Responses that the policy writes at every evaluation, for KL and reward."""
+
+    prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the file")
+    max_new_tokens: int = Field(default=64, ge=1)
+    kl_budget: float | None = Field(
+        default=None, gt=0, description="nats per response to the primary, for the metrics at a KL budget"
+    )
+    reward: RewardConfig | None = None
+
+
+METRICS: Mapping[str, Literal["max", "min"]] = {
+    "eval/accuracy": "max",
+    "eval/label_nll": "min",
+    "eval/loss": "min",
+    "eval/rewards/margins": "max",
+    "eval/margin": "max",
+    "eval/margin_at_kl": "max",
+    "eval/reward": "max",
+    "eval/reward_at_kl": "max",
+}
+"""What a run can be judged by, and which way is better."""
+
+
 class EvaluationConfig(Settings):
     """Held-out evaluation: before the first step, every so many steps, and at the end."""
 
     every_steps: int = Field(default=50, ge=1)
-    metric: Literal["eval/accuracy", "eval/label_nll", "eval/loss", "eval/rewards/margins"] = Field(
-        default="eval/accuracy", description="what the run is judged by; shown first at its end"
+    metric: str = Field(
+        default="eval/accuracy",
+        description="what the run is judged by; shown first at its end",
+        json_schema_extra={"enum": list(METRICS)},
     )
+    sampling: SamplingConfig | None = None
+    keep: Literal["last", "best"] = Field(
+        default="last", description="which weights are exported: the last, or the best by metric"
+    )
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> "EvaluationConfig":
+        if self.metric not in METRICS:
+            raise ValueError(f"metric {self.metric!r} is none{did_you_mean(self.metric, METRICS)}")
+        sampling = self.sampling or SamplingConfig()
+        if self.metric in ("eval/reward", "eval/reward_at_kl") and sampling.reward is None:
+            raise ValueError(
+                f"metric {self.metric} needs a reward; set evaluation.sampling.reward: "
+                "{function: package.module:name} or {model: ...}"
+            )
+        if self.metric.endswith("_at_kl"):
+            if sampling.kl_budget is None:
+                raise ValueError(
+                    f"metric {self.metric} needs a budget; set evaluation.sampling.kl_budget, "
+                    "in nats per response"
+                )
+            if self.keep != "best":
+                raise ValueError(
+                    f"metric {self.metric} is the best within the budget, so its weights are the ones to "
+                    "keep; set evaluation.keep: best"
+                )
+        return self
 
 
 class TrackingConfig(Settings):
@@ -187,7 +277,9 @@ class RunConfig(Settings):
             isinstance(stage, Mapping) and isinstance(weights, Mapping) and isinstance(references, Mapping)
         ):
             return values
-        primary, names = references.get("primary"), list(references.get("models") or {})
+        use = references.get("use")
+        primary = references.get("primary")
+        names = [n for n in references.get("models") or {} if use is None or n in use]
         if set(weights) != set(names):
             raise ValueError(
                 f"loss.references.weights names {sorted(weights)}, references.models {sorted(names)}: "
@@ -213,6 +305,11 @@ class RunConfig(Settings):
         weights = loss.references.weights
         if not isinstance(weights, str) and len(weights) != count:
             raise ValueError(f"loss.references.weights has {len(weights)} weights for {count} references")
+        if self.evaluation.metric.endswith("_at_kl") and not count:
+            raise ValueError(
+                f"evaluation.metric {self.evaluation.metric} measures KL to the primary reference, but "
+                "references.models is empty: add one, or judge by another metric"
+            )
         if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
             raise ValueError(
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "

@@ -1,0 +1,134 @@
+"""A search's journal: one JSON file per trial, replaced in one move, so that a kill loses nothing.
+
+It is the whole state of a search. Ray Tune's own is thrown away at every start: what a trial was asked, what came
+of it and where it lies is read back from here.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.config import UsageError
+
+TRIAL = "trial.json"
+
+Status = Literal["pending", "running", "finished", "stopped", "failed"]
+"""stopped: ended early by the scheduler or a stopping rule, with a result all the same."""
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass(kw_only=True)
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        number: from 1, in the order they were entered.
+        point_id: number of the first trial of the same point; repeats share it.
+        repeat: 0, 1, ...; added to the run file's seed.
+        control_of: the point whose matched DPO this is.
+        point: dotted run-file fields that were drawn.
+        params: the sampler's own names and values for the point.
+        status: where it stands.
+        step: optimizer steps taken at its last report.
+        result: its last reported metrics.
+        reason: why it failed.
+        seconds: wall time over all its starts.
+        mlflow_run: its child run.
+    """
+
+    number: int
+    point_id: int
+    repeat: int = 0
+    control_of: int | None = None
+    point: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    status: Status = "pending"
+    step: int = 0
+    result: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+    seconds: float = 0.0
+    mlflow_run: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`0007`: the trial's folder and its name in MLflow."""
+        return f"{self.number:04d}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not be started again."""
+        return self.status in ENDED
+
+
+class Trials:
+    """All trials of a search, in memory and under `folder/<name>/trial.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records: dict[int, TrialRecord] = {}
+        for path in sorted(folder.glob(f"*/{TRIAL}")):
+            record = _read(path)
+            self._records[record.number] = record
+
+    def __iter__(self) -> Iterator[TrialRecord]:
+        return iter(sorted(self._records.values(), key=lambda record: record.number))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> TrialRecord:
+        return self._records[number]
+
+    def enter(
+        self,
+        point: Mapping[str, Any],
+        *,
+        repeats: int = 1,
+        params: Mapping[str, Any] | None = None,
+        control_of: int | None = None,
+    ) -> list[TrialRecord]:
+        """New pending trials of one point, one per repeat."""
+        first = max(self._records, default=0) + 1
+        entered = []
+        for repeat in range(repeats):
+            record = TrialRecord(
+                number=first + repeat,
+                point_id=first,
+                repeat=repeat,
+                control_of=control_of,
+                point=dict(point),
+                params=dict(params or {}),
+            )
+            self.write(record)
+            entered.append(record)
+        return entered
+
+    def write(self, record: TrialRecord) -> None:
+        """Keep a record, changed or new."""
+        self._records[record.number] = record
+        folder = self.path(record)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{TRIAL}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(record), indent=1))
+        temporary.replace(folder / TRIAL)
+
+    def path(self, record: TrialRecord) -> Path:
+        """The trial's own folder: metrics, checkpoints, its record."""
+        return self.folder / record.name
+
+    def points(self) -> dict[int, list[TrialRecord]]:
+        """Trials by point, repeats together, controls under points of their own."""
+        grouped: dict[int, list[TrialRecord]] = {}
+        for record in self:
+            grouped.setdefault(record.point_id, []).append(record)
+        return grouped
+
+
+def _read(path: Path) -> TrialRecord:
+    try:
+        return TrialRecord(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: is not a trial's record ({error}); start over with --fresh") from None
