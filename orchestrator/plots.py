@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The Okabe-Ito colours, told apart with any colour vision.
 _TRAINING, _HELD_OUT = "#0072B2", "#D55E00"
-_COLOURS = (_TRAINING, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _HELD_OUT, "#000000")
-_STYLE: dict[str, Any] = {
+COLOURS = (_TRAINING, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _HELD_OUT, "#000000")
+"""The Okabe-Ito colours, told apart with any colour vision."""
+STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -28,7 +28,8 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
-_WIDTH, _PANEL_HEIGHT = 7.5, 2.7
+"""Of every picture, for `matplotlib.rc_context`."""
+WIDTH, _PANEL_HEIGHT = 7.5, 2.7
 _LOG_RATIO = "$\\log\\,\\pi - \\log\\,\\pi_\\mathrm{ref}$\n(nats per response)"
 _SMOOTH_FROM = 60  # points; fewer are drawn as they are
 
@@ -52,14 +53,14 @@ def draw(run_folder: Path, to: Path | None = None) -> list[Path]:
 
     series = _collect(read_metrics(run_folder))
     target = to or run_folder / "plots"
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figures = {
             "learning.png": _learning(series),
             "references.png": _references(series),
             "dispersion.png": _dispersion(read_scales(run_folder)),
             "optimizer.png": _optimizer(series),
         }
-        return [_save(figure, target / name) for name, figure in figures.items() if figure is not None]
+        return [save(figure, target / name) for name, figure in figures.items() if figure is not None]
 
 
 def _collect(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
@@ -82,7 +83,7 @@ def _learning(series: Mapping[str, _Series]) -> "Figure | None":
     present = [panel for panel in panels if panel[0] in series or f"eval/{panel[0]}" in series]
     if not present:
         return None
-    figure, axes = _panels(len(present))
+    figure, axes = stacked(len(present))
     _explain(axes[-1], [series[name] for name, _, _ in present if name in series])
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
@@ -108,8 +109,8 @@ def _references(series: Mapping[str, _Series]) -> "Figure | None":
         return None
     # One colour per reference in all panels, whichever panels it is in.
     found = sorted({key.partition("/")[2] for key in series if key.startswith(("logratio/", "weights/"))})
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(found)}
-    figure, axes = _panels(len(present))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(found)}
+    figure, axes = stacked(len(present))
     _explain(axes[-1], [one for key, one in series.items() if key.startswith(("logratio/", "weights/"))])
     for ax, (prefix, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
@@ -127,7 +128,7 @@ def _references(series: Mapping[str, _Series]) -> "Figure | None":
 def _dispersion(scales: Sequence[float]) -> "Figure | None":
     if not scales:
         return None
-    figure, (ax,) = _panels(1, height=3.4)
+    figure, (ax,) = stacked(1, height=3.4)
     ordered = sorted(scales)
     mean = sum(ordered) / len(ordered)
     top = ordered[min(int(0.995 * len(ordered)), len(ordered) - 1)]
@@ -153,7 +154,7 @@ def _optimizer(series: Mapping[str, _Series]) -> "Figure | None":
     present = [panel for panel in panels if panel[0] in series]
     if not present:
         return None
-    figure, axes = _panels(len(present), height=2.3)
+    figure, axes = stacked(len(present), height=2.3)
     _explain(axes[-1], [series["grad_norm"]] if "grad_norm" in series else [])
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
@@ -166,12 +167,13 @@ def _optimizer(series: Mapping[str, _Series]) -> "Figure | None":
     return figure
 
 
-def _panels(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
+def stacked(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
+    """A figure of panels one above the other that share the axis of optimizer steps."""
     # Figure itself and not pyplot: no display, no global list of open figures.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(_WIDTH, height * count + 0.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * count + 0.4), layout="constrained")
     axes: list[Axes] = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     axes[-1].set_xlabel("optimizer step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -225,7 +227,8 @@ def _legend(ax: "Axes") -> None:
         ax.legend(loc="best", fontsize=9)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure as PNG, in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     figure.savefig(part, format="png")

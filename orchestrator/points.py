@@ -1,0 +1,104 @@
+"""A search's points as a person reads them: which fields vary, by short names, with short values."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from orchestrator.trials import TrialRecord
+
+KL = "eval/kl/"
+FAMILY = "loss.preset"
+ABSENT = "–"
+_SILENT = ("preset", "type", "use")  # last parts of a field that say less than what they are of
+
+
+def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Fields that do not have the same value in all points, in the order they were drawn; absent is a value."""
+    points = list(points)
+    fields = dict.fromkeys(field for point in points for field in point)
+    return [field for field in fields if len({repr(point.get(field)) for point in points}) > 1]
+
+
+def short_names(fields: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted field, or as many parts as tell it from the others.
+
+    `loss.dispersion.type` is `dispersion`, `references.use` is `references`, `loss.preset` is `loss`.
+    """
+    parts = {field: _telling(field.split(".")) for field in fields}
+    names = {}
+    for field, own in parts.items():
+        others = [other for name, other in parts.items() if name != field]
+        length = next(
+            (n for n in range(1, len(own)) if len(own[-n]) > 2 and all(own[-n:] != o[-n:] for o in others)),
+            len(own),
+        )
+        names[field] = ".".join(own[-length:])
+    return names
+
+
+def text(value: Any) -> str:
+    """A drawn value, short: 1e-6, base+sft, none."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        number = f"{value:.3g}"
+        mantissa, e, exponent = number.partition("e")
+        return f"{mantissa}e{int(exponent)}" if e else number
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "+".join(map(text, value))
+    return str(value)
+
+
+def described(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The fields of `names` that a point has: `gdpo, beta 0.2, learning_rate 5e-6`."""
+    items = [(field, name) for field, name in names.items() if field in point]
+    return ", ".join(text(point[f]) if f == FAMILY else f"{name} {text(point[f])}" for f, name in items)
+
+
+def metric_name(metric: str) -> str:
+    """`accuracy`, `KL to base`, `margin at KL` for a metric's key."""
+    if metric.startswith(KL):
+        return f"KL to {metric.removeprefix(KL)}"
+    name = metric.removeprefix("eval/").replace("_", " ")
+    return {"margin at kl": "margin at KL", "reward at kl": "reward at KL"}.get(name, name)
+
+
+def family(record: TrialRecord) -> str:
+    """The loss that a trial drew; searches that draw none have one family."""
+    return str(record.point.get(FAMILY, "the run file's loss"))
+
+
+def result(record: TrialRecord, metric: str) -> float | None:
+    """What a trial that ended gave for a metric; None for one that failed or gave nothing finite."""
+    value = record.result.get(metric) if record.status in ("finished", "stopped") else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def numbers(records: Iterable[TrialRecord]) -> str:
+    """Trial numbers, runs of them joined: `4–6`, `4, 9`."""
+    spans: list[list[int]] = []
+    for number in sorted(record.number for record in records):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
+
+
+def kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None:
+    """The key of the policy's divergence from `primary`, if any trial measured it.
+
+    Without `primary` it is the one reference that was measured, or None where there are several.
+    """
+    measured = {key for record in records for key in record.result if key.startswith(KL)}
+    if primary is not None:
+        return KL + primary if KL + primary in measured else None
+    return measured.pop() if len(measured) == 1 else None
+
+
+def _telling(parts: list[str]) -> list[str]:
+    return parts[:-1] if len(parts) > 1 and parts[-1] in _SILENT else parts
