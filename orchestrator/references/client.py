@@ -88,6 +88,7 @@ class ReferenceClient:
         """Time spent in `collect`, waiting, since the beginning."""
         self._routers, self._tables, self._in_process = dict(routers), dict(tables), frozenset(in_process)
         self._asked: dict[Any, dict[str, _Asked]] = {}
+        self._samples: dict[Any, dict[str, Any]] = {}
         self._recording: list[tuple[str, Any]] = []
 
     def ask(
@@ -119,6 +120,19 @@ class ReferenceClient:
         finally:
             self.stall_seconds += time.perf_counter() - began
         return {name: _arrays(answers[name], one) for name, one in asked.items()}
+
+    def ask_samples(self, ticket: Any, groups: Sequence[Group], names: Collection[str]) -> None:
+        """Ask replicas for responses in no table, which are scored but not stored; returns at once."""
+        if ticket in self._samples:
+            raise ValueError(f"samples {ticket!r} are still open: collect them first")
+        request = ScoreRequest.pack(groups)
+        self._samples[ticket] = {
+            name: self._routers[name].score.remote(request, keep=False) for name in names
+        }
+
+    def collect_samples(self, ticket: Any) -> dict[str, Scores]:
+        """Wait for what `ask_samples` asked under `ticket`: (S,) columns. Raises as `collect` does."""
+        return {name: answer_of(name, answer) for name, answer in self._samples.pop(ticket).items()}
 
     def record(
         self, name: str, indices: Sequence[int] | NDArray[np.integer], arrays: ReferenceArrays

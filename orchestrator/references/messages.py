@@ -146,6 +146,8 @@ class RouterStats:
     joined: int = 0
     """Responses that were already in flight for someone else (or asked twice in one request)."""
     scored: int = 0
+    sampled: int = 0
+    """Responses that were scored for once and not stored; in none of the counts above."""
     batches: int = 0
     """Batches that replicas answered."""
     forwards: int = 0

@@ -62,14 +62,17 @@ class Router:
         self._waiting = WaitingGroups(spec.max_tokens_per_batch)
         self._cut: deque[Batch] = deque()
         self._in_flight: dict[bytes, asyncio.Future[Score]] = {}
+        self._to_keep: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._linger: asyncio.TimerHandle | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._asked = self._from_store = self._joined = self._scored = 0
+        self._asked = self._from_store = self._joined = self._scored = self._sampled = 0
         self._batches = self._forwards = self._retries = 0
 
-    async def score(self, request: ScoreRequest) -> Scores:
+    async def score(self, request: ScoreRequest, *, keep: bool = True) -> Scores:
         """Scores in the request's order, made where the store has none.
+
+        With `keep=False` they are not stored: a response that a policy has just written is asked for once.
 
         Raises:
             ScoringError: a replica cannot score, or gave a score that is not finite.
@@ -79,12 +82,15 @@ class Router:
         async with self._admission:
             scores = store.lookup(request.keys)
             missing = np.flatnonzero(scores.missing)
-            self._asked += len(scores)
-            self._from_store += len(scores) - len(missing)
+            if keep:
+                self._asked += len(scores)
+                self._from_store += len(scores) - len(missing)
+            else:
+                self._sampled += len(scores)
             if len(missing):
                 if not self._spec.replicas:
                     raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
-                futures = self._enqueue(request, set(missing.tolist()))
+                futures = self._enqueue(request, set(missing.tolist()), keep=keep)
                 # Not gather: that would cancel a future others wait for, if this request is cancelled.
                 await asyncio.wait(set(futures.values()))
                 for index, future in futures.items():
@@ -145,6 +151,7 @@ class Router:
             from_store=self._from_store,
             joined=self._joined,
             scored=self._scored,
+            sampled=self._sampled,
             batches=self._batches,
             forwards=self._forwards,
             retries=self._retries,
@@ -161,15 +168,22 @@ class Router:
                 self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
             return self._store
 
-    def _enqueue(self, request: ScoreRequest, missing: set[int]) -> dict[int, asyncio.Future[Score]]:
-        """A future for every missing response, shared with all who ask for the same one."""
+    def _enqueue(
+        self, request: ScoreRequest, missing: set[int], *, keep: bool
+    ) -> dict[int, asyncio.Future[Score]]:
+        """A future for every missing response, shared with all who ask for the same one.
+
+        It is stored if any of them wants it kept.
+        """
         futures: dict[int, asyncio.Future[Score]] = {}
         index = 0
         for group in request.groups():
             for response, key in zip(group.responses, group.keys, strict=True):
                 if index in missing:
+                    if keep:
+                        self._to_keep.add(key)
                     if key in self._in_flight:
-                        self._joined += 1
+                        self._joined += keep
                     else:
                         self._in_flight[key] = asyncio.get_running_loop().create_future()
                         self._waiting.add(group.prompt, response, key)
@@ -220,13 +234,15 @@ class Router:
         store = self._store
         assert store is not None  # opened before anything was asked
         for index, key in enumerate(batch.keys):
-            score = scores[index]
             try:
-                store.put(key, self._finite(key, score))
+                score = self._finite(key, scores[index])
             except ScoringError as error:
                 self._fail([key], error)
                 continue
-            self._scored += 1
+            if key in self._to_keep:
+                self._to_keep.remove(key)
+                store.put(key, score)
+                self._scored += 1
             future = self._in_flight.pop(key, None)
             if future is not None:
                 future.set_result(score)
@@ -256,6 +272,7 @@ class Router:
 
     def _fail(self, keys: list[bytes], error: Exception) -> None:
         for key in keys:
+            self._to_keep.discard(key)
             future = self._in_flight.pop(key, None)
             if future is not None:
                 future.set_exception(error)

@@ -1,0 +1,248 @@
+"""What the policy writes itself: how far it has moved from its references, and what a judge thinks of it.
+
+log pi(y|x) - log ref(y|x) of a response y drawn from the policy is an unbiased estimate of
+KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is what is reported.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from models.config import ModelError
+from models.logprobs import causal_model
+from models.rows import Prompted, Rows, build_rows
+from orchestrator.config import SamplingConfig
+from orchestrator.feed import Part
+from orchestrator.policy import Policy
+from orchestrator.references.client import ReferenceClient
+from orchestrator.references.messages import Group, Ids
+from orchestrator.references.store import response_key
+from orchestrator.rewards import Judge
+from preferences.tokenize import Ragged, TokenTable
+
+CHUNK = 8
+"""Prompts sampled together, whatever the number of ranks: padding is then the same, and so are samples."""
+
+
+class Sampler:
+    """Measures the policy on responses that it draws for the first held-out prompts.
+
+    Args:
+        config: how many prompts, how long the responses.
+        policy: this rank's.
+        part: the held-out rows; a prompt that occurs in several of them counts once.
+        client: asks the served references.
+        names: all references, the primary first. Those that read other token ids than the policy (another
+            tokenizer or chat template) get no KL.
+        in_process: those that `policy.score_start` scores.
+        judge: gives rewards, if any are wanted.
+        rank, world_size: which share of the prompts is this rank's.
+        seed: the training seed; samples depend on it, the step and the prompts, and not on the ranks.
+
+    Raises:
+        ModelError: the policy has no positions for responses so long, or a KL budget is set and the KL to the
+            primary cannot be measured.
+    """
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        policy: Policy,
+        part: Part,
+        client: ReferenceClient,
+        names: Sequence[str],
+        in_process: Collection[str],
+        judge: Judge | None,
+        rank: int,
+        world_size: int,
+        *,
+        seed: int,
+    ) -> None:
+        self._policy, self._client, self._judge = policy, client, judge
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._prompts = _different(part.policy.prompts)[: config.prompts]
+        self._new_tokens = config.max_new_tokens
+        self._names = [name for name in names if _same_ids(part.policy, part.references[name])]
+        self._served = [name for name in self._names if name not in in_process]
+        self._model = causal_model(policy.scorer.model)
+        self._ends = _ends(self._model, policy.tokenizer)
+        self._refuse_too_long()
+        if config.kl_budget is not None and names[:1] != self._names[:1]:
+            raise ModelError(
+                f"evaluation.sampling.kl_budget: the primary reference {names[0]!r} reads other token ids "
+                "than the policy (another tokenizer or chat template), so the KL to it cannot be measured; "
+                "make a reference with the policy's tokenizer the primary, or leave kl_budget out"
+            )
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Means over the samples of all ranks, the same on every rank; every rank takes part.
+
+        `eval/kl/<reference>` in nats per response, `eval/reward` with a judge, `eval/samples/length` in
+        tokens with the end token.
+        """
+        parallel = self._policy.parallel
+        parallel.module.eval()
+        try:
+            values = self._measured(step)
+        finally:
+            parallel.module.train()
+        # A sample has one row, filled by one rank: the sum over ranks is exact, whatever their number.
+        means = parallel.all_reduce_sum(values.to(parallel.device)).mean(dim=0).tolist()
+        return dict(zip(self._columns, means, strict=True))
+
+    @property
+    def _columns(self) -> list[str]:
+        reward = [] if self._judge is None else ["eval/reward"]
+        return [*(f"eval/kl/{name}" for name in self._names), *reward, "eval/samples/length"]
+
+    @torch.no_grad()
+    def _measured(self, step: int) -> Tensor:
+        """(prompts, columns) float64: this rank's samples, and zeros where the others' are."""
+        table = np.zeros((len(self._prompts), len(self._columns)))
+        column = {name: table[:, index] for index, name in enumerate(self._columns)}
+        logps: dict[int, np.ndarray] = {}
+        mine = range(self._rank * CHUNK, len(self._prompts), self._world_size * CHUNK)
+        for start in mine:
+            prompts, at = self._prompts[start : start + CHUNK], slice(start, start + CHUNK)
+            responses = self._write(prompts, [self._seed, step, start])
+            self._client.ask_samples(start, _groups(prompts, responses), self._served)
+            rows = self._rows(prompts, responses)
+            logps[start] = self._log_probs(rows)
+            for name in self._names:
+                if name not in self._served:
+                    column[f"eval/kl/{name}"][at] = logps[start] - _numpy(
+                        self._policy.score_start(rows).logps
+                    )
+            if self._judge is not None:
+                column["eval/reward"][at] = self._judge.score(*self._texts(prompts, responses))
+            column["eval/samples/length"][at] = [len(response) for response in responses]
+        for start in mine:
+            for name, scores in self._client.collect_samples(start).items():
+                column[f"eval/kl/{name}"][start : start + CHUNK] = logps[start] - scores.logps
+        return torch.from_numpy(table)
+
+    def _write(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
+        """A response to each prompt, drawn from the policy's distribution as it is."""
+        width, device = max(map(len, prompts)), self._policy.parallel.device
+        # Masked, so any id will do; where it ends a prompt, generate would warn of padding on the right.
+        pad = next(i for i in count() if all(i != prompt[-1] for prompt in prompts))
+        ids = np.full((len(prompts), width), pad, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self._new_tokens,
+            eos_token_id=self._ends or None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        with _own_defaults_off(self._model), _seeded(seed, device), self._autocast():
+            out = self._model.generate(
+                torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                generation_config=config,
+            )
+        return [self._ended(row) for row in out[:, width:].cpu().numpy().astype(np.int32)]
+
+    def _ended(self, response: Ids) -> Ids:
+        """The response up to its first end token."""
+        ends = np.flatnonzero(np.isin(response, self._ends))
+        return response[: ends[0] + 1] if len(ends) else response
+
+    def _log_probs(self, rows: Rows) -> np.ndarray:
+        with self._autocast():
+            return _numpy(self._policy.scorer(rows).logps)
+
+    def _rows(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Rows:
+        groups = [Prompted(p, [r]) for p, r in zip(prompts, responses, strict=True)]
+        rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id)
+        return rows.to(self._policy.parallel.device)
+
+    def _texts(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[list[str], list[str]]:
+        before = [self._decoded(prompt) for prompt in prompts]
+        whole = [self._decoded(np.concatenate(pair)) for pair in zip(prompts, responses, strict=True)]
+        # Not decoded alone: some tokenizers leave out the blank that a text begins with.
+        return before, [text.removeprefix(start) for text, start in zip(whole, before, strict=True)]
+
+    def _decoded(self, ids: Ids) -> str:
+        tokenizer = self._policy.tokenizer
+        return str(
+            tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def _autocast(self) -> torch.autocast:
+        precision = self._policy.precision
+        device = self._policy.parallel.device
+        return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+    def _refuse_too_long(self) -> None:
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self._prompts))
+        if positions is not None and longest + self._new_tokens > positions:
+            raise ModelError(
+                f"evaluation.sampling.max_new_tokens: a prompt of {longest} tokens and {self._new_tokens} "
+                f"new ones are more than the policy's {positions} positions; set it to at most "
+                f"{positions - longest}, or lower data.max_prompt_length"
+            )
+
+
+def _different(prompts: Ragged) -> list[Ids]:
+    """The prompts in the file's order, each once."""
+    rows = (prompts[index] for index in range(len(prompts)))
+    return list({row.tobytes(): row for row in rows}.values())
+
+
+def _same_ids(one: TokenTable, other: TokenTable) -> bool:
+    """Whether two models read the rows as the same token ids: a sample then means the same to both."""
+    if one is other:
+        return True
+    columns = [(one.prompts, other.prompts), (one.chosen, other.chosen)]
+    if one.rejected is not None and other.rejected is not None:
+        columns.append((one.rejected, other.rejected))
+    return all(np.array_equal(a.offsets, b.offsets) and np.array_equal(a.flat, b.flat) for a, b in columns)
+
+
+def _ends(model: PreTrainedModel, tokenizer: object) -> list[int]:
+    """Token ids that end a response: the tokenizer's, and those the model was published with."""
+    own = model.generation_config.eos_token_id
+    ids = {getattr(tokenizer, "eos_token_id", None), *(own if isinstance(own, list) else [own])}
+    return sorted(int(i) for i in ids if i is not None)
+
+
+def _groups(prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[Group]:
+    pairs = zip(prompts, responses, strict=True)
+    return [Group(prompt, [response], [response_key(prompt, response)]) for prompt, response in pairs]
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+@contextmanager
+def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+    """Without the sampling settings a model is published with (a repetition penalty, say).
+
+    `generate` merges them into whatever config it is given, and samples would not be the policy's.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on `seed` alone, and leave no trace on those outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        yield
