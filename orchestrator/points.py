@@ -9,14 +9,15 @@ from orchestrator.trials import TrialRecord
 KL = "eval/kl/"
 FAMILY = "loss.preset"
 ABSENT = "–"
+_DECADES = 20.0  # largest over smallest, from which an axis is logarithmic
 _SILENT = ("preset", "type", "use")  # last parts of a field that say less than what they are of
 
 
 def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Fields that do not have the same value in all points, in the order they were drawn; absent is a value."""
+    """Fields of which not all points have the same value, as drawn; absent is a value."""
     points = list(points)
     fields = dict.fromkeys(field for point in points for field in point)
-    return [field for field in fields if len({repr(point.get(field)) for point in points}) > 1]
+    return [field for field in fields if len({repr(point.get(field, ABSENT)) for point in points}) > 1]
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:
@@ -57,6 +58,16 @@ def described(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """The fields of `names` that a point has: `gdpo, beta 0.2, learning_rate 5e-6`."""
     items = [(field, name) for field, name in names.items() if field in point]
     return ", ".join(text(point[f]) if f == FAMILY else f"{name} {text(point[f])}" for f, name in items)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a drawn value lies on a scale; yes and no do not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_log(values: Sequence[float]) -> bool:
+    """Whether numbers span more than a linear axis can show."""
+    return min(values) > 0 and max(values) / min(values) >= _DECADES
 
 
 def metric_name(metric: str) -> str:

@@ -1,0 +1,108 @@
+"""Which drawn fields a search's objective depended on: permutation importance of a random forest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator import points
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import RandomForestRegressor
+
+LEAST = 8  # points; fewer say nothing about several fields
+_FOLDS, _TREES, _SHUFFLES = 5, 100, 10
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much of the objective's variance goes with each field.
+
+    Attributes:
+        shares: by field, most important first; noise lies around 0. Half the rise of the squared error when
+            the field is shuffled, over the variance: the total Sobol index of what the forest has learnt.
+            Fields that act together are counted in each of them, so that shares may add up to more than 1.
+        errors: standard deviation of each share over folds.
+        explained: share of the variance the forest predicts of points it has not seen; at or below 0 the
+            shares say nothing.
+    """
+
+    shares: Mapping[str, float]
+    errors: Mapping[str, float]
+    explained: float
+
+    @property
+    def told(self) -> str:
+        """What the shares are, and how far to trust them."""
+        if self.explained <= 0:
+            return "share of its variance; but unseen points are not predicted at all: read nothing into it"
+        return f"share of its variance (of unseen points {self.explained:.0%} is predicted)"
+
+
+def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Importance | None:
+    """From points and what each was worth; None with fewer than eight, or where nothing varies.
+
+    Shares are measured on points that the forest was not fitted to, fold by fold: a field that it merely
+    remembers gets none. A field that a point was not asked for has a value of its own.
+    """
+    from sklearn.ensemble import (
+        RandomForestRegressor,
+    )  # slow to import, and only the end of a search needs it
+    from sklearn.model_selection import KFold
+
+    fields = points.varied(drawn)
+    target = np.asarray(values, dtype=np.float64)
+    if len(drawn) < LEAST or not fields or target.std() == 0:
+        return None
+    table = np.column_stack(
+        [_codes([point.get(field, points.ABSENT) for point in drawn]) for field in fields]
+    )
+    rng = np.random.default_rng(0)
+    rises, error = [], 0.0
+    for fitted, unseen in KFold(_FOLDS, shuffle=True, random_state=0).split(table):
+        forest = RandomForestRegressor(_TREES, random_state=0).fit(table[fitted], target[fitted])
+        own = _errors(forest, table[unseen], target[unseen])
+        error += float(own.sum())
+        rises.append([_rise(forest, table, target, unseen, i, rng) - own.mean() for i in range(len(fields))])
+    shares = np.asarray(rises) / (2 * target.var())
+    order = np.argsort(-shares.mean(0), kind="stable")
+    return Importance(
+        {fields[i]: float(shares[:, i].mean()) for i in order},
+        {fields[i]: float(shares[:, i].std()) for i in order},
+        1 - error / len(target) / float(target.var()),
+    )
+
+
+def _rise(
+    forest: "RandomForestRegressor",
+    table: NDArray[np.float64],
+    target: NDArray[np.float64],
+    unseen: NDArray[np.int64],
+    column: int,
+    rng: np.random.Generator,
+) -> float:
+    """Mean squared error on unseen points whose `column` is dealt anew from all points."""
+    shuffled = np.tile(table[unseen], (_SHUFFLES, 1))
+    shuffled[:, column] = rng.choice(table[:, column], len(shuffled))
+    return float(_errors(forest, shuffled, np.tile(target[unseen], _SHUFFLES)).mean())
+
+
+def _errors(
+    forest: "RandomForestRegressor", table: NDArray[np.float64], target: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    predicted: NDArray[np.float64] = forest.predict(table)
+    return (predicted - target) ** 2
+
+
+def _codes(values: Sequence[Any]) -> NDArray[np.float64]:
+    """Numbers, their logarithms where they span decades; below all numbers one for every other kind."""
+    present = [float(value) for value in values if points.is_number(value)]
+    log = bool(present) and points.is_log(present)
+    known = [float(np.log10(value)) if log else value for value in present]
+    low, spread = (min(known), max(known) - min(known)) if known else (0.0, 1.0)
+    kinds = sorted({repr(value) for value in values if not points.is_number(value)})
+    below = {kind: low - (i + 1) * (spread or 1.0) for i, kind in enumerate(kinds)}
+    left = iter(known)
+    return np.array([next(left) if points.is_number(value) else below[repr(value)] for value in values])

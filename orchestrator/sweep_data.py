@@ -1,0 +1,262 @@
+"""What a search's pictures show, as plain numbers: PNG and HTML are drawn from the same.
+
+Everything comes from the trials' records and their `metrics.jsonl`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import points
+from orchestrator.importance import Importance, importance
+from orchestrator.plots import COLOURS
+from orchestrator.report import Ranked, rank
+from orchestrator.tracking import read_metrics
+from orchestrator.trials import TrialRecord
+
+if TYPE_CHECKING:
+    from orchestrator.sweep import Objective
+
+_MARKERS = ("o", "s", "^", "D")
+_ORDINAL = 6  # distinct numbers; an axis of no more shows each of them
+_GOOD = ("eval/reward", "eval/accuracy", "eval/margin")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one trial over its steps."""
+
+    record: TrialRecord
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An ended trial: seconds since the search began, its result, and the best of the search until then."""
+
+    record: TrialRecord
+    seconds: float
+    value: float
+    best: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One field over all points shown: where each lies between 0 and 1, and what stands beside the axis."""
+
+    name: str
+    at: list[float]
+    ticks: list[tuple[float, str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a family of losses is told from the others."""
+
+    family: str
+    colour: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of one trial: the divergence it had and what it was worth."""
+
+    record: TrialRecord
+    step: int
+    kl: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """The records of a search, its objectives and its trials' metrics by number."""
+
+    records: Sequence[TrialRecord]
+    objectives: "Sequence[Objective]"
+    lines: Mapping[int, Sequence[Mapping[str, Any]]]
+    primary: str | None = None
+
+    @classmethod
+    def read(
+        cls,
+        records: Iterable[TrialRecord],
+        objectives: "Sequence[Objective]",
+        folders: Mapping[int, Path],
+        primary: str | None = None,
+    ) -> "Search":
+        """With the metrics in the trials' folders; a trial without a folder has none."""
+        records = sorted(records, key=lambda record: record.number)
+        lines = {r.number: read_metrics(folders[r.number]) for r in records if r.number in folders}
+        return cls(records, objectives, lines, primary)
+
+    @cached_property
+    def ranked(self) -> list[Ranked]:
+        """Points and controls with a result, best first."""
+        return [one for one in rank(self.records, self.objectives) if one.rank is not None]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Fields that vary, with their short names."""
+        return points.short_names(points.varied(record.point for record in self.records))
+
+    @cached_property
+    def families(self) -> list[str]:
+        """Losses that were tried, in order."""
+        return list(dict.fromkeys(points.family(record) for record in self.records))
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """One per family; beyond as many as there are colours these come again, with another marker."""
+        count = len(COLOURS)
+        return {
+            family: Look(family, COLOURS[i % count], _MARKERS[i // count % len(_MARKERS)])
+            for i, family in enumerate(self.families)
+        }
+
+    def look(self, record: TrialRecord) -> Look:
+        """That of the trial's family."""
+        return self.looks[points.family(record)]
+
+    @property
+    def best(self) -> Ranked | None:
+        """The first of the ranking that is no control."""
+        return next((one for one in self.ranked if one.control_of is None), None)
+
+    @cached_property
+    def importances(self) -> dict[str, Importance]:
+        """By objective; empty where there are too few points."""
+        drawn = [one.point for one in self.ranked]
+        found = {
+            o.metric: importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
+            for o in self.objectives
+        }
+        return {metric: one for metric, one in found.items() if one is not None}
+
+    @property
+    def kl(self) -> str | None:
+        """The metric of the divergence from the primary reference, if it was measured."""
+        return points.kl_metric(self.records, self.primary)
+
+    def curves(self, metric: str) -> list[Curve]:
+        """One per trial that measured it, controls and failed trials too."""
+        found = []
+        for record in self.records:
+            pairs = [
+                (int(line["step"]), float(line[metric]))
+                for line in self.lines.get(record.number, ())
+                if line.get(metric) is not None
+            ]
+            if pairs:
+                found.append(Curve(record, [step for step, _ in pairs], [value for _, value in pairs]))
+        return found
+
+    def history(self, objective: "Objective") -> list[Ended]:
+        """Trials with a result in the order they ended; controls are in it but are never the best."""
+        stamps = {
+            number: [line["time"] for line in lines if "time" in line] for number, lines in self.lines.items()
+        }
+        started = min((min(times) for times in stamps.values() if times), default=0.0)
+        ended = [
+            (max(stamps[record.number]) - started, record, value)
+            for record in self.records
+            if stamps.get(record.number) and (value := points.result(record, objective.metric)) is not None
+        ]
+        better = max if objective.mode == "max" else min
+        best: float | None = None
+        found = []
+        for seconds, record, value in sorted(ended, key=lambda item: item[0]):
+            if record.control_of is None:
+                best = value if best is None else better(best, value)
+            found.append(Ended(record, seconds, value, math.nan if best is None else best))
+        return found
+
+    def evaluated(self, metric: str) -> list[Evaluated]:
+        """Every evaluation at which both the divergence and `metric` were measured."""
+        kl = self.kl
+        if kl is None:
+            return []
+        return [
+            Evaluated(record, int(line["step"]), float(line[kl]), float(line[metric]))
+            for record in self.records
+            for line in self.lines.get(record.number, ())
+            if line.get(kl) is not None and line.get(metric) is not None
+        ]
+
+    def frontiers(self) -> dict[str, list[Evaluated]]:
+        """What was measured beside the divergence, and all evaluations of it: reward, accuracy, margin."""
+        found = {metric: self.evaluated(metric) for metric in _GOOD}
+        return {metric: evaluations for metric, evaluations in found.items() if evaluations}
+
+    def axes(self, shown: Sequence[Ranked], most: int = 12) -> list[Axis]:
+        """One per field that varies over these points, at most `most`, and one per objective."""
+        fields = points.varied(one.point for one in shown)[:most]
+        axes = [
+            _axis(self.names.get(field, field), [one.point.get(field, points.ABSENT) for one in shown])
+            for field in fields
+        ]
+        for objective in self.objectives:
+            values = [one.estimates[objective.metric].mean for one in shown]
+            axes.append(_number_axis(points.metric_name(objective.metric), values))
+        return axes
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """What to count so long a time in, and how many seconds that has."""
+    return next(
+        (unit for unit in (("hours", 3600.0), ("minutes", 60.0)) if seconds > 2 * unit[1]), ("seconds", 1.0)
+    )
+
+
+def hull(evaluations: Sequence[Evaluated]) -> list[tuple[float, float]]:
+    """The evaluations that none reaches with less divergence, from little to much."""
+    best, found = -math.inf, []
+    for one in sorted(evaluations, key=lambda one: (one.kl, -one.value)):
+        if one.value > best:
+            best = one.value
+            found.append((one.kl, one.value))
+    return found
+
+
+def _axis(name: str, values: Sequence[Any]) -> Axis:
+    """Numbers on a scale if there are many; below them what is no number: absent, none, auto."""
+    present = sorted({float(value) for value in values if points.is_number(value)})
+    if len(present) > _ORDINAL:
+        return _number_axis(name, values)
+    kinds = sorted({points.text(value) for value in values if not points.is_number(value)}, key=_kind_order)
+    kinds += list(dict.fromkeys(points.text(value) for value in sorted(filter(points.is_number, values))))
+    places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
+    return Axis(
+        name, [places[points.text(value)] for value in values], [(y, kind) for kind, y in places.items()]
+    )
+
+
+def _kind_order(kind: str) -> tuple[bool, str]:
+    return kind != points.ABSENT, kind
+
+
+def _number_axis(name: str, values: Sequence[Any]) -> Axis:
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    present = [float(value) for value in values if points.is_number(value)]
+    kinds = sorted({points.text(value) for value in values if not points.is_number(value)}, key=_kind_order)
+    places = {kind: 0.09 * i for i, kind in enumerate(kinds)}
+    floor = 0.09 * len(kinds) + 0.05 * bool(kinds)
+    log = points.is_log(present)
+    scale = math.log10 if log else float
+    low, high = min(present), max(present)
+
+    def place(value: float) -> float:
+        spread = scale(high) - scale(low)
+        return floor + (1 - floor) * ((scale(value) - scale(low)) / spread if spread else 0.5)
+
+    locator = LogLocator(subs=(1.0, 3.0), numticks=20) if log else MaxNLocator(5)
+    located = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+    ticks = [(y, kind) for kind, y in places.items()] + [(place(tick), points.text(tick)) for tick in located]
+    at = [place(float(value)) if points.is_number(value) else places[points.text(value)] for value in values]
+    return Axis(name, at, ticks, "log" if log else "")

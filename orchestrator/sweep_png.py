@@ -1,0 +1,218 @@
+"""A search's pictures for a page or a screen, with matplotlib."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import points
+from orchestrator.plots import STYLE, WIDTH, save, stacked
+from orchestrator.sweep_data import Axis, Search, hull, time_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GREY = "#888888"
+_DASHED = (0, (3, 2))
+
+
+def draw(search: Search, to: Path) -> list[Path]:
+    """Write the pictures that the search has numbers for; returns their paths."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "trials": _trials(search),
+            "history": _history(search),
+            "parallel": _parallel(search),
+            "importance": _importance(search),
+            "frontier": _frontier(search),
+        }
+        return [save(figure, to / f"{name}.png") for name, figure in figures.items() if figure is not None]
+
+
+def _trials(search: Search) -> "Figure | None":
+    present = [(o, curves) for o in search.objectives if (curves := search.curves(o.metric))]
+    if not present:
+        return None
+    figure, axes = stacked(len(present), height=3.6)
+    best = {trial.number for trial in search.best.trials} if search.best else set()
+    for ax, (objective, curves) in zip(axes, present, strict=True):
+        name = points.metric_name(objective.metric)
+        ax.set(title=f"{name} of {len(curves)} trials", ylabel=name)
+        for curve in curves:
+            is_best = curve.record.number in best
+            look = search.look(curve.record)
+            ax.plot(
+                curve.steps,
+                curve.values,
+                color=look.colour,
+                linestyle="-" if curve.record.control_of is None else _DASHED,
+                linewidth=2.4 if is_best else 1.1,
+                alpha=1.0 if is_best else 0.55,
+                zorder=3 if is_best else 2,
+                marker=look.marker,
+                markevery=[len(curve.steps) - 1],
+                markersize=5 if is_best else 3.5,
+            )
+    _families(axes[0], search, lines=True)
+    return figure
+
+
+def _history(search: Search) -> "Figure | None":
+    present = [(o, ended) for o in search.objectives if (ended := search.history(o))]
+    if not present:
+        return None
+    figure, axes = stacked(len(present), height=3.4)
+    unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
+    for ax, (objective, ended) in zip(axes, present, strict=True):
+        name = points.metric_name(objective.metric)
+        ax.set(title=f"{name} of trials as they ended", ylabel=name)
+        times = [one.seconds / seconds for one in ended]
+        ax.step(times, [one.best for one in ended], where="post", color="black", linewidth=1.4, zorder=1)
+        for time, one in zip(times, ended, strict=True):
+            look = search.look(one.record)
+            hollow = one.record.control_of is not None
+            ax.plot(
+                time,
+                one.value,
+                look.marker,
+                color=look.colour,
+                markerfacecolor="white" if hollow else look.colour,
+                markersize=6,
+                zorder=2,
+            )
+    axes[-1].set_xlabel(f"{unit} since the search began")
+    _families(axes[0], search, lines=False)
+    return figure
+
+
+def _parallel(search: Search) -> "Figure | None":
+    shown = [one for one in search.ranked if one.control_of is None]
+    axes = search.axes(shown)
+    if len(shown) < 2 or len(axes) <= len(search.objectives):
+        return None
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Line
+
+    figure = Figure(figsize=(max(WIDTH, 1.35 * len(axes) + 0.6), 4.4), layout="constrained")
+    ax = figure.subplots()
+    ax.set_axis_off()
+    ax.set(xlim=(-0.15, len(axes) - 0.4), ylim=(-0.06, 1.14))
+    ax.set_title(f"{len(shown)} points, the better the darker", pad=12)
+    colours = matplotlib.colormaps["viridis_r"]
+    for index in reversed(range(len(shown))):
+        vertices, codes = _curve([axis.at[index] for axis in axes])
+        goodness = 1 - index / max(len(shown) - 1, 1)
+        line = PathPatch(
+            Line(vertices, codes),
+            facecolor="none",
+            edgecolor=colours(0.1 + 0.9 * goodness),
+            linewidth=2.6 if index == 0 else 1.1,
+            alpha=1.0 if index == 0 else 0.75,
+        )
+        ax.add_patch(line)
+    for x, axis in enumerate(axes):
+        _axis(ax, x, axis)
+    return figure
+
+
+def _curve(heights: Sequence[float]) -> tuple[list[tuple[float, float]], list[int]]:
+    """A smooth line through the heights at x = 0, 1, ...: level where it crosses an axis."""
+    from matplotlib.path import Path as Line
+
+    vertices, codes = [(0.0, heights[0])], [int(Line.MOVETO)]
+    for x, (left, right) in enumerate(pairwise(heights)):
+        vertices += [(x + 0.5, left), (x + 0.5, right), (x + 1.0, right)]
+        codes += [int(Line.CURVE4)] * 3
+    return vertices, codes
+
+
+def _axis(ax: "Axes", x: int, axis: Axis) -> None:
+    ax.plot([x, x], [0, 1], color="black", linewidth=0.9, zorder=3)
+    note = f" ({axis.note})" if axis.note else ""
+    ax.text(x, 1.05, _plain(axis.name + note), ha="center", va="bottom", fontsize=9, weight="bold")
+    for y, label in axis.ticks:
+        ax.plot([x - 0.02, x + 0.02], [y, y], color="black", linewidth=0.9, zorder=3)
+        background = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+        ax.text(x + 0.04, y, _plain(_cut(label)), va="center", fontsize=8, zorder=4, bbox=background)
+
+
+def _importance(search: Search) -> "Figure | None":
+    weighed = search.importances
+    if not weighed:
+        return None
+    from matplotlib.figure import Figure
+
+    rows = max(len(one.shares) for one in weighed.values())
+    figure = Figure(figsize=(WIDTH, (0.32 * rows + 1.2) * len(weighed)), layout="constrained")
+    for ax, (metric, one) in zip(
+        figure.subplots(len(weighed), 1, squeeze=False)[:, 0], weighed.items(), strict=True
+    ):
+        names = [_plain(search.names.get(field, field)) for field in one.shares]
+        ax.barh(names, list(one.shares.values()), xerr=list(one.errors.values()), color="#0072B2", height=0.6)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.axvline(0, color=_GREY, linewidth=0.8)
+        ax.set(title=f"What {points.metric_name(metric)} depended on", xlabel=one.told)
+    return figure
+
+
+def _frontier(search: Search) -> "Figure | None":
+    present = search.frontiers()
+    kl = search.kl
+    if not present or kl is None:
+        return None
+    figure, axes = stacked(len(present), height=3.6)
+    for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
+        name = points.metric_name(metric)
+        ax.set(title=f"{name} against divergence", ylabel=name)
+        for family in search.families:
+            own = [one for one in evaluations if points.family(one.record) == family]
+            if not own:
+                continue
+            look = search.look(own[0].record)
+            ax.scatter(
+                [one.kl for one in own],
+                [one.value for one in own],
+                s=14,
+                marker=look.marker,
+                color=look.colour,
+                alpha=0.35,
+                linewidths=0,
+            )
+            ax.step(*zip(*hull(own), strict=True), where="post", color=look.colour, linewidth=1.8)
+    axes[-1].set_xlabel(f"{points.metric_name(kl)} (nats per response)")
+    _families(axes[0], search, lines=True)
+    return figure
+
+
+def _families(ax: "Axes", search: Search, *, lines: bool) -> None:
+    """What the colours and forms mean, beside the picture."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for family, look in search.looks.items():
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 5}
+        handles.append(Line2D([], [], linestyle="-" if lines else "none", label=_plain(family), **style))
+    if any(record.control_of is not None for record in search.records):
+        dashes: Any = _DASHED if lines else "none"
+        handles.append(
+            Line2D(
+                [], [], linestyle=dashes, color=_GREY, marker="o", markerfacecolor="white", label="control"
+            )
+        )
+    if len(handles) > 1:
+        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+
+
+def _cut(label: str, most: int = 16) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def _plain(label: str) -> str:
+    """A dollar sign would begin a formula."""
+    return label.replace("$", r"\$")
