@@ -1,0 +1,146 @@
+"""Which trials go on: settings of Ray Tune's schedulers, and how they are made from a run's length.
+
+Importing this module imports neither torch nor Ray.
+"""
+
+import math
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from losses.settings import Settings
+from tune_spaces.domains import Domain, RandInt, SpaceError, Uniform
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
+
+STEP = "step"
+"""What trials report their progress by: optimizer steps."""
+
+
+class Fifo(Settings):
+    """Every trial runs to its end."""
+
+    type: Literal["fifo"] = "fifo"
+
+
+class Asha(Settings):
+    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): the best at each rung go on.
+
+    The first rung is at `grace_steps`, by default the run's length over reduction_factor squared; each next
+    is reduction_factor times as far.
+    """
+
+    type: Literal["asha"] = "asha"
+    grace_steps: int | None = Field(default=None, ge=1)
+    reduction_factor: float = Field(default=3, gt=1, allow_inf_nan=False)
+    brackets: int = Field(default=1, ge=1)
+
+
+class Pbt(Settings):
+    """Population based training (Jaderberg et al. 2017, arXiv:1711.09846).
+
+    The worst trials take over weights and settings of the best, with the numbers changed a little.
+    `perturb_every_steps` is an eighth of the run by default.
+    """
+
+    type: Literal["pbt"] = "pbt"
+    perturb_every_steps: int | None = Field(default=None, ge=1)
+    quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
+    resample_probability: float = Field(default=0.25, ge=0, le=1)
+
+
+SchedulerConfig = Annotated[Fifo | Asha | Pbt, Field(discriminator="type")]
+
+
+def build(
+    config: Fifo | Asha | Pbt,
+    *,
+    metric: str,
+    mode: Literal["max", "min"],
+    max_steps: int,
+    every_steps: int,
+    mutations: Mapping[str, Domain],
+    seed: int,
+) -> "TrialScheduler":
+    """Ray Tune's scheduler.
+
+    Args:
+        config: which, with its settings.
+        metric: key of the reports that trials are compared by.
+        mode: which way is better.
+        max_steps: length of a trial.
+        every_steps: steps between two evaluations.
+        mutations: ranges of the fields that PBT may change (`Space.numeric`).
+        seed: of Python's and NumPy's global generators, which Ray's schedulers draw from.
+
+    Raises:
+        SpaceError: the scheduler would have nothing to do in this search.
+    """
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+
+    if config.type == "fifo":
+        return FIFOScheduler()
+    random.seed(seed)
+    np.random.seed(seed)
+    # The last evaluation at which stopping still saves something; at its last report a trial is done.
+    horizon = (max_steps - 1) // every_steps * every_steps
+    if config.type == "asha":
+        share = max_steps / config.reduction_factor**2
+        grace = config.grace_steps or _whole_evaluations(share, every_steps)
+        _check_acts(grace, horizon, f"scheduler asha stops nothing before step {grace}", "grace_steps")
+        return AsyncHyperBandScheduler(
+            time_attr=STEP,
+            metric=metric,
+            mode=mode,
+            max_t=horizon,
+            grace_period=grace,
+            reduction_factor=config.reduction_factor,
+            brackets=config.brackets,
+            stop_last_trials=False,
+        )
+    interval = config.perturb_every_steps or _whole_evaluations(max_steps / 8, every_steps)
+    _check_acts(
+        interval, horizon, f"scheduler pbt changes nothing before step {interval}", "perturb_every_steps"
+    )
+    return _population(config, metric, mode, interval, max_steps, mutations)
+
+
+def _population(
+    config: Pbt, metric: str, mode: str, interval: int, max_steps: int, mutations: Mapping[str, Domain]
+) -> "TrialScheduler":
+    from tune_spaces.population import Population
+
+    ranges = {field: domain for field, domain in mutations.items() if isinstance(domain, Uniform | RandInt)}
+    if not ranges:
+        raise SpaceError(
+            "scheduler pbt changes numbers that every trial draws from one range, and this space has none; "
+            "name the space optimizer, or give one, e.g. "
+            "space: {training.learning_rate: {loguniform: [1.0e-6, 1.0e-4]}}"
+        )
+    return Population(
+        ranges,
+        last_step=max_steps,
+        time_attr=STEP,
+        metric=metric,
+        mode=mode,
+        perturbation_interval=interval,
+        quantile_fraction=config.quantile_fraction,
+        resample_probability=config.resample_probability,
+    )
+
+
+def _whole_evaluations(steps: float, every_steps: int) -> int:
+    """Steps rounded up to the next evaluation."""
+    return max(1, math.ceil(steps / every_steps)) * every_steps
+
+
+def _check_acts(first: int, horizon: int, what: str, field: str) -> None:
+    if first > horizon:
+        raise SpaceError(
+            f"{what}, and the last evaluation before a trial's end is at step {horizon}; "
+            f"lower scheduler.{field} or evaluation.every_steps, or use scheduler: {{type: fifo}}"
+        )
