@@ -37,8 +37,8 @@ class Importance:
     def told(self) -> str:
         """What the shares are, and how far to trust them."""
         if self.explained <= 0:
-            return "share of its variance; but unseen points are not predicted at all: read nothing into it"
-        return f"share of its variance (of unseen points {self.explained:.0%} is predicted)"
+            return "share of its variance, of which none is predicted in unseen points: chance, so far"
+        return f"share of its variance, of which {100 * self.explained:.0f} % is predicted in unseen points"
 
 
 def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Importance | None:

@@ -10,6 +10,7 @@ KL = "eval/kl/"
 FAMILY = "loss.preset"
 ABSENT = "–"
 _DECADES = 20.0  # largest over smallest, from which an axis is logarithmic
+_ALIASES = {"learning_rate": "lr"}  # by which everybody knows it
 _SILENT = ("preset", "type", "use")  # last parts of a field that say less than what they are of
 
 
@@ -33,7 +34,8 @@ def short_names(fields: Sequence[str]) -> dict[str, str]:
             (n for n in range(1, len(own)) if len(own[-n]) > 2 and all(own[-n:] != o[-n:] for o in others)),
             len(own),
         )
-        names[field] = ".".join(own[-length:])
+        name = ".".join(own[-length:])
+        names[field] = _ALIASES.get(name, name)
     return names
 
 
@@ -98,6 +100,11 @@ def numbers(records: Iterable[TrialRecord]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
+
+
+def trial_numbers(records: Sequence[TrialRecord]) -> str:
+    """`trial 4`, `trials 4–6`."""
+    return f"trial{'s' if len(records) > 1 else ''} {numbers(records)}"
 
 
 def kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None:

@@ -5,11 +5,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -25,6 +25,9 @@ ACCURACY = "eval/accuracy"
 WIDTH = 80
 _BEST = "bold"
 _CONTROL = "dim"
+_TOLD = ("steps", "status")  # below the table where they are the same for all
+_POINT = 20  # characters; less cannot be read
+ABSENT = points.ABSENT
 
 
 @dataclass(frozen=True)
@@ -246,26 +249,35 @@ def _table(
 ) -> Table:
     metrics = _metrics(ranked, objectives, primary)
     names = points.short_names(points.varied(one.point for one in ranked))
-    made = _empty("Result of the search", _footnotes(ranked, rows))
-    made.add_column("rank", justify="right", no_wrap=True)
-    made.add_column("trials", no_wrap=apart)
-    for name in names.values() if apart else ["point"]:
-        made.add_column(Text(name), overflow="fold", no_wrap=apart)
-    for metric in metrics:
-        made.add_column(Text(points.metric_name(metric)), justify="right", no_wrap=apart)
-    made.add_column("steps", justify="right")
-    made.add_column("status", no_wrap=apart)
-    cells = {metric: _column(ranked, metric) for metric in metrics}
+    columns = {
+        "rank": [_rank(one) for one in ranked],
+        "trials": [points.numbers(one.trials) for one in ranked],
+    }
+    if apart:
+        if any(one.control_of is not None for one in ranked):
+            columns["control of"] = [str(one.control_of or "") for one in ranked]
+        columns |= {name: [_field(one, field) for one in ranked] for field, name in names.items()}
+    else:
+        columns["point"] = [_about(one, names) for one in ranked]
+    estimates = {metric: [one.estimates.get(metric) for one in ranked] for metric in metrics}
+    columns |= {points.metric_name(metric): _cells(column) for metric, column in estimates.items()}
+    columns |= {"steps": [_steps(one) for one in ranked], "status": [_status(one) for one in ranked]}
+    same = {name: cells[0] for name, cells in columns.items() if name in _TOLD and len(set(cells)) == 1}
+    made = _empty("Result of the search", _footnotes(ranked, rows, same))
+    right = {"rank", "control of", "steps", *map(points.metric_name, metrics)}
+    kept = {name: cells for name, cells in columns.items() if name not in same}
+    for name in kept:
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        made.add_column(
+            Text(name),
+            justify=justify,
+            no_wrap=apart or name in right,
+            min_width=_POINT if name == "point" else None,
+        )
     for row, one in enumerate(ranked[:rows]):
-        place = ABSENT if one.rank is None else f"{one.rank}{'*' if one.front else ''}"
         style = _CONTROL if one.control_of is not None else _BEST if one.rank == 1 or one.front else ""
-        fields = _fields(one, names) if apart else [points.described(one.point, names)]
-        line = [place, _trials(one), *fields, *(cells[m][row] for m in metrics), _steps(one), _status(one)]
-        made.add_row(*map(Text, line), style=style)  # Text: a name in [brackets] is no markup
+        made.add_row(*(Text(cells[row]) for cells in kept.values()), style=style)  # Text: "[a]" is no markup
     return made
-
-
-ABSENT = points.ABSENT
 
 
 def difference_table(compared: Sequence[Difference], objectives: "Sequence[Objective]") -> Table:
@@ -323,7 +335,9 @@ def live_table(
     made.add_column("step", justify="right", no_wrap=True)
     for objective in objectives:
         made.add_column(Text(points.metric_name(objective.metric)), justify="right", no_wrap=True)
-    made.add_column("point", overflow="fold")
+    made.add_column(
+        "point", no_wrap=True, overflow="ellipsis"
+    )  # a line each: the table is drawn over and over
     for record in shown:
         step = f"{record.step}/{max_steps}" if max_steps else str(record.step)
         values = [record.result.get(o.metric) for o in objectives]
@@ -380,10 +394,6 @@ def _metrics(ranked: Sequence[Ranked], objectives: "Sequence[Objective]", primar
     return list(dict.fromkeys([*(o.metric for o in objectives), *also, *([kl] if kl else [])]))
 
 
-def _column(ranked: Sequence[Ranked], metric: str) -> list[str]:
-    return _cells([one.estimates.get(metric) for one in ranked])
-
-
 def _cells(estimates: Sequence[Estimate | None], *, signed: bool = False) -> list[str]:
     """Three digits of the column's largest number, and as many decimals in all its cells."""
     largest = max((abs(one.mean) for one in estimates if one is not None), default=0.0)
@@ -398,18 +408,22 @@ def _cells(estimates: Sequence[Estimate | None], *, signed: bool = False) -> lis
     return cells
 
 
-def _fields(one: Ranked, names: Mapping[str, str]) -> Iterator[str]:
-    for name in names:
-        yield points.text(one.point[name]) if name in one.point else ABSENT
+def _rank(one: Ranked) -> str:
+    return ABSENT if one.rank is None else f"{one.rank}{'*' if one.front else ''}"
 
 
-def _trials(one: Ranked) -> str:
-    about = "" if one.control_of is None else f", control of {one.control_of}"
-    return points.numbers(one.trials) + about
+def _field(one: Ranked, name: str) -> str:
+    return points.text(one.point[name]) if name in one.point else ABSENT
+
+
+def _about(one: Ranked, names: Mapping[str, str]) -> str:
+    about = "" if one.control_of is None else f"control of {one.control_of}: "
+    return about + points.described(one.point, names)
 
 
 def _steps(one: Ranked) -> str:
-    steps = [trial.step for trial in one.trials]
+    """Of the trials that count."""
+    steps = [trial.step for trial in one.trials if one.rank is None or trial.status != "failed"]
     return str(min(steps)) if min(steps) == max(steps) else f"{min(steps)}–{max(steps)}"
 
 
@@ -426,8 +440,13 @@ def _counts(records: Sequence[TrialRecord]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
 
 
-def _footnotes(ranked: Sequence[Ranked], rows: int | None) -> str:
+def _footnotes(ranked: Sequence[Ranked], rows: int | None, same: Mapping[str, str]) -> str:
     notes = []
+    if "status" in same:
+        steps = f" at step {same['steps']}" if "steps" in same else ""
+        notes.append(f"All {same['status']}{steps}.")
+    elif "steps" in same:
+        notes.append(f"All at step {same['steps']}.")
     if rows is not None and len(ranked) > rows:
         notes.append(f"{len(ranked) - rows} more are not shown.")
     if any(one.front for one in ranked):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import points
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.sweep import Objective
 
 _MARKERS = ("o", "s", "^", "D")
+_NOT_SET = {points.ABSENT: "not set"}
+_SLOT = 0.1  # of an axis of numbers, for each kind that is no number
 _ORDINAL = 6  # distinct numbers; an axis of no more shows each of them
 _GOOD = ("eval/reward", "eval/accuracy", "eval/margin")
 
@@ -56,11 +59,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Look:
-    """How a family of losses is told from the others."""
+    """How a family of losses is told from the others; `again` if its colour had to be used before."""
 
     family: str
     colour: str
     marker: str
+    again: bool
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,16 @@ class Search:
 
     @cached_property
     def families(self) -> list[str]:
-        """Losses that were tried, in order."""
-        return list(dict.fromkeys(points.family(record) for record in self.records))
+        """Losses that were tried, the best first."""
+        ranked = [trial for one in self.ranked for trial in one.trials]
+        return list(dict.fromkeys(points.family(record) for record in [*ranked, *self.records]))
 
     @cached_property
     def looks(self) -> dict[str, Look]:
         """One per family; beyond as many as there are colours these come again, with another marker."""
         count = len(COLOURS)
         return {
-            family: Look(family, COLOURS[i % count], _MARKERS[i // count % len(_MARKERS)])
+            family: Look(family, COLOURS[i % count], _MARKERS[i // count % len(_MARKERS)], i >= count)
             for i, family in enumerate(self.families)
         }
 
@@ -224,29 +229,26 @@ def hull(evaluations: Sequence[Evaluated]) -> list[tuple[float, float]]:
 
 
 def _axis(name: str, values: Sequence[Any]) -> Axis:
-    """Numbers on a scale if there are many; below them what is no number: absent, none, auto."""
-    present = sorted({float(value) for value in values if points.is_number(value)})
-    if len(present) > _ORDINAL:
+    """Numbers on a scale if there are many; below them what is no number: not set, none, auto.
+
+    `values` come best first: other kinds than numbers stand in the order of how well they did, the best on
+    top.
+    """
+    if len({value for value in values if points.is_number(value)}) > _ORDINAL:
         return _number_axis(name, values)
-    kinds = sorted({points.text(value) for value in values if not points.is_number(value)}, key=_kind_order)
-    kinds += list(dict.fromkeys(points.text(value) for value in sorted(filter(points.is_number, values))))
+    kinds = _kinds(values)
+    kinds += [points.text(value) for value in sorted({v for v in values if points.is_number(v)})]
     places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
-    return Axis(
-        name, [places[points.text(value)] for value in values], [(y, kind) for kind, y in places.items()]
-    )
-
-
-def _kind_order(kind: str) -> tuple[bool, str]:
-    return kind != points.ABSENT, kind
+    at = _spread([places[points.text(value)] for value in values], 0.3 / len(kinds))
+    return Axis(name, at, [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()])
 
 
 def _number_axis(name: str, values: Sequence[Any]) -> Axis:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     present = [float(value) for value in values if points.is_number(value)]
-    kinds = sorted({points.text(value) for value in values if not points.is_number(value)}, key=_kind_order)
-    places = {kind: 0.09 * i for i, kind in enumerate(kinds)}
-    floor = 0.09 * len(kinds) + 0.05 * bool(kinds)
+    places = {kind: _SLOT * (i + 0.5) for i, kind in enumerate(_kinds(values))}
+    floor = _SLOT * (len(places) + 0.5 * bool(places))
     log = points.is_log(present)
     scale = math.log10 if log else float
     low, high = min(present), max(present)
@@ -257,6 +259,32 @@ def _number_axis(name: str, values: Sequence[Any]) -> Axis:
 
     locator = LogLocator(subs=(1.0, 3.0), numticks=20) if log else MaxNLocator(5)
     located = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
-    ticks = [(y, kind) for kind, y in places.items()] + [(place(tick), points.text(tick)) for tick in located]
-    at = [place(float(value)) if points.is_number(value) else places[points.text(value)] for value in values]
+    ticks = [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()]
+    ticks += [(place(tick), points.text(tick)) for tick in located]
+    at = [place(float(v)) if points.is_number(v) else places[points.text(v)] for v in values]
+    beside = _spread(at, 0.3 * _SLOT)
+    numbers = map(points.is_number, values)
+    at = [own if number else spread for own, spread, number in zip(at, beside, numbers, strict=True)]
     return Axis(name, at, ticks, "log" if log else "")
+
+
+def _kinds(values: Sequence[Any]) -> list[str]:
+    """What is no number, the worst first; not set is below all of them."""
+    ranks: dict[str, list[int]] = {}
+    for i, value in enumerate(values):
+        if not points.is_number(value):
+            ranks.setdefault(points.text(value), []).append(i)
+    return sorted(ranks, key=lambda kind: (kind != points.ABSENT, -fmean(ranks[kind])))
+
+
+def _spread(at: Sequence[float], most: float) -> list[float]:
+    """Points of one place a little apart, so that their lines can be followed; the first on top."""
+    members: dict[float, list[int]] = {}
+    for i, place in enumerate(at):
+        members.setdefault(place, []).append(i)
+    spread = list(at)
+    for place, own in members.items():
+        half = min(most, 0.012 * (len(own) - 1))
+        for order, i in enumerate(own):
+            spread[i] = place + half * (1 - 2 * order / max(len(own) - 1, 1))
+    return spread

@@ -12,9 +12,11 @@ from orchestrator.sweep_data import Axis, Search, hull, time_unit
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _GREY = "#888888"
 _DASHED = (0, (3, 2))
+_HOLLOW: dict[str, Any] = {"marker": "o", "markerfacecolor": "white"}
 
 
 def draw(search: Search, to: Path) -> list[Path]:
@@ -40,7 +42,7 @@ def _trials(search: Search) -> "Figure | None":
     best = {trial.number for trial in search.best.trials} if search.best else set()
     for ax, (objective, curves) in zip(axes, present, strict=True):
         name = points.metric_name(objective.metric)
-        ax.set(title=f"{name} of {len(curves)} trials", ylabel=name)
+        ax.set(title=f"{_capital(name)} of {len(curves)} trials", ylabel=name)
         for curve in curves:
             is_best = curve.record.number in best
             look = search.look(curve.record)
@@ -48,27 +50,41 @@ def _trials(search: Search) -> "Figure | None":
                 curve.steps,
                 curve.values,
                 color=look.colour,
-                linestyle="-" if curve.record.control_of is None else _DASHED,
+                linestyle=_dash(curve.record.control_of is not None, look.again),
                 linewidth=2.4 if is_best else 1.1,
                 alpha=1.0 if is_best else 0.55,
                 zorder=3 if is_best else 2,
-                marker=look.marker,
+                marker="x" if curve.record.status == "failed" else look.marker,
                 markevery=[len(curve.steps) - 1],
                 markersize=5 if is_best else 3.5,
             )
-    _families(axes[0], search, lines=True)
+    _families(axes[0], search, lines=True, also=_ends(search))
     return figure
+
+
+def _ends(search: Search) -> "list[Line2D]":
+    from matplotlib.lines import Line2D
+
+    handles = []
+    if any(record.status == "failed" for record in search.records):
+        handles.append(Line2D([], [], color=_GREY, linestyle="none", marker="x", label="failed"))
+    if search.best is not None:
+        told = f"the first of the ranking:\n{points.trial_numbers(search.best.trials)}"
+        handles.append(Line2D([], [], color=_GREY, linewidth=2.4, label=told))
+    return handles
 
 
 def _history(search: Search) -> "Figure | None":
     present = [(o, ended) for o in search.objectives if (ended := search.history(o))]
     if not present:
         return None
+    from matplotlib.lines import Line2D
+
     figure, axes = stacked(len(present), height=3.4)
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
     for ax, (objective, ended) in zip(axes, present, strict=True):
         name = points.metric_name(objective.metric)
-        ax.set(title=f"{name} of trials as they ended", ylabel=name)
+        ax.set(title=f"{_capital(name)} of trials as they ended", ylabel=name)
         times = [one.seconds / seconds for one in ended]
         ax.step(times, [one.best for one in ended], where="post", color="black", linewidth=1.4, zorder=1)
         for time, one in zip(times, ended, strict=True):
@@ -84,7 +100,7 @@ def _history(search: Search) -> "Figure | None":
                 zorder=2,
             )
     axes[-1].set_xlabel(f"{unit} since the search began")
-    _families(axes[0], search, lines=False)
+    _families(axes[0], search, lines=False, also=[Line2D([], [], color="black", label="best so far")])
     return figure
 
 
@@ -102,7 +118,7 @@ def _parallel(search: Search) -> "Figure | None":
     ax = figure.subplots()
     ax.set_axis_off()
     ax.set(xlim=(-0.15, len(axes) - 0.4), ylim=(-0.06, 1.14))
-    ax.set_title(f"{len(shown)} points, the better the darker", pad=12)
+    ax.set_title(f"{len(shown)} points: the darker, the higher in the ranking; bold is the first", pad=10)
     colours = matplotlib.colormaps["viridis_r"]
     for index in reversed(range(len(shown))):
         vertices, codes = _curve([axis.at[index] for axis in axes])
@@ -169,44 +185,63 @@ def _frontier(search: Search) -> "Figure | None":
     figure, axes = stacked(len(present), height=3.6)
     for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
         name = points.metric_name(metric)
-        ax.set(title=f"{name} against divergence", ylabel=name)
+        ax.set(title=f"{_capital(name)} against divergence; lines: the best within each", ylabel=name)
         for family in search.families:
             own = [one for one in evaluations if points.family(one.record) == family]
             if not own:
                 continue
-            look = search.look(own[0].record)
-            ax.scatter(
-                [one.kl for one in own],
-                [one.value for one in own],
-                s=14,
-                marker=look.marker,
-                color=look.colour,
-                alpha=0.35,
-                linewidths=0,
-            )
-            ax.step(*zip(*hull(own), strict=True), where="post", color=look.colour, linewidth=1.8)
+            look = search.looks[family]
+            for control in (False, True):
+                some = [one for one in own if (one.record.control_of is not None) == control]
+                ax.scatter(
+                    [one.kl for one in some],
+                    [one.value for one in some],
+                    s=14,
+                    marker=look.marker,
+                    edgecolors=look.colour,
+                    facecolors="none" if control else look.colour,
+                    alpha=0.35,
+                    linewidths=0.8 if control else 0,
+                )
+            x, y = zip(*hull(own), strict=True)
+            ax.step(x, y, where="post", color=look.colour, linewidth=1.8, linestyle=_dash(False, look.again))
     axes[-1].set_xlabel(f"{points.metric_name(kl)} (nats per response)")
     _families(axes[0], search, lines=True)
     return figure
 
 
-def _families(ax: "Axes", search: Search, *, lines: bool) -> None:
+def _families(ax: "Axes", search: Search, *, lines: bool, also: "Sequence[Line2D]" = ()) -> None:
     """What the colours and forms mean, beside the picture."""
     from matplotlib.lines import Line2D
 
-    handles = []
-    for family, look in search.looks.items():
-        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markersize": 5}
-        handles.append(Line2D([], [], linestyle="-" if lines else "none", label=_plain(family), **style))
-    if any(record.control_of is not None for record in search.records):
-        dashes: Any = _DASHED if lines else "none"
-        handles.append(
-            Line2D(
-                [], [], linestyle=dashes, color=_GREY, marker="o", markerfacecolor="white", label="control"
-            )
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle=_dash(False, look.again) if lines else "none",
+            color=look.colour,
+            marker=look.marker,
+            markersize=5,
+            label=_plain(family),
         )
+        for family, look in search.looks.items()
+    ]
+    if any(record.control_of is not None for record in search.records):
+        style: dict[str, Any] = {"linestyle": _DASHED} if lines else {"linestyle": "none", **_HOLLOW}
+        handles.append(Line2D([], [], color=_GREY, label="control", **style))
+    handles += also
     if len(handles) > 1:
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+
+
+def _dash(control: bool, again: bool) -> Any:
+    if control:
+        return _DASHED
+    return "-." if again else "-"
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _cut(label: str, most: int = 16) -> str:
