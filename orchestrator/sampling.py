@@ -63,6 +63,7 @@ class Sampler:
         *,
         seed: int,
     ) -> None:
+        self.config = config
         self._policy, self._client, self._judge = policy, client, judge
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._prompts = _different(part.policy.prompts)[: config.prompts]
