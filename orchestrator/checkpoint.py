@@ -27,6 +27,8 @@ class Progress:
         schedule: the learning-rate schedule's state.
         optimizer: what the optimizer's state has besides tensors.
         metrics: the last held-out metrics.
+        best_step: the evaluation whose weights are kept as the best, where the best is kept.
+        best: its metrics.
     """
 
     identity: dict[str, Any]
@@ -35,6 +37,8 @@ class Progress:
     schedule: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
 
 
 def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
@@ -44,6 +48,20 @@ def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
     tensors, rest = parallel.optimizer_state()
     save_file(tensors, folder / OPTIMIZER)
     (folder / PROGRESS).write_text(json.dumps(asdict(replace(progress, optimizer=rest)), indent=1))
+
+
+def save_weights(file: Path, parallel: Parallel) -> None:
+    """Write the trained weights alone, replacing the file in one move."""
+    state = parallel.model_state()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    save_file(state, part)
+    part.replace(file)
+
+
+def load_weights(file: Path, parallel: Parallel) -> None:
+    """Put back what `save_weights` wrote."""
+    parallel.load_model_state(load_file(file))
 
 
 def newest(folder: Path) -> Path | None:

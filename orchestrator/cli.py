@@ -14,6 +14,7 @@ from models.config import ModelError
 from orchestrator import models_cli
 from orchestrator.config import RunFailed, UsageError, load_run, run_schema
 from preferences.pairs import DataError
+from tune_spaces.domains import SpaceError
 
 app = typer.Typer(
     help="Preference training against several frozen reference models, on Ray.",
@@ -56,6 +57,38 @@ def train(
 
 
 @app.command()
+def tune(
+    sweep: Annotated[str, typer.Argument(help="The sweep file (YAML).", metavar="SWEEP.YAML")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Forget an earlier search of this name and start over.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the space, some points, the placement and the forward passes; run nothing.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="With --dry-run: how many points.", min=0)] = 5,
+    time_budget: Annotated[
+        float | None, typer.Option(help="Minutes after which the search ends; the same command goes on.", min=0)
+    ] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(help="Failed trials that end the search when exceeded.", min=0)
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Try the failed trials of an earlier call again.")] = False,
+) -> None:
+    """Search losses, dispersion and references; rank, and register the best model. The same command goes on."""
+    limits = {"time_budget": time_budget, "max_failures": max_failures}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    from orchestrator.sweep import load_sweep
+
+    config = load_sweep(sweep, [*(overrides or ()), *(f"{name}={value}" for name, value in limits.items())])
+    from orchestrator import tune as search
+
+    with _interruptible():
+        if dry_run:
+            search.dry_run(config, samples=samples)
+        else:
+            search.tune(config, fresh=fresh, retry_failed=retry_failed)
+
+
+@app.command()
 def score(run: RunFile, overrides: Overrides = None) -> None:
     """Score all of a run's data under its references, in bulk, so that training finds the scores stored."""
     config = load_run(run, overrides or ())
@@ -75,11 +108,13 @@ def check(run: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def schema(of: Annotated[str, typer.Argument(help="What file: run.")] = "run") -> None:
-    """Print the JSON Schema of the run file, for editors."""
-    if of != "run":
-        raise UsageError(f"schema {of!r} does not exist; known is: run")
-    print(json.dumps(run_schema(), indent=2))
+def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] = "run") -> None:
+    """Print the JSON Schema of the run file or of the sweep file, for editors."""
+    if of not in ("run", "sweep"):
+        raise UsageError(f"schema {of!r} does not exist; known are: run, sweep")
+    from orchestrator.sweep import sweep_schema
+
+    print(json.dumps(run_schema() if of == "run" else sweep_schema(), indent=2))
 
 
 @app.command()
@@ -99,7 +134,7 @@ def main() -> None:
     _quiet_libraries()
     try:
         app()
-    except (UsageError, DataError, ModelError, LossError) as error:
+    except (UsageError, DataError, ModelError, LossError, SpaceError) as error:
         _complain(str(error), code=2)
     except RunFailed as error:
         _complain(str(error), code=1)

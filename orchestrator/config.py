@@ -350,8 +350,7 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
             raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
-        merged = OmegaConf.merge(loaded, *map(_override, overrides))
-        content = OmegaConf.to_container(merged, resolve=True)
+        content = override(OmegaConf.to_container(loaded, resolve=True), overrides)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; write a run file, or start from one in configs/") from None
     except IsADirectoryError:
@@ -361,8 +360,14 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def override(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """A mapping with dotted `field.name=value` overrides merged over it."""
+    merged = OmegaConf.to_container(OmegaConf.merge(content, *map(_override, overrides)), resolve=True)
+    assert isinstance(merged, dict)
+    return merged
 
 
 def _override(text: str) -> Any:
@@ -385,14 +390,14 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
     return config
 
 
-def explain(error: ValidationError, *, source: str) -> str:
-    """A validation error as one line per problem: file, field, what is wrong, what would be right."""
+def explain(error: ValidationError, *, source: str, of: type[BaseModel] = RunConfig) -> str:
+    """A validation error of a file as one line per problem: file, field, what is wrong, what would be right."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"]) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = "unknown field" + did_you_mean(str(problem["loc"][-1]), _siblings(problem["loc"]))
+            message = "unknown field" + did_you_mean(str(problem["loc"][-1]), _siblings(problem["loc"], of))
         elif problem["type"] == "missing":
             message = "is required and missing"
         elif problem["type"] != "value_error" and not isinstance(problem["input"], dict | list):
@@ -401,13 +406,13 @@ def explain(error: ValidationError, *, source: str) -> str:
     return "\n".join(lines)
 
 
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
+def _siblings(location: tuple[int | str, ...], of: type[BaseModel]) -> list[str]:
     """Fields that the section of an unknown field does have."""
-    section: Any = RunConfig
+    section: Any = of
     for part in location[:-1]:
         if get_origin(section) is dict:
             section = get_args(section)[1]
-        else:
+        elif str(part) in _model_in(section).model_fields:  # else the name of a union's member
             section = _model_in(section).model_fields[str(part)].annotation
     return list(_model_in(section).model_fields)
 

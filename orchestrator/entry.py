@@ -4,6 +4,7 @@ The controller has no use for torch, and importing it there would delay every st
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))
+    from orchestrator.session import Group
     from orchestrator.worker import train_worker
 
-    return train_worker(ray.get(settings["setup"]))
+    setup = ray.get(settings["setup"])
+    return train_worker(setup, Group(Path(setup.folder)))

@@ -72,7 +72,7 @@ class Feed:
     ) -> None:
         self.part = part
         self._order = tuple(order)
-        self._client = client
+        self.client = client
         self._score_start = score_start
         self._rank, self._world_size = rank, world_size
         self._budget = tokens_per_microbatch
@@ -85,21 +85,21 @@ class Feed:
     def ask(self, ticket: Ticket, indices: np.ndarray) -> None:
         """Ask every served reference for this rank's share of a global batch; does not block."""
         mine = self._share(indices)
-        self._client.ask(ticket, np.concatenate(mine) if mine else np.zeros(0, dtype=np.int64))
+        self.client.ask(ticket, np.concatenate(mine) if mine else np.zeros(0, dtype=np.int64))
 
     def collect(self, ticket: Ticket, indices: np.ndarray) -> tuple[Iterator[MicroBatch], StepCost]:
         """This rank's micro-batches of a batch asked for before, and what waiting for its scores cost.
 
         Each is laid out when it is taken, so that a whole split never lies on the device.
         """
-        stalled = self._client.stall_seconds
-        scores = self._client.collect(ticket)
-        waited = StepCost(reference_stall=self._client.stall_seconds - stalled)
+        stalled = self.client.stall_seconds
+        scores = self.client.collect(ticket)
+        waited = StepCost(reference_stall=self.client.stall_seconds - stalled)
         return self._laid_out(scores, indices), waited
 
     def close(self) -> None:
         """Wait until the scores made in process are stored."""
-        self._client.close()
+        self.client.close()
 
     def _laid_out(self, scores: dict[str, ReferenceArrays], indices: np.ndarray) -> Iterator[MicroBatch]:
         place = {int(row): slot for slot, row in enumerate(indices)}
@@ -113,8 +113,8 @@ class Feed:
     def primary_entropies(self, indices: np.ndarray) -> torch.Tensor:
         """(len(indices),) mean entropy of both responses under the primary reference, of any rank's rows."""
         ticket = ("sample", 0)
-        self._client.ask(ticket, indices, names=self._order[:1])
-        arrays = self._complete(self._client.collect(ticket), indices)[self._order[0]]
+        self.client.ask(ticket, indices, names=self._order[:1])
+        arrays = self._complete(self.client.collect(ticket), indices)[self._order[0]]
         return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
 
     def _share(self, indices: np.ndarray) -> list[np.ndarray]:
@@ -149,7 +149,7 @@ class Feed:
             place = {int(row): at for at, row in enumerate(indices)}
             for part in parts:
                 found = _arrays(self._score_start(self._rows(part)), paired=self.part.paired)
-                self._client.record(name, part, found)
+                self.client.record(name, part, found)
                 at = [place[int(row)] for row in part]
                 for column, values in zip(_columns(arrays), _columns(found), strict=True):
                     column[at] = values

@@ -5,7 +5,7 @@ summing the tables over ranks gives all of them the exact per-pair values of the
 single all-reduce: means with global counts, percentiles, and the pairs to name when a loss is not finite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -201,7 +201,8 @@ def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
 
     `eval/accuracy` is the share of pairs whose h against the primary reference has the sign of the
     majority's label (h = 0 counts one half; pairs with p = 1/2 are left out), with the half-width of its
-    95 % normal interval. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
+    95 % normal interval. `eval/margin` is the mean of the same h, signed by the majority: nats, whatever beta
+    is. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
     compare sigma(beta h), beta h being the implied reward margin, with the soft labels.
     """
     metrics = training_metrics(table, told)
@@ -211,6 +212,7 @@ def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
             accuracy = correct.mean()
             metrics["accuracy"] = float(accuracy)
             metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(correct)).sqrt())
+            metrics["margin"] = float(majority_gaps(table).mean())
     if told.soft:
         margin = table["chosen_reward"] - table["rejected_reward"]
         metrics["label_nll"] = float(label_nll(margin, table["soft_label"]))
@@ -218,11 +220,38 @@ def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
+def majority_gaps(table: StepTable) -> Tensor:
+    """h against the primary reference with the sign of the majority's label: (pairs with p != 1/2,)."""
+    label = table["soft_label"] - 0.5
+    return table["primary_gap"][label != 0] * label[label != 0].sign()
+
+
 def agreement(table: StepTable) -> Tensor:
     """1, 0 or (h = 0) one half for every pair that has a majority: (pairs with p != 1/2,)."""
-    label = table["soft_label"] - 0.5
-    gap = table["primary_gap"][label != 0] * label[label != 0].sign()
+    gap = majority_gaps(table)
     return torch.where(gap == 0, 0.5, (gap > 0).double())
+
+
+def best_within(
+    budget: float | None, metrics: Mapping[str, float], before: Mapping[str, float], references: Sequence[str]
+) -> dict[str, float]:
+    """`eval/margin_at_kl` and `eval/reward_at_kl`: the best so far whose KL to the primary is within budget.
+
+    Args:
+        budget: nats per response.
+        metrics: of this evaluation.
+        before: of the evaluation before it, with the best until then.
+        references: names, the primary first.
+    """
+    kl = metrics.get(f"eval/kl/{references[0]}") if references else None
+    if budget is None or kl is None:
+        return {}
+    best = {}
+    for name in ("eval/margin", "eval/reward"):
+        values = [before[f"{name}_at_kl"]] if f"{name}_at_kl" in before else []
+        values += [metrics[name]] if kl <= budget and name in metrics else []
+        best |= {f"{name}_at_kl": max(values)} if values else {}
+    return best
 
 
 def label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ class Lineage:
     """The whole run file."""
     code: Mapping[str, str] = field(default_factory=dict)
     """`tracking.code_tags()`."""
+    search: Mapping[str, str] = field(default_factory=dict)
+    """Which search chose this run, among how many trials, by what; empty for a run of its own."""
 
     def to_json(self) -> str:
         """All of it as JSON text, without secrets."""
@@ -60,6 +62,7 @@ def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
         f"# {name}\n",
         f"`{_shown(lineage.base_model)}` fine-tuned on human preferences with polyref, "
         f"loss preset `{lineage.preset}`.\n",
+        _search(lineage),
         _references(lineage),
         _data(lineage),
         _metrics(lineage),
@@ -81,6 +84,16 @@ def _references(lineage: Lineage) -> str:
         for name, r in lineage.references.items()
     ]
     return "## References\n\n" + _table(["reference", "model", "fingerprint"], rows)
+
+
+def _search(lineage: Lineage) -> str:
+    if not lineage.search:
+        return ""
+    found = {name.removeprefix("search."): value for name, value in lineage.search.items()}
+    return (
+        f"Chosen by the search `{found['search']}`: trial {found['trial']} of {found['trials']}, "
+        f"by {found['objective']}.\n"
+    )
 
 
 def _data(lineage: Lineage) -> str:

@@ -8,7 +8,10 @@ from orchestrator.config import Resources, RunConfig, UsageError
 
 REPLICA_CPU = 0.1
 WORKER_CPU = 0.75
-"""Requests on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs the whole."""
+TRIAL_CPU = 0.1
+"""Requests on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs the whole.
+
+A trial of several workers needs a little for the process that starts them; a trial of one is its worker."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ def _bundle(resources: Resources, *, cpu: float, gpu: float) -> dict[str, float]
 
 
 def reference_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
-    """Bundles of the served references; those scored in process need none of their own."""
-    return [
+    """Bundles of the served references and of a reward model; those scored in process need none."""
+    needs = [
         Need(f"reference {name}", reference.replicas, replica_bundle(reference.resources, gpus=gpus))
         for name, reference in config.references.models.items()
         if not reference.in_process
     ]
+    reward = config.evaluation.sampling and config.evaluation.sampling.reward
+    if reward and reward.model:
+        needs.append(Need("reward model", 1, replica_bundle(reward.resources, gpus=gpus)))
+    return needs
 
 
 def worker_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
@@ -73,6 +80,42 @@ def refuse_impossible(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -
         _refuse_if_scattered(stage, nodes)
 
 
+def trial_bundles(config: RunConfig, *, gpus: bool) -> list[dict[str, float]]:
+    """What one trial asks for: its only worker's bundle, or its driver's and then its workers'."""
+    workers = [worker_bundle(config.parallel.resources, gpus=gpus)] * config.parallel.workers
+    return workers if len(workers) == 1 else [{"CPU": TRIAL_CPU}, *workers]
+
+
+def trial_slots(config: RunConfig, nodes: Sequence[Mapping[str, float]], *, routers: float) -> int:
+    """How many trials run at once beside the references, which are placed first.
+
+    Args:
+        config: the run file that trials start from.
+        nodes: total resources of every node.
+        routers: cores that the references' routers hold.
+
+    Raises:
+        UsageError: not even one fits; with the arithmetic.
+    """
+    refuse_impossible(config, nodes)
+    gpus, free = has_gpus(nodes), [defaultdict(float, node) for node in nodes]
+    served = reference_needs(config, gpus=gpus) if config.references.mode == "live" else []
+    beside = [("reference", need.bundle) for need in served for _ in range(need.count)]
+    _place([("routers", {"CPU": routers}), *beside], free)
+    trial = [("trial", bundle) for bundle in trial_bundles(config, gpus=gpus)]
+    slots = 0
+    while _place(trial, free) is None:
+        slots += 1
+    if not slots:
+        offers, held = _offers(nodes), _sum_of([(need, need.count) for need in served]) or "nothing"
+        raise UsageError(
+            f"not even one trial fits: it asks for {_together(trial)}, beside {held}; nodes offer {offers}. "
+            "Lower parallel.workers or resources (fractions are allowed, e.g. {gpu: 0.5}); "
+            "references.mode: precompute scores everything first and frees the references' devices"
+        )
+    return slots
+
+
 def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
     for resource in sorted({name for need in needs for name in need.bundle}):
         terms = [(need, need.count * need.bundle[resource]) for need in needs if resource in need.bundle]
@@ -91,25 +134,48 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, flo
     The scarce first: what asks for GPUs or custom resources is placed before what asks for cores alone, and
     that goes to the nodes with the fewest GPUs.
     """
-    free = [defaultdict(float, node) for node in nodes]
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
+    homeless = _place(bundles, [defaultdict(float, node) for node in nodes])
+    if homeless is not None:
+        role, bundle = homeless
+        raise UsageError(
+            f"{role} needs {_together([homeless])} on one node, and no node has room for it beside the rest "
+            f"(nodes offer: {_offers(nodes)}). Lower its resources or use larger nodes"
+        )
+
+
+Bundle = tuple[str, Mapping[str, float]]
+"""Whose it is, and what it asks for on one node."""
+
+
+def _place(bundles: Sequence[Bundle], free: list[defaultdict[str, float]]) -> Bundle | None:
+    """Take the bundles from what is free; the first that finds no room, and then nothing is taken."""
+    left = [node.copy() for node in free]
     for role, bundle in sorted(bundles, key=lambda item: _scarcity(item[1]), reverse=True):
-        homes = [node for node in free if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
+        homes = [node for node in left if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
         home = min(homes, key=lambda node: (node["GPU"], node["CPU"]), default=None)
         if home is None:
-            offers = "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)
-            wanted = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
-            raise UsageError(
-                f"{role} needs {wanted} on one node, and no node has room for it beside the rest "
-                f"(nodes offer: {offers}). Lower its resources or use larger nodes"
-            )
+            return role, bundle
         for resource, amount in bundle.items():
             home[resource] -= amount
+    free[:] = left
+    return None
 
 
 def _scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
     custom = sum(name not in ("CPU", "GPU") for name in bundle)
     return custom, bundle.get("GPU", 0), bundle.get("CPU", 0)
+
+
+def _offers(nodes: Sequence[Mapping[str, float]]) -> str:
+    return "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)
+
+
+def _together(bundles: Sequence[Bundle]) -> str:
+    total: Counter[str] = Counter()
+    for _, bundle in bundles:
+        total.update(bundle)
+    return ", ".join(f"{amount:g} {resource}" for resource, amount in total.items())
 
 
 def _plain(node: Mapping[str, float]) -> dict[str, float]:

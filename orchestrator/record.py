@@ -7,7 +7,7 @@ is refused, because its checkpoint would silently mean something else.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from orchestrator.config import UsageError
 
 RECORD = "run.json"
 # How a run is spread, watched and stored may change between restarts; what it computes may not.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "storage_path",
     "placement",
     "tracking",
@@ -44,6 +44,7 @@ class RunRecord:
         pins: hub revisions and registry versions that names stood for when the run began.
         counts: rows read, kept, skipped (by reason) and turned round, per split.
         mlflow_run: the MLflow run's id.
+        mlflow_parent: the MLflow run it is nested under.
         result: what the workers returned once training was done.
         registered: `models:/name/version`, once registered.
         finished: whether plots, artifacts and registration are done too.
@@ -55,6 +56,7 @@ class RunRecord:
     pins: dict[str, str]
     counts: dict[str, Any]
     mlflow_run: str | None = None
+    mlflow_parent: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
     registered: str | None = None
     finished: bool = False
@@ -78,7 +80,7 @@ def read_record(folder: Path) -> RunRecord | None:
         raise UsageError(f"{path}: is not a run's record ({error}); start over with --fresh") from None
 
 
-def open_record(folder: Path, new: RunRecord) -> RunRecord:
+def open_record(folder: Path, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE) -> RunRecord:
     """The record to go on with: the one that is there if it is of the same run, else the new one, written.
 
     Raises:
@@ -88,7 +90,7 @@ def open_record(folder: Path, new: RunRecord) -> RunRecord:
     if old is None:
         new.write(folder)
         return new
-    changes = _changes(old.config, new.config) + _changes(old.identity, new.identity)
+    changes = _changes(old.config, new.config, may_change) + _changes(old.identity, new.identity, ())
     if changes:
         listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise UsageError(
@@ -139,18 +141,20 @@ def remove_run(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+def _changes(old: Any, new: Any, may_change: Collection[str], path: str = "") -> list[str]:
     """`field: old -> new` for every difference that matters."""
-    if path in _MAY_CHANGE or _of_reference(path):
+    if path in may_change or _of_reference(path):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+        paths = {key: f"{path}.{key}" if path else key for key in [*old, *new]}
+        return [
+            c for key, inner in paths.items() for c in _changes(old.get(key), new.get(key), may_change, inner)
+        ]
     return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 
 
 def _of_reference(path: str) -> bool:
-    parts = path.split(".")  # references.models.<name>.<field>
+    parts = path.removeprefix("run.").split(".")  # references.models.<name>.<field>
     return parts[:2] == ["references", "models"] and parts[3:] in ([f] for f in _MAY_CHANGE_PER_REFERENCE)
 
 

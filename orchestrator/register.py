@@ -229,5 +229,6 @@ def _tags(lineage: Lineage) -> dict[str, str]:
         "base_model": lineage.base_model,
         "loss.preset": lineage.preset,
         **lineage.code,
+        **lineage.search,
     }
     return {metric_key(key): redact(value) for key, value in tags.items()}

@@ -4,29 +4,40 @@ Nothing here imports torch or Ray, so that a file is refused in a fraction of a 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
+from losses.config import LossConfig
 from orchestrator.config import (
     METRICS,
+    EvaluationConfig,
     RunConfig,
     Settings,
     UsageError,
     did_you_mean,
     explain,
-    merged,
+    override,
     parse_run,
     read_yaml,
 )
 from tune_spaces.schedulers import Fifo, SchedulerConfig
-from tune_spaces.spaces import SPACES, Domain, parse
+from tune_spaces.spaces import SPACES, Domain, applied, parse
 
 KL = "eval/kl/"
 Point = Mapping[str, Any]
 """Dotted run-file fields and their values: what a trial changes."""
+
+
+_SEARCHABLE = ("loss", "training", "references.use", "policy.adapter")
+_NOT_SEARCHED = {
+    "training.seed": "set search.repeats instead, which runs every point with several seeds",
+    "policy.adapter": "name one of its fields, e.g. policy.adapter.r",
+    "loss": "name one of its fields, e.g. loss.preset or loss.beta",
+    "training": "name one of its fields, e.g. training.learning_rate",
+}
 
 
 class SearchConfig(Settings):
@@ -37,13 +48,17 @@ class SearchConfig(Settings):
         default=None, ge=1, description="points to try; repeats and controls come on top"
     )
     repeats: int = Field(default=1, ge=1, description="seeds per point")
-    controls: bool = Field(default=False, description="a DPO of matched beta for each soft or dispersed point")
+    controls: bool = Field(
+        default=False, description="a DPO of matched beta for each soft or dispersed point"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _ends(self) -> "SearchConfig":
         if self.trials is None and self.algorithm != "grid":
-            raise ValueError(f"trials must say how many points a {self.algorithm} search tries, e.g. trials: 16")
+            raise ValueError(
+                f"trials must say how many points a {self.algorithm} search tries, e.g. trials: 16"
+            )
         return self
 
 
@@ -83,17 +98,21 @@ class SweepConfig(Settings):
     """A whole sweep file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run: dict[str, Any] = Field(description="the run file that every trial starts from: its path, or its content")
+    run: dict[str, Any] = Field(
+        description="the run file that every trial starts from: its path, or its content"
+    )
     spaces: tuple[str, ...] = ()
     space: dict[str, Any] = Field(default_factory=dict, description="dotted run-file field: domain or value")
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = Fifo()
     plateau: PlateauConfig | None = None
-    objective: Annotated[
-        tuple[Objective, ...], BeforeValidator(_objectives), Field(min_length=1)
-    ] = (Objective(metric="eval/accuracy", mode="max"),)
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_objectives), Field(min_length=1)] = (
+        Objective(metric="eval/accuracy", mode="max"),
+    )
     max_concurrent: int | None = Field(default=None, ge=1, description="default: as many as fit")
-    max_failures: int | None = Field(default=None, ge=0, description="failed trials that end the search when exceeded")
+    max_failures: int | None = Field(
+        default=None, ge=0, description="failed trials that end the search when exceeded"
+    )
     time_budget: float | None = Field(default=None, gt=0, description="minutes of this call")
     promote: Literal["best", "retrain"] | None = "best"
     _base: RunConfig = PrivateAttr()
@@ -124,3 +143,142 @@ class SweepConfig(Settings):
     def folder(self) -> Path:
         """The search's own folder."""
         return Path(self.base.storage_path) / self.name
+
+
+def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file and the run file it names, apply overrides (`search.trials=4 run.training.epochs=2`).
+
+    Raises:
+        UsageError: one message naming the file and the line or the field, and the remedy.
+    """
+    content = read_yaml(path)
+    run, run_source = content.get("run"), f"{path}: run"
+    if isinstance(run, str):
+        run_file = Path(path).parent / Path(run).expanduser()
+        run_source = str(run_file)
+        content["run"] = read_yaml(run_file)
+    elif run is None:
+        raise UsageError(f"{path}: run is required and missing; name the run file that trials start from")
+    return parse_sweep(override(content, overrides), source=str(path), run_source=run_source)
+
+
+def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:
+    """Validate a sweep whose `run` is the content of a run file; the sources name them in messages."""
+    try:
+        sweep = SweepConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(explain(error, source=source, of=SweepConfig)) from None
+    run_source = run_source or f"{source}: run"
+    sweep._base = parse_run(_judged(sweep, sweep.run), source=run_source)
+    sweep._domains = {}
+    for field, value in sweep.space.items():
+        _refuse_unsearchable(field, f"{source}: space.{field}")
+        try:
+            sweep._domains[field] = parse(value)
+        except ValueError as error:
+            raise UsageError(f"{source}: space.{field}: {error}") from None
+    _refuse_unmeasured(sweep, source)
+    return sweep
+
+
+def trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = "trial") -> RunConfig:
+    """The run that a trial is: the run file with the point's fields put in, in a folder of the search.
+
+    A drawn `loss.preset` replaces the run file's whole loss, whose other fields belong to another loss.
+
+    Raises:
+        UsageError: the point makes no valid run.
+    """
+    own = {"name": name, "storage_path": str(sweep.folder / "trials"), "training.keep_last": 1}
+    own["training.seed"] = sweep.base.training.seed + repeat
+    if sweep.scheduler.type == "pbt":  # what it copies from one trial to another is a checkpoint
+        own["training.save_every"] = sweep.base.evaluation.every_steps
+    return parse_run(applied(_judged(sweep, sweep.run), {**point, **own}), source=f"trial {name}")
+
+
+def sweep_schema() -> dict[str, Any]:
+    """JSON Schema of the sweep file, for editors; `run` is a path or a run file's content."""
+    schema = SweepConfig.model_json_schema()
+    schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+    return schema
+
+
+def _judged(sweep: SweepConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The run file's content, judged by the search's first objective."""
+    metric = sweep.objective[0].metric
+    evaluation = dict(run.get("evaluation") or {})
+    if metric in METRICS:
+        evaluation["metric"] = metric
+    if metric.endswith("_at_kl"):
+        evaluation.setdefault("keep", "best")
+    return {**run, "evaluation": evaluation}
+
+
+def _refuse_unsearchable(field: str, where: str) -> None:
+    section: Any = RunConfig
+    for part in field.split("."):
+        models = list(_models_in(section))
+        options = [name for model in models for name in model.model_fields]
+        if LossConfig in models:
+            options.append("preset")
+        if part not in options:
+            raise UsageError(f"{where}: unknown field{did_you_mean(part, options)}")
+        section = tuple(model.model_fields[part].annotation for model in models if part in model.model_fields)
+    if field in _NOT_SEARCHED:
+        raise UsageError(f"{where}: cannot be searched; {_NOT_SEARCHED[field]}")
+    if not any(field == root or field.startswith(f"{root}.") for root in _SEARCHABLE):
+        raise UsageError(
+            f"{where}: cannot be searched; loss.*, training.*, references.use and policy.adapter.* can. Trials "
+            "share data, models and placement, so that one reference service scores for all"
+        )
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models in an annotation, such as the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in annotation if isinstance(annotation, tuple) else get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _refuse_unmeasured(sweep: SweepConfig, source: str) -> None:
+    base = sweep.base
+    for objective in sweep.objective:
+        reference = objective.metric.removeprefix(KL)
+        if not objective.metric.startswith(KL):
+            _refuse_unmeasurable(base, objective.metric, source)
+        elif base.evaluation.sampling is None:
+            raise UsageError(
+                f"{source}: objective {objective.metric} needs samples of the policy; "
+                "set evaluation.sampling in the run file"
+            )
+        elif reference != base.references.primary:
+            raise UsageError(
+                f"{source}: objective {objective.metric}: trials have only the primary reference in common; "
+                f"measure KL to it: {KL}{base.references.primary}"
+            )
+    if base.data.eval is None and base.data.eval_fraction is None and base.data.eval_split is None:
+        raise UsageError(
+            f"{source}: trials are compared on held-out pairs; set data.eval or data.eval_fraction"
+        )
+    if sweep.scheduler.type == "pbt":
+        if base.parallel.workers > 1:
+            raise UsageError(
+                f"{source}: scheduler pbt hands checkpoints around; it needs parallel.workers: 1"
+            )
+        if sweep.search.repeats > 1 or sweep.search.controls:
+            raise UsageError(
+                f"{source}: scheduler pbt changes a trial while it runs, so that repeats and controls of a point "
+                "mean nothing; set search.repeats: 1 and search.controls: false, or another scheduler"
+            )
+    if base.loss.completions_only:
+        raise UsageError(f"{source}: a search compares preference losses, and preset sft reads no pairs")
+
+
+def _refuse_unmeasurable(base: RunConfig, metric: str, source: str) -> None:
+    keep = "best" if metric.endswith("_at_kl") else "last"
+    settings = base.evaluation.model_dump() | {"metric": metric, "keep": keep}
+    try:
+        EvaluationConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UsageError(explain(error, source=f"{source}: objective {metric}")) from None

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
 _MOST_SCALES = 20_000
+_KEY = "polyref.key"
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _SEND_SECONDS, _LONGEST_BACKOFF_SECONDS = 1.0, 60.0
 
@@ -101,19 +102,25 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         parent: str | None = None,
+        key: str | None = None,
     ) -> "Tracker":
         """Open the run `run_id` again, or start one where it is None or gone from the server.
 
         `params` may be nested. MLflow parameters never change: one that differs from the first start's goes
-        into the tag `changed.<key>`. `parent` is the MLflow run that this one is nested under.
+        into the tag `changed.<key>`. `parent` is the MLflow run that this one is nested under. A run that was
+        started with the same `key` is opened even where its id was not recorded.
 
         Raises UsageError when the server does not answer or the experiment was deleted.
         """
         client = connect(uri)
         known = _existing_run(client, run_id)
+        place = experiment_id(client, uri, experiment)
+        if known is None and key is not None:
+            known = next(iter(client.search_runs([place], f"tags.`{_KEY}` = '{key}'", max_results=1)), None)
         if known is None:
-            nested = {"mlflow.parentRunId": parent} if parent else {}
-            run = client.create_run(experiment_id(client, uri, experiment), run_name=name, tags=nested)
+            labels = {"mlflow.parentRunId": parent} if parent else {}
+            labels |= {_KEY: key} if key else {}
+            run = client.create_run(place, run_name=name, tags=labels)
             run_id, before = run.info.run_id, {}
         else:
             run_id, before = known.info.run_id, known.data.params
@@ -162,6 +169,11 @@ class Tracker:
             client = connect(self.uri)
             for path in paths:
                 client.log_artifact(self.run_id, str(path), under)
+
+    def catch_up(self) -> None:
+        """Begin to send what a process that was killed left unsent; `close` waits for it."""
+        if self._sender is None and self._path.exists():
+            self._sender = _Sender(self.uri, self.run_id, self._path)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until MLflow has all that was logged; False when it has not within `timeout` seconds."""

@@ -2,47 +2,39 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from losses.config import LossConfig
 from orchestrator import plots
-from orchestrator.checkpoint import set_aside_torn_list
-from orchestrator.cluster import JOB, connected, nodes, secrets
+from orchestrator.cluster import JOB, connected, nodes
 from orchestrator.config import RunConfig, RunFailed, UsageError
-from orchestrator.entry import work
-from orchestrator.feed import Part
+from orchestrator.fit import run_workers
 from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.model_card import Lineage, Reference
-from orchestrator.placement import has_gpus, refuse_impossible, replica_bundle, worker_bundle
+from orchestrator.placement import has_gpus, refuse_impossible
 from orchestrator.prepare import Prepared, prepare, with_resolved_paths
-from orchestrator.progress import Meter, following_steps, plain_console
+from orchestrator.progress import following_steps, plain_console
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
-from orchestrator.references.messages import ReferenceSpec
-from orchestrator.references.service import ReferenceService, start_references
+from orchestrator.references.service import ReferenceService
 from orchestrator.register import Probe, register
+from orchestrator.rewards import Judge
+from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.tracking import Tracker, code_tags, read_metrics
-from orchestrator.worker import CHECKPOINTS, EXPORT, WorkerSetup, total_steps
-from preferences.tokenize import TokenTable
-
-GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
-"""Tokens of a replica's batch: enough to fill the device, few enough that a CPU answers within seconds."""
+from orchestrator.worker import EXPORT, WorkerSetup, total_steps
 
 
 def check(config: RunConfig) -> None:
     """Refuse what can be refused before a device is held; report what the run will read and ask for."""
     console = plain_console()
-    prepared = _prepared(config, console)
+    prepared = prepared_run(config, console)
     connect_to_mlflow(prepared.tracking_uri)
     with connected(wait_minutes=config.placement.wait_minutes):
         refuse_impossible(config, nodes())
@@ -52,14 +44,14 @@ def check(config: RunConfig) -> None:
 def score(config: RunConfig) -> None:
     """Fill the store with every score the run will need."""
     console = plain_console()
-    prepared = _prepared(config, console)
+    prepared = prepared_run(config, console)
     with connected(wait_minutes=config.placement.wait_minutes):
         prepared = _placed(prepared)
-        with _references(prepared) as service:
+        with serve(prepared) as service:
             for split, part in (("train", prepared.train), ("eval", prepared.held_out)):
                 if part is not None:
-                    _score(service, part, split, config, console)
-            _report_scores(service, console)
+                    score_split(service, part, split, config, console)
+            report_scores(service, console)
 
 
 def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
@@ -71,7 +63,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     """
     console = plain_console()
     before = None if fresh else read_record(with_resolved_paths(config, base=Path.cwd()).folder)
-    prepared = _prepared(config, console, before)
+    prepared = prepared_run(config, console, before)
     with locked(prepared.config.folder):
         if before is not None and before.result:
             prepared = prepared.on(before.device_type)
@@ -80,14 +72,16 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
             with connected(wait_minutes=config.placement.wait_minutes):
                 prepared = _placed(prepared)
                 record = _open(prepared, fresh=fresh)
-                _train_on_cluster(prepared, record, console)
+                with serve(prepared) as service, _judging(prepared) as judge:
+                    train_on_cluster(prepared, record, service, judge, console)
         if not record.finished:
-            _finish(prepared, record, _tracker(prepared, record))
+            finish(prepared, record)
     _report(prepared.config, record, console)
     return record
 
 
-def _prepared(config: RunConfig, console: Console, before: RunRecord | None = None) -> Prepared:
+def prepared_run(config: RunConfig, console: Console, before: RunRecord | None = None) -> Prepared:
+    """Everything that can be refused without a cluster, and a line on each split's rows."""
     storage = config.storage_path
     if JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise UsageError(
@@ -146,27 +140,41 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
         experiment=config.tracking.experiment,
         params=record.config,
         tags={"loss.preset": config.preset} | fingerprints | pins | digests | code_tags(),
+        parent=record.mlflow_parent,
     )
     record.mlflow_run = tracker.run_id
     record.write(config.folder)
     return tracker
 
 
-def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -> None:
+def _judging(prepared: Prepared) -> AbstractContextManager[Judge | None]:
+    return judging(prepared.config, gpus=prepared.policy.device_type == "cuda")
+
+
+def train_on_cluster(
+    prepared: Prepared, record: RunRecord, service: ReferenceService, judge: Judge | None, console: Console
+) -> None:
+    """Run the workers to the end beside references that are served, and keep what came of it in the record.
+
+    Raises:
+        UsageError: the policy cannot be made as asked.
+        RunFailed: training diverged, or the workers were lost too often.
+    """
     config, tracker = prepared.config, _tracker(prepared, record)
     total = total_steps(config, len(prepared.train))
-    with _failing_with(tracker), _references(prepared) as service:
+    with _failing_with(tracker):
         if prepared.held_out is not None:  # needed at once, for the evaluation before the first step
-            _score(service, prepared.held_out, "eval", config, console)
+            score_split(service, prepared.held_out, "eval", config, console)
         if config.references.mode == "precompute":
-            _score(service, prepared.train, "train", config, console)
+            score_split(service, prepared.train, "train", config, console)
             service.release()
         else:
-            _warm(service, _tables(prepared.train, config))
+            warm(service, served_tables(prepared.train, config))
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with following_steps(config.folder, total, console):
-            result = _fit(prepared, service, tracker)
-        _report_scores(service, console)
+            setup = _worker_setup(prepared, service, tracker, judge)
+            result = run_workers(setup, gpus=prepared.policy.device_type == "cuda")
+        report_scores(service, console)
         stats = {name: asdict(counts) for name, counts in service.stats().items()}
         if result["status"] == "refused":
             raise UsageError(result["reason"])
@@ -174,6 +182,25 @@ def _train_on_cluster(prepared: Prepared, record: RunRecord, console: Console) -
             raise RunFailed(result["reason"])
     record.result = result | {"scores": stats}
     record.write(config.folder)
+
+
+def _worker_setup(
+    prepared: Prepared, service: ReferenceService, tracker: Tracker, judge: Judge | None
+) -> WorkerSetup:
+    """What every worker of a run is given, its rows put where all nodes reach them."""
+    return WorkerSetup(
+        config=prepared.config,
+        policy=prepared.policy.config,
+        train=ray.put(prepared.train),
+        held_out=ray.put(prepared.held_out) if prepared.held_out else None,
+        routers={name: service.routers[name] for name in prepared.config.references.ordered},
+        identity=prepared.identity,
+        start_is=prepared.start_is,
+        folder=str(prepared.config.folder),
+        tracking_uri=prepared.tracking_uri,
+        tracking_run=tracker.run_id,
+        judge=judge,
+    )
 
 
 @contextmanager
@@ -186,121 +213,12 @@ def _failing_with(tracker: Tracker) -> Iterator[None]:
         raise
 
 
-def _fit(prepared: Prepared, service: ReferenceService, tracker: Tracker) -> dict[str, Any]:
-    """Run the workers to the end; Ray Train restarts them from the last checkpoint when one is lost."""
-    config = prepared.config
-    bundle = worker_bundle(config.parallel.resources, gpus=prepared.policy.device_type == "cuda")
-    setup = WorkerSetup(
-        config=config,
-        policy=prepared.policy.config,
-        train=ray.put(prepared.train),
-        held_out=ray.put(prepared.held_out) if prepared.held_out else None,
-        routers=service.routers,
-        identity=prepared.identity,
-        start_is=prepared.start_is,
-        folder=str(config.folder),
-        tracking_uri=prepared.tracking_uri,
-        tracking_run=tracker.run_id,
-    )
-    set_aside_torn_list(config.folder / CHECKPOINTS)
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
-        torch_config=TorchConfig(backend="nccl" if bundle.get("GPU", 0) > 0 else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.parallel.workers,
-            use_gpu=bundle.get("GPU", 0) > 0,
-            resources_per_worker=bundle,
-        ),
-        run_config=RayRunConfig(
-            name=CHECKPOINTS,
-            storage_path=str(config.folder),
-            failure_config=FailureConfig(
-                max_failures=config.parallel.max_failures, controller_failure_limit=0
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.training.keep_last),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        return trainer.fit().return_value
-    except SystemExit:  # how Ray's own handler of Ctrl-C ends
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        raise RunFailed(_reason(error)) from error
+def finish(prepared: Prepared, record: RunRecord, *, search: Mapping[str, str] | None = None) -> None:
+    """Plots, artifacts and the registered version; each can be done again after a kill.
 
-
-def _reason(error: ray.train.TrainingFailedError) -> str:
-    """The workers' own error in one paragraph; the full traces are in the log of Ray."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, first = min(failures.items())
-    cause = getattr(first, "cause", None) or first
-    said = str(cause).strip() or type(cause).__name__
-    return (
-        f"worker {rank} failed: {said.splitlines()[-1]}. Checkpoints are kept: the same "
-        "command goes on from the last one"
-    )
-
-
-def _references(prepared: Prepared) -> ReferenceService:
-    """Routers for all references; those scored in process have a store and no replicas."""
-    config = prepared.config
-    gpus = prepared.policy.device_type == "cuda"
-    specs = []
-    for name in config.references.ordered:
-        settings, model = config.references.models[name], prepared.references[name]
-        bundle = replica_bundle(settings.resources, gpus=gpus)
-        num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
-        specs.append(
-            ReferenceSpec(
-                name=name,
-                config=model.config.model_copy(update={"dtype": model.config.dtype_on(model.device_type)}),
-                fingerprint=model.fingerprint.digest,
-                replicas=0 if settings.in_process else settings.replicas,
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                resources=bundle,
-                max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
-                environment=secrets(os.environ),
-                start_timeout_s=60 * config.placement.wait_minutes,
-            )
-        )
-    return start_references(specs, config.storage_path)
-
-
-def _tables(part: Part, config: RunConfig) -> dict[str, TokenTable]:
-    """The rows as the served references read them; those scored in process are the workers' own affair."""
-    served = [name for name, reference in config.references.models.items() if not reference.in_process]
-    return {name: part.references[name] for name in served}
-
-
-def _warm(service: ReferenceService, tables: Mapping[str, TokenTable]) -> bool:
-    """Place the references whose store misses scores, before any worker; raises what prevents it."""
-    missing = [name for name, count in service.missing(tables).items() if count]
-    service.start(missing)
-    return bool(missing)
-
-
-def _score(service: ReferenceService, part: Part, split: str, config: RunConfig, console: Console) -> None:
-    """Fill the stores with a split's scores."""
-    tables = _tables(part, config)
-    if _warm(service, tables):
-        with Meter(console, prefix=f"scoring {split}, ") as meter:
-            service.score_all(tables, meter.update)
-
-
-def _report_scores(service: ReferenceService, console: Console) -> None:
-    for name, counts in service.stats().items():
-        console.print(
-            f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
-            f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
-            f"{counts.replicas_started} replica(s) started",
-        )
-
-
-def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
-    """Plots, artifacts and the registered version; each can be done again after a kill."""
-    config, folder = prepared.config, prepared.config.folder
+    `search` says which search chose the run, if one did.
+    """
+    config, folder, tracker = prepared.config, prepared.config.folder, _tracker(prepared, record)
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
@@ -315,7 +233,7 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
             name=config.tracking.registered_model,
             folder=export / "model",
             run_id=tracker.run_id,
-            lineage=_lineage(prepared, record),
+            lineage=_lineage(prepared, record, search or {}),
             probe=Probe.load(export / "probe.safetensors"),
             adapter=export / "adapter" if config.policy.adapter is not None else None,
             alias=config.tracking.alias,
@@ -327,7 +245,7 @@ def _finish(prepared: Prepared, record: RunRecord, tracker: Tracker) -> None:
 
 
 def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
-    evaluations = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    evaluations = _evaluations(config, record)
     for metric in dict.fromkeys((config.evaluation.metric, "eval/loss", "eval/accuracy", "eval/label_nll")):
         values = [line[metric] for line in evaluations if line.get(metric) is not None]
         if values:
@@ -355,9 +273,9 @@ def _resolved_loss(config: RunConfig, record: RunRecord) -> LossConfig:
     return config.loss if phi_star is None else config.loss.with_phi_star(phi_star)
 
 
-def _lineage(prepared: Prepared, record: RunRecord) -> Lineage:
+def _lineage(prepared: Prepared, record: RunRecord, search: Mapping[str, str]) -> Lineage:
     config = prepared.config
-    history = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    history = _evaluations(config, record)
     held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
     counts: dict[str, int] = {}
     for split, part in record.counts.items():
@@ -379,4 +297,11 @@ def _lineage(prepared: Prepared, record: RunRecord) -> Lineage:
         after=held_out[-1] if held_out else {},
         config=record.config,
         code=code_tags(),
+        search=search,
     )
+
+
+def _evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
+    """Lines of the held-out evaluations, up to the one whose weights were exported."""
+    lines = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    return [line for line in lines if line["step"] <= record.result["exported_step"]]

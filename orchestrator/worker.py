@@ -5,17 +5,16 @@ reference scores are asked for two batches before they are needed, so replicas s
 """
 
 import logging
-import tempfile
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import ray.train
-import ray.train.torch
 import torch
 from transformers import get_scheduler
 
@@ -24,11 +23,21 @@ from losses.dispersion import calibrated_phi_star
 from models.config import ModelConfig, ModelError
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Progress
-from orchestrator.config import RunConfig
+from orchestrator.config import METRICS, RunConfig
 from orchestrator.feed import Feed, Part
-from orchestrator.metrics import StepTable, Told, held_out_metrics, perf_metrics, training_metrics
+from orchestrator.metrics import (
+    StepTable,
+    Told,
+    best_within,
+    held_out_metrics,
+    perf_metrics,
+    training_metrics,
+)
 from orchestrator.policy import Policy, export_policy, open_policy
 from orchestrator.references.client import ReferenceClient
+from orchestrator.rewards import Judge
+from orchestrator.sampling import Sampler
+from orchestrator.session import Session
 from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
 from orchestrator.tracking import Tracker
 from preferences.batches import BatchPlan
@@ -36,7 +45,7 @@ from preferences.batches import BatchPlan
 BATCHES_AHEAD = 2
 CALIBRATION_PAIRS = 2048
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-EXPORT, CHECKPOINTS = "export", "checkpoints"
+EXPORT, BEST = "export", "best.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,8 @@ class WorkerSetup:
         start_is: the reference that equals the policy's start, if one does.
         folder: the run's folder.
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
+        judge: what rewards sampled responses, where a reward is set.
+        export: whether the trained policy is exported; a search exports only the one it promotes.
     """
 
     config: RunConfig
@@ -64,27 +75,23 @@ class WorkerSetup:
     folder: str
     tracking_uri: str
     tracking_run: str
+    judge: Judge | None = None
+    export: bool = True
 
 
-def train_worker(setup: WorkerSetup) -> dict[str, Any]:
+def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
     """Train until the last step and export the policy.
 
     Returns:
-        `{"status": "done", "step": n, "metrics": {...}}`; or what a restart would only repeat:
+        `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would only repeat:
         `{"status": "diverged" | "refused", "reason": ...}` when a loss is not finite, or the policy cannot be
         made as asked.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
-    config, context = setup.config, ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config, rank, world_size = setup.config, session.rank, session.world_size
 
     try:
-        policy = open_policy(
-            config,
-            setup.policy,
-            device=ray.train.torch.get_device(),
-            local_workers=context.get_local_world_size(),
-        )
+        policy = open_policy(config, setup.policy, device=session.device, local_workers=session.local_workers)
     except ModelError as error:  # the same on every rank, and on every restart
         return {"status": "refused", "reason": f"policy: {error}"}
     parts = {"train": ray.get(setup.train), "eval": ray.get(setup.held_out) if setup.held_out else None}
@@ -102,14 +109,14 @@ def train_worker(setup: WorkerSetup) -> dict[str, Any]:
         num_warmup_steps=round(config.training.warmup * total),
         num_training_steps=total,
     )
-    progress = _resume(setup, policy, schedule)
+    progress = _resume(setup, session, policy, schedule)
     journal = _journal(setup, progress) if rank == 0 else None
     loss, progress = _calibrated(config, feeds["train"], progress)
-    run = _Run(setup, policy, feeds, plan, loss, journal)
+    run = _Run(setup, session, policy, feeds, plan, loss, journal)
     for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
         run.ask(step)
     if progress.step == 0 and "eval" in feeds:
-        progress = replace(progress, metrics=run.evaluate(0, start_is=setup.start_is))
+        progress = run.evaluate(progress, 0, start_is=setup.start_is)
     for step in range(progress.step, total):
         if step + BATCHES_AHEAD < total:
             run.ask(step + BATCHES_AHEAD)
@@ -124,19 +131,29 @@ def train_worker(setup: WorkerSetup) -> dict[str, Any]:
         taken, last = step + 1, step + 1 == total
         evaluated = "eval" in feeds and (last or taken % config.evaluation.every_steps == 0)
         if evaluated:
-            progress = replace(progress, metrics=run.evaluate(taken))
+            progress = run.evaluate(progress, taken)
+        metrics = {
+            "step": taken,
+            "total": total,
+            **((progress.best or progress.metrics) if evaluated else {}),
+        }
         if last or taken % config.training.save_every == 0:
             progress = replace(progress, step=taken, schedule=schedule.state_dict())
-            _save(policy, progress, rank)
+            session.report(metrics, partial(checkpoint.save, parallel=policy.parallel, progress=progress))
         elif evaluated:
-            ray.train.report({"step": taken, **progress.metrics})
+            session.report(metrics)
     run.close()
-    if rank == 0:
+    if progress.best:
+        progress = replace(progress, metrics=progress.best)
+    if rank == 0 and setup.export:
+        if progress.best:
+            checkpoint.load_weights(Path(setup.folder) / BEST, policy.parallel)
         probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
         export_policy(policy, Path(setup.folder) / EXPORT, probes=probes)
     return {
         "status": "done",
         "step": total,
+        "exported_step": progress.best_step if progress.best else total,
         "metrics": progress.metrics,
         "phi_star": progress.phi_star,
         "sharing_refused": policy.sharing_refused,
@@ -150,12 +167,19 @@ def total_steps(config: RunConfig, pairs: int) -> int:
     return training.max_steps or training.epochs * plan.steps_per_epoch
 
 
+def calibration_rows(pairs: int, seed: int) -> np.ndarray:
+    """The seeded sample of so many training pairs that stands for all where a mean over them is needed."""
+    count = min(CALIBRATION_PAIRS, pairs)
+    return np.sort(np.random.default_rng(seed).choice(pairs, size=count, replace=False))
+
+
 class _Run:
     """The verbs of the loop, bound to this rank's policy and feeds."""
 
     def __init__(
         self,
         setup: WorkerSetup,
+        session: Session,
         policy: Policy,
         feeds: dict[str, Feed],
         plan: BatchPlan,
@@ -165,6 +189,7 @@ class _Run:
         self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
         self._loss, self._journal = loss, journal
         self._names = setup.config.references.ordered
+        self._sampler = _sampler(setup, session, policy, feeds.get("eval"))
         self._told = Told(
             paired=feeds["train"].part.paired,
             soft=any(feed.part.soft and feed.part.paired for feed in feeds.values()),
@@ -206,8 +231,8 @@ class _Run:
         if self._told.dispersed:
             self._journal.log_scales(table["scale"].tolist())
 
-    def evaluate(self, step: int, *, start_is: str | None = None) -> dict[str, float]:
-        """Held-out metrics; `start_is` names a reference whose scores are the policy's own, still."""
+    def evaluate(self, before: Progress, step: int, *, start_is: str | None = None) -> Progress:
+        """Measure on held-out pairs; `start_is` names a reference whose scores are the policy's own, still."""
         feed = self._feeds["eval"]
         indices = np.arange(len(feed.part))
         feed.ask(("eval", step), indices)
@@ -221,9 +246,26 @@ class _Run:
             start_is=None if start_is is None else self._names.index(start_is),
         )
         metrics = held_out_metrics(table, self._told)
+        if self._sampler is not None:
+            metrics |= self._sampler.measure(step)
+            metrics |= best_within(self._sampler.config.kl_budget, metrics, before.metrics, self._names)
         if self._journal is not None:
             self._journal.log(step, metrics)
-        return metrics
+        return self._with_best(replace(before, metrics=metrics), step)
+
+    def _with_best(self, progress: Progress, step: int) -> Progress:
+        """Keep the weights if the best are to be kept and these are better than those before."""
+        evaluation = self._setup.config.evaluation
+        value, best = progress.metrics.get(evaluation.metric), progress.best.get(evaluation.metric)
+        if evaluation.keep != "best" or value is None or not math.isfinite(value):
+            return progress
+        sign = 1 if METRICS[evaluation.metric] == "max" else -1
+        if best is not None and sign * value <= sign * best:
+            return progress
+        weights = Path(self._setup.folder) / BEST
+        if self._journal is not None:  # rank 0
+            checkpoint.save_weights(weights, self._policy.parallel)
+        return replace(progress, best=progress.metrics, best_step=step)
 
     def describe(self, failure: NonFiniteLoss, step: int) -> str:
         """Which step and pairs a loss was lost at, and what to do."""
@@ -256,7 +298,7 @@ def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_si
         order=setup.config.references.ordered,
         client=ReferenceClient(
             setup.routers,
-            part.references,
+            {name: part.references[name] for name in setup.config.references.ordered},
             in_process=[n for n, r in setup.config.references.models.items() if r.in_process],
         ),
         score_start=policy.score_start,
@@ -276,17 +318,35 @@ def _journal(setup: WorkerSetup, progress: Progress) -> Tracker:
     return Tracker(setup.tracking_uri, setup.tracking_run, Path(setup.folder), resume_step=after)
 
 
-def _resume(setup: WorkerSetup, policy: Policy, schedule: Any) -> Progress:
+def _sampler(setup: WorkerSetup, session: Session, policy: Policy, feed: Feed | None) -> Sampler | None:
+    sampling, references = setup.config.evaluation.sampling, setup.config.references
+    if sampling is None or feed is None:
+        return None
+    return Sampler(
+        sampling,
+        policy,
+        feed.part,
+        feed.client,
+        names=references.ordered,
+        in_process=[name for name, reference in references.models.items() if reference.in_process],
+        judge=setup.judge,
+        rank=session.rank,
+        world_size=session.world_size,
+        seed=setup.config.training.seed,
+    )
+
+
+def _resume(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> Progress:
     """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
-    stored = ray.train.get_checkpoint()
-    if stored is None and (kept := checkpoint.newest(Path(setup.folder) / CHECKPOINTS)) is not None:
-        stored = ray.train.Checkpoint.from_directory(kept)
-    if stored is None:
-        return Progress(identity=setup.identity)
-    with stored.as_directory() as folder:
+    with session.checkpoint() as folder:
+        if folder is None:
+            return Progress(identity=setup.identity)
         progress = checkpoint.load(folder, policy.parallel, identity=setup.identity)
-    schedule.load_state_dict(progress.schedule)
-    policy.parallel.set_learning_rate(schedule.get_last_lr()[0])  # loading a schedule leaves the optimizer's
+    # The rate is this run's, not the checkpoint's: a search may go on from another trial's with a new one.
+    rate = setup.config.training.learning_rate
+    scaled = rate * schedule.lr_lambdas[0](progress.step)
+    schedule.load_state_dict(progress.schedule | {"base_lrs": [rate], "_last_lr": [scaled]})
+    policy.parallel.set_learning_rate(scaled)  # loading a schedule leaves the optimizer's
     return progress
 
 
@@ -299,20 +359,7 @@ def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[Loss
     if not loss.needs_calibration:
         return loss, progress
     if progress.phi_star is None:
-        generator = np.random.default_rng(config.training.seed)
-        count = min(CALIBRATION_PAIRS, len(feed.part))
-        sample = np.sort(generator.choice(len(feed.part), size=count, replace=False))
+        sample = calibration_rows(len(feed.part), config.training.seed)
         progress = replace(progress, phi_star=calibrated_phi_star(feed.primary_entropies(sample)))
     assert progress.phi_star is not None
     return loss.with_phi_star(progress.phi_star), progress
-
-
-def _save(policy: Policy, progress: Progress, rank: int) -> None:
-    """Report a checkpoint; every rank takes part, rank 0 writes."""
-    metrics = {"step": progress.step, **progress.metrics}
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(folder, policy.parallel, progress)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,68 @@
+"""Workers run to the end by Ray Train, from the command's process or from a trial's."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestrator.checkpoint import set_aside_torn_list
+from orchestrator.cluster import secrets
+from orchestrator.config import RunFailed
+from orchestrator.entry import work
+from orchestrator.placement import worker_bundle
+from orchestrator.session import CHECKPOINTS
+from orchestrator.worker import WorkerSetup
+
+
+def run_workers(setup: WorkerSetup, *, gpus: bool, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """What `train_worker` returned; Ray Train restarts workers from the last checkpoint when one is lost.
+
+    Raises:
+        RunFailed: a worker raised, or was lost too often.
+    """
+    config = setup.config
+    bundle = worker_bundle(config.parallel.resources, gpus=gpus)
+    set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
+        torch_config=TorchConfig(backend="nccl" if bundle.get("GPU", 0) > 0 else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallel.workers,
+            use_gpu=bundle.get("GPU", 0) > 0,
+            resources_per_worker=bundle,
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,
+            storage_path=setup.folder,
+            failure_config=FailureConfig(
+                max_failures=config.parallel.max_failures, controller_failure_limit=0
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.training.keep_last),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except SystemExit:  # how Ray's own handler of Ctrl-C ends
+        raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        raise RunFailed(_reason(error)) from error
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """The workers' own error in one paragraph; the full traces are in the log of Ray."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, first = min(failures.items())
+    cause = getattr(first, "cause", None) or first
+    said = str(cause).strip() or type(cause).__name__
+    return (
+        f"worker {rank} failed: {said.splitlines()[-1]}. Checkpoints are kept: the same "
+        "command goes on from the last one"
+    )

@@ -1,0 +1,200 @@
+"""Watching a search: a live table or plain lines, MLflow's child runs ended, and limits that end the search."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ray.tune import Callback, Stopper
+from ray.tune.experiment import Trial
+from rich.console import Console
+from rich.live import Live
+
+from orchestrator import points, report
+from orchestrator.progress import LINE_EVERY_S
+from orchestrator.sweep import Objective, SweepConfig
+from orchestrator.tracking import Tracker
+from orchestrator.trial import NUMBER
+from orchestrator.trials import TrialRecord, Trials
+
+REFRESH_S = 1.0
+_ENDS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+
+
+class Cuttable(Protocol):
+    """A search that can be told that trials which end from now on were ended by us."""
+
+    cut_short: bool
+
+    def changed(self, number: int, point: dict[str, Any]) -> None:
+        """A scheduler changed a trial's fields."""
+
+
+class Following(Callback):
+    """Tune's callback: tells the person and MLflow how the trials go.
+
+    Args:
+        trials: the journal, which the search keeps.
+        search: told of fields that population based training changes.
+        limits: told that trials run.
+        objectives: what is shown of a trial.
+        tracking_uri: where the trials' MLflow runs are.
+        console: a table that moves on a terminal, else a line per event.
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        search: Cuttable,
+        limits: "Limits",
+        objectives: Sequence[Objective],
+        tracking_uri: str,
+        console: Console,
+    ) -> None:
+        self._trials, self._search, self._objectives = trials, search, objectives
+        self._limits = limits
+        self._uri, self._console = tracking_uri, console
+        self._started: dict[int, float] = {}
+        self._ended = {record.number for record in trials if record.ended}
+        self._live = (
+            Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        )
+        self._shown = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial begins, begins again after a crash, or goes on with other fields."""
+        record = self._trials[trial.config[NUMBER]]
+        self._started[record.number] = time.monotonic()
+        point = {field: value for field, value in trial.config.items() if "." in field}
+        if point != record.point:
+            self._search.changed(record.number, point)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """The reason, which the search does not get to see."""
+        record = self._trials[trial.config[NUMBER]]
+        error = trial.get_error()
+        said = str(getattr(error, "cause", None) or error or "").strip()
+        if said:
+            record.reason = said.splitlines()[-1]
+            self._trials.write(record)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """After everything Tune did: whoever has ended since, and the table."""
+        if any(trial.status == Trial.RUNNING for trial in trials):
+            self._limits.running()
+        for record in self._trials:
+            if record.ended and record.number not in self._ended:
+                self._end(record)
+        if time.monotonic() - self._shown >= (REFRESH_S if self._live else LINE_EVERY_S):
+            self._show()
+
+    def close(self) -> None:
+        """The table goes; runs of trials that did not come to an end are marked as killed."""
+        self.on_step_end(0, [])
+        if self._live is not None:
+            self._live.stop()
+        for number in set(self._started) - self._ended:
+            self._finish(self._trials[number], "KILLED")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks, and we never read them back
+
+    def _end(self, record: TrialRecord) -> None:
+        self._ended.add(record.number)
+        self._finish(record, _ENDS[record.status])
+        if self._live is None:
+            self._console.print(self._told(record))
+
+    def _finish(self, record: TrialRecord, status: str) -> None:
+        if record.number in self._started:
+            record.seconds += time.monotonic() - self._started[record.number]
+            self._trials.write(record)
+        if record.mlflow_run is None:
+            return
+        tracker = Tracker(self._uri, record.mlflow_run, self._trials.path(record))
+        tags = {"search.status": record.status} | ({"search.reason": record.reason} if record.reason else {})
+        tracker.set_tags(tags)
+        if record.status != "finished":
+            tracker.catch_up()
+        tracker.finish(status)
+
+    def _told(self, record: TrialRecord) -> str:
+        if record.status == "failed":
+            return f"trial {record.number} failed: {record.reason}"
+        values = [
+            f"{o.metric} {record.result[o.metric]:.4g}" for o in self._objectives if o.metric in record.result
+        ]
+        names = points.short_names(points.varied(one.point for one in self._trials))
+        about = points.described(record.point, names)
+        return f"trial {record.number} {record.status} at step {record.step}: {', '.join(values)} ({about})"
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        if self._live is not None:
+            self._live.start()
+            self._live.update(report.live_table(list(self._trials), self._objectives), refresh=True)
+            return
+        running = [r for r in self._trials if r.status == "running"]
+        told = ", ".join(f"{r.number} at step {r.step}" for r in running)
+        ended = sum(r.ended for r in self._trials)
+        self._console.print(f"{ended} trial(s) ended; running: {told or 'none'}")
+
+
+class Limits(Stopper):
+    """Ends the search: its time is up, too many trials failed, or none finds a place.
+
+    Trials that it ends stay unfinished in the journal, and go on with the next call.
+
+    Attributes:
+        reason: why it ended the search, if it did.
+        failed: the reason where that is a failure.
+    """
+
+    def __init__(self, sweep: SweepConfig, trials: Trials, search: Cuttable, *, wait_minutes: float) -> None:
+        self.reason: str | None = None
+        self.failed: str | None = None
+        self._budget, self._most = sweep.time_budget, sweep.max_failures
+        self._trials, self._search, self._wait_minutes = trials, search, wait_minutes
+        self._began = time.monotonic()
+        self._ran = self._began
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is ended alone."""
+        return False
+
+    def running(self) -> None:
+        """Some trial has found its place."""
+        self._ran = time.monotonic()
+
+    def stop_all(self) -> bool:
+        """Whether a limit is reached."""
+        if self.reason is None:
+            self.reason = self._time_is_up() or self._too_many_failed() or self._no_place()
+        self._search.cut_short = self.reason is not None
+        return self.reason is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def _time_is_up(self) -> str | None:
+        if self._budget is None or time.monotonic() - self._began < 60 * self._budget:
+            return None
+        return f"the time budget of {self._budget:g} minutes is used up"
+
+    def _too_many_failed(self) -> str | None:
+        failed = [record for record in self._trials if record.status == "failed"]
+        if self._most is None or len(failed) <= self._most:
+            return None
+        self.failed = (
+            f"{len(failed)} trials failed, and max_failures is {self._most}; the last: {failed[-1].reason}. "
+            "Finished trials are kept: --retry-failed tries the failed ones again"
+        )
+        return self.failed
+
+    def _no_place(self) -> str | None:
+        if time.monotonic() - self._ran < 60 * self._wait_minutes:
+            return None
+        self.failed = (
+            f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one would fit "
+            "it when nothing else runs: free resources, or set placement.wait_minutes"
+        )
+        return self.failed

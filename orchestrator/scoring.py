@@ -1,0 +1,94 @@
+"""A run's references and judge at work: started, their stores filled, what they did told, ended."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from orchestrator.cluster import secrets
+from orchestrator.config import RunConfig
+from orchestrator.feed import Part
+from orchestrator.placement import replica_bundle
+from orchestrator.prepare import Prepared
+from orchestrator.progress import Meter
+from orchestrator.references.messages import ReferenceSpec
+from orchestrator.references.service import ReferenceService, start_references
+from orchestrator.rewards import Judge, start_judge
+from preferences.tokenize import TokenTable
+
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
+"""Tokens of a replica's batch: enough to fill the device, few enough that a CPU answers within seconds."""
+
+
+def serve(prepared: Prepared) -> ReferenceService:
+    """Routers for all references; those scored in process have a store and no replicas."""
+    config = prepared.config
+    gpus = prepared.policy.device_type == "cuda"
+    specs = []
+    for name in config.references.ordered:
+        settings, model = config.references.models[name], prepared.references[name]
+        bundle = replica_bundle(settings.resources, gpus=gpus)
+        num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
+        specs.append(
+            ReferenceSpec(
+                name=name,
+                config=model.config.model_copy(update={"dtype": model.config.dtype_on(model.device_type)}),
+                fingerprint=model.fingerprint.digest,
+                replicas=0 if settings.in_process else settings.replicas,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                resources=bundle,
+                max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
+                environment=secrets(os.environ),
+                start_timeout_s=60 * config.placement.wait_minutes,
+            )
+        )
+    return start_references(specs, config.storage_path)
+
+
+@contextmanager
+def judging(config: RunConfig, *, gpus: bool) -> Iterator[Judge | None]:
+    """What rewards sampled responses while inside, where the run has a reward."""
+    sampling = config.evaluation.sampling
+    if sampling is None or sampling.reward is None:
+        yield None
+        return
+    judge = start_judge(sampling.reward, gpus=gpus, start_timeout_s=60 * config.placement.wait_minutes)
+    try:
+        yield judge
+    finally:
+        judge.close()
+
+
+def served_tables(part: Part, config: RunConfig) -> dict[str, TokenTable]:
+    """The rows as the served references read them; those scored in process are the workers' own affair."""
+    served = [name for name, reference in config.references.models.items() if not reference.in_process]
+    return {name: part.references[name] for name in served}
+
+
+def warm(service: ReferenceService, tables: Mapping[str, TokenTable]) -> bool:
+    """Place the references whose store misses scores, before any worker; raises what prevents it."""
+    missing = [name for name, count in service.missing(tables).items() if count]
+    service.start(missing)
+    return bool(missing)
+
+
+def score_split(
+    service: ReferenceService, part: Part, split: str, config: RunConfig, console: Console
+) -> None:
+    """Fill the stores with a split's scores."""
+    tables = served_tables(part, config)
+    if warm(service, tables):
+        with Meter(console, prefix=f"scoring {split}, ") as meter:
+            service.score_all(tables, meter.update)
+
+
+def report_scores(service: ReferenceService, console: Console) -> None:
+    """Print what every reference was asked and had to compute."""
+    for name, counts in service.stats().items():
+        console.print(
+            f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
+            f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
+            f"{counts.replicas_started} replica(s) started",
+        )

@@ -1,0 +1,122 @@
+"""What a training worker is part of: a group of Ray Train, or nothing but its own process.
+
+Two small classes with the same verbs, so that `worker.train_worker` reads the same in a run of many workers and in
+a trial of one, which starts no trainer of its own.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from orchestrator import checkpoint
+
+CHECKPOINTS = "checkpoints"
+
+Write = Callable[[Path], None]
+"""Writes a checkpoint into an empty folder."""
+
+
+class Session(Protocol):
+    """The group a worker belongs to, and where its results go."""
+
+    rank: int
+    world_size: int
+    local_workers: int
+    """Workers that share this machine's cores."""
+    device: torch.device
+
+    def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
+        """Every rank: hand in held-out metrics and, with `write`, a checkpoint that rank 0 writes."""
+
+    def checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder of the checkpoint to go on from, if there is one."""
+
+
+class Group:
+    """A worker of a Ray Train group, whose run lies in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.local_workers = context.get_local_world_size()
+        self.device = ray.train.torch.get_device()
+        self._folder = folder
+
+    def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
+        """Train's report is a barrier, with or without a checkpoint."""
+        import ray.train
+
+        if write is None or self.rank != 0:
+            ray.train.report(dict(metrics))
+            return
+        with tempfile.TemporaryDirectory() as part:
+            write(Path(part))
+            ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(part))
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        """What Train restarts from; else the newest on storage, where Train's own list was lost."""
+        import ray.train
+
+        stored = ray.train.get_checkpoint()
+        if stored is None:
+            yield checkpoint.newest(self._folder / CHECKPOINTS)
+            return
+        with stored.as_directory() as folder:
+            yield Path(folder)
+
+
+class Alone:
+    """One worker in one process.
+
+    Args:
+        folder: the run's; checkpoints lie in it as Ray Train would lay them.
+        device: what it trains on.
+        neighbours: processes like this one that share the machine's cores, itself included.
+        keep_last: checkpoints that are kept.
+        tell: gets every report's metrics, and the checkpoint written with it.
+        start: a checkpoint to go on from instead of the newest in the folder.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        neighbours: int = 1,
+        keep_last: int = 1,
+        tell: Callable[[Mapping[str, float], Path | None], None] = lambda metrics, checkpoint: None,
+        start: Path | None = None,
+    ) -> None:
+        self.device, self.local_workers = device, neighbours
+        self._folder, self._keep_last, self._tell, self._start = folder / CHECKPOINTS, keep_last, tell, start
+
+    def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
+        """Write the checkpoint, whole or not at all, and pass the metrics on."""
+        self._tell(metrics, None if write is None else self._written(write, int(metrics["step"])))
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        """The one it was told to start from, else the newest in its folder."""
+        yield self._start or checkpoint.newest(self._folder)
+
+    def _written(self, write: Write, step: int) -> Path:
+        part, whole = self._folder / ".part", self._folder / f"checkpoint_{step:09d}"
+        for old in (part, whole):
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(part)
+        part.rename(whole)
+        for stale in sorted(self._folder.glob("checkpoint_*/"))[: -self._keep_last]:
+            shutil.rmtree(stale)
+        return whole
