@@ -65,8 +65,9 @@ def explore(steps: Sequence[Step], start: Draft) -> Explored:
             for end in branches(partial(_stepped, step, draft), _kinds):
                 drawn.update((one.name, one) for one in end.drawn)
                 names = always | {one.name for one in end.drawn}
-                _, others = merged.get(end.shape, (end, names))
-                merged[end.shape] = (end, names & others)
+                shape = end.shape
+                _, others = merged.get(shape, (end, names))
+                merged[shape] = (end, names & others)
         ends = list(merged.values())
     return Explored(tuple(drawn.values()), frozenset.intersection(*(always for _, always in ends)))
 
