@@ -6,7 +6,6 @@ KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 
 import numpy as np
 import torch
@@ -130,9 +129,7 @@ class Sampler:
     def _write(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
         """A response to each prompt, drawn from the policy's distribution as it is."""
         width, device = max(map(len, prompts)), self._policy.parallel.device
-        # Masked, so any id will do; where it ends a prompt, generate would warn of padding on the right.
-        pad = next(i for i in count() if all(i != prompt[-1] for prompt in prompts))
-        ids = np.full((len(prompts), width), pad, dtype=np.int64)
+        ids = np.full((len(prompts), width), self._policy.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
@@ -143,7 +140,7 @@ class Sampler:
             top_p=1.0,
             max_new_tokens=self._new_tokens,
             eos_token_id=self._ends or None,
-            pad_token_id=pad,
+            pad_token_id=self._policy.pad_id,
             use_cache=True,
         )
         with _own_defaults_off(self._model), _seeded(seed, device), self._autocast():
