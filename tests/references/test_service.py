@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import tiny
+import torch
 from ray.util import list_named_actors
+from transformers import LlamaForSequenceClassification
 
-from orchestrator.references.client import NAMESPACE, ReferenceArrays, ReferenceClient, connect
+from orchestrator.config import Resources, RewardConfig, RunFailed, UsageError
+from orchestrator.references.client import NAMESPACE, ReferenceArrays, ReferenceClient, connect, pair_groups
 from orchestrator.references.messages import ScoringError
 from orchestrator.references.store import ScoreStore
+from orchestrator.rewards import RewardModel, start_judge
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.arange(6)
@@ -339,6 +344,77 @@ def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
     again = serve(spec(replicas=0))
     assert again.missing({"base": table}) == {"base": 4}
     again.shutdown()
+
+
+def test_samples_are_scored_and_counted_apart_and_not_stored(serve, spec, make_table, right, tmp_path):
+    table = make_table(6)
+    with serve(spec()) as service:
+        client = client_of(service, table)
+        client.ask_samples("x", pair_groups(table, ROWS), ["base"])
+        with pytest.raises(ValueError, match="still open"):
+            client.ask_samples("x", [], ["base"])
+        scores = client.collect_samples("x")["base"]
+        assert right(table, ROWS, in_pairs(scores))
+        stats = service.stats()["base"]
+        assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (12, 0, 0, 0, 1)
+        service.flush()
+        assert service.missing({"base": table}) == {"base": 12}
+        assert not (tmp_path / "storage" / "scores").exists()
+
+
+def test_a_sample_that_is_asked_for_in_earnest_is_stored(serve, spec, make_table, folder, calls, right):
+    table = make_table(6)
+    (folder / "gate").touch()
+    with serve(spec()) as service:
+        client = client_of(service, table)
+        client.ask_samples(0, pair_groups(table, ROWS), ["base"])
+        calls.wait_for(1)
+        client.ask(0, ROWS[:2])
+        client.ask_samples(1, pair_groups(table, ROWS[1:3]), ["base"])
+        while ray.get(service.routers["base"].stats.remote()).sampled < 16:
+            time.sleep(0.01)
+        (folder / "gate").unlink()
+        assert right(table, ROWS[:2], client.collect(0)["base"])
+        assert right(table, ROWS, in_pairs(client.collect_samples(0)["base"]))
+        assert right(table, ROWS[1:3], in_pairs(client.collect_samples(1)["base"]))
+        stats = service.stats()["base"]
+        assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (16, 4, 4, 4, 1)
+        assert service.missing({"base": table}) == {"base": 8}
+
+
+def in_pairs(scores):
+    columns = (scores.logps, scores.lengths, scores.entropies)
+    return ReferenceArrays(*(column[side::2] for column in columns for side in (0, 1)))
+
+
+def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
+    with torch.random.fork_rng():
+        model = LlamaForSequenceClassification(tiny.llama_config(num_labels=1))
+    folder = tiny.save(tmp_path / "judge", model, tiny.byte_tokenizer())
+    judge = start_judge(RewardConfig(model=str(folder)), gpus=False, start_timeout_s=60)
+    prompts, responses = ["Good: ", "Bad: "], ["yes", "no"]
+    here = RewardModel(RewardConfig(model=str(folder)), gpu=False, cpus=1, environment={})
+    expected = here.score(prompts, responses)
+
+    @ray.remote(num_cpus=0)
+    def worker(judge):
+        return judge.score(prompts, responses)
+
+    assert ray.get(worker.remote(judge)) == expected
+    judge.close()
+    with pytest.raises(RunFailed, match=rf"reward\.model {folder} died"):
+        judge.score(prompts, responses)
+
+
+def test_a_reward_model_that_cannot_be_had_is_an_error_at_once(ray_running, tmp_path):
+    missing = RewardConfig(model=str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match=r"evaluation\.sampling\.reward\.model: .* no such file"):
+        start_judge(missing, gpus=False, start_timeout_s=60)
+    nowhere = missing.model_copy(update={"resources": Resources(custom={"no-such-thing": 1})})
+    with pytest.raises(
+        RunFailed, match=r"no node had room for it \(0\.1 CPU, 1 no-such-thing\) within 0\.5 s"
+    ):
+        start_judge(nowhere, gpus=False, start_timeout_s=0.5)
 
 
 def test_routers_and_tables_must_match(make_table):
