@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator import points
-
-if TYPE_CHECKING:
-    from sklearn.ensemble import RandomForestRegressor
 
 LEAST = 8  # points; fewer say nothing about several fields
 _FOLDS, _TREES, _SHUFFLES = 5, 100, 10
@@ -37,8 +34,8 @@ class Importance:
     def told(self) -> str:
         """What the shares are, and how far to trust them."""
         if self.explained <= 0:
-            return "share of its variance, of which none is predicted in unseen points: chance, so far"
-        return f"share of its variance, of which {100 * self.explained:.0f} % is predicted in unseen points"
+            return "share of its variance; none of it is predicted in unseen points: chance, so far"
+        return f"share of its variance; {100 * self.explained:.0f} % of it is predicted in unseen points"
 
 
 def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Importance | None:
@@ -63,9 +60,10 @@ def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> I
     rises, error = [], 0.0
     for fitted, unseen in KFold(_FOLDS, shuffle=True, random_state=0).split(table):
         forest = RandomForestRegressor(_TREES, random_state=0).fit(table[fitted], target[fitted])
-        own = _errors(forest, table[unseen], target[unseen])
+        own = (forest.predict(table[unseen]) - target[unseen]) ** 2
         error += float(own.sum())
-        rises.append([_rise(forest, table, target, unseen, i, rng) - own.mean() for i in range(len(fields))])
+        predicted = forest.predict(_shuffled(table, unseen, rng)).reshape(len(fields), _SHUFFLES, -1)
+        rises.append(((predicted - target[unseen]) ** 2).mean((1, 2)) - own.mean())
     shares = np.asarray(rises) / (2 * target.var())
     order = np.argsort(-shares.mean(0), kind="stable")
     return Importance(
@@ -75,25 +73,14 @@ def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> I
     )
 
 
-def _rise(
-    forest: "RandomForestRegressor",
-    table: NDArray[np.float64],
-    target: NDArray[np.float64],
-    unseen: NDArray[np.int64],
-    column: int,
-    rng: np.random.Generator,
-) -> float:
-    """Mean squared error on unseen points whose `column` is dealt anew from all points."""
-    shuffled = np.tile(table[unseen], (_SHUFFLES, 1))
-    shuffled[:, column] = rng.choice(table[:, column], len(shuffled))
-    return float(_errors(forest, shuffled, np.tile(target[unseen], _SHUFFLES)).mean())
-
-
-def _errors(
-    forest: "RandomForestRegressor", table: NDArray[np.float64], target: NDArray[np.float64]
+def _shuffled(
+    table: NDArray[np.float64], unseen: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    predicted: NDArray[np.float64] = forest.predict(table)
-    return (predicted - target) ** 2
+    """The unseen rows again and again for each column, that column dealt anew from all points."""
+    again = np.tile(table[unseen], (table.shape[1], _SHUFFLES, 1))
+    for column in range(table.shape[1]):
+        again[column, :, column] = rng.choice(table[:, column], again.shape[1])
+    return again.reshape(-1, table.shape[1])
 
 
 def _codes(values: Sequence[Any]) -> NDArray[np.float64]:

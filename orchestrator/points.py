@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.trials import TrialRecord
 
 KL = "eval/kl/"
-FAMILY = "loss.preset"
+FAMILY, BETA = "loss.preset", "loss.beta"
 ABSENT = "–"
 _DECADES = 20.0  # largest over smallest, from which an axis is logarithmic
 _ALIASES = {"learning_rate": "lr"}  # by which everybody knows it
@@ -19,6 +19,25 @@ def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
     points = list(points)
     fields = dict.fromkeys(field for point in points for field in point)
     return [field for field in fields if len({repr(point.get(field, ABSENT)) for point in points}) > 1]
+
+
+def flat(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field on its own, those of a stage that was set as a whole too."""
+    fields: dict[str, Any] = {}
+    for field, value in point.items():
+        if isinstance(value, Mapping):
+            fields |= flat({f"{field}.{part}": item for part, item in value.items()})
+        else:
+            fields[field] = value
+    return fields
+
+
+def shown_fields(records: Iterable[TrialRecord]) -> list[str]:
+    """Fields that a search's points differ in, and in which loss and beta controls differ from them."""
+    records = list(records)
+    fields = varied(flat(record.point) for record in records if record.control_of is None)
+    apart = varied(flat(record.point) for record in records)
+    return [field for field in (FAMILY, BETA) if field in apart and field not in fields] + fields
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:
@@ -49,17 +68,17 @@ def text(value: Any) -> str:
         number = f"{value:.3g}"
         mantissa, e, exponent = number.partition("e")
         return f"{mantissa}e{int(exponent)}" if e else number
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return "+".join(map(text, value))
     return str(value)
 
 
 def described(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The fields of `names` that a point has: `gdpo, beta 0.2, learning_rate 5e-6`."""
-    items = [(field, name) for field, name in names.items() if field in point]
-    return ", ".join(text(point[f]) if f == FAMILY else f"{name} {text(point[f])}" for f, name in items)
+    """The fields of `names` that do something in a point: `gdpo, beta 0.2, lr 5e-6`."""
+    values = flat(point)
+    items = [(field, name, text(values.get(field))) for field, name in names.items()]
+    items = [item for item in items if item[2] != text(None)]
+    return ", ".join(value if field == FAMILY else f"{name} {value}" for field, name, value in items)
 
 
 def is_number(value: Any) -> bool:

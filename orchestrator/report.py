@@ -248,7 +248,7 @@ def _table(
     apart: bool,
 ) -> Table:
     metrics = _metrics(ranked, objectives, primary)
-    names = points.short_names(points.varied(one.point for one in ranked))
+    names = points.short_names(points.shown_fields(trial for one in ranked for trial in one.trials))
     columns = {
         "rank": [_rank(one) for one in ranked],
         "trials": [points.numbers(one.trials) for one in ranked],
@@ -282,7 +282,7 @@ def _table(
 
 def difference_table(compared: Sequence[Difference], objectives: "Sequence[Objective]") -> Table:
     """Points less their controls; below it how the intervals came about."""
-    names = points.short_names(points.varied(one.point.point for one in compared))
+    names = points.short_names(points.varied(_loss_fields(one.point) for one in compared))
     paired = "over the seeds that both have" if all(one.paired for one in compared) else None
     note = paired or "over the seeds that both have; of one seed, from both intervals over held-out pairs"
     made = _empty("Point less its control: DPO of matched beta", f"± is a 95 % interval {note}")
@@ -328,23 +328,23 @@ def live_table(
         return place, (record.number if place != 1 else -value if first.mode == "max" else value)
 
     shown = sorted(records, key=order)[:rows]
-    names = points.short_names(points.varied(record.point for record in records))
+    names = points.short_names(points.shown_fields(records))
     made = _empty(None, _counts(records))
     made.add_column("trial", justify="right", no_wrap=True)
     made.add_column("status", no_wrap=True)
     made.add_column("step", justify="right", no_wrap=True)
     for objective in objectives:
         made.add_column(Text(points.metric_name(objective.metric)), justify="right", no_wrap=True)
-    made.add_column(
-        "point", no_wrap=True, overflow="ellipsis"
-    )  # a line each: the table is drawn over and over
+    made.add_column("point")
     for record in shown:
         step = f"{record.step}/{max_steps}" if max_steps else str(record.step)
         values = [record.result.get(o.metric) for o in objectives]
         told = [record.name.lstrip("0"), record.status, step]
         told += [ABSENT if value is None else f"{value:.4g}" for value in values]
         about = f"control of {record.control_of}: " if record.control_of is not None else ""
-        made.add_row(*map(Text, told), Text(about + points.described(record.point, names)))
+        about += points.described(record.point, names)
+        # A line each: the table is drawn over and over.
+        made.add_row(*map(Text, told), Text(about, no_wrap=True, overflow="ellipsis"))
     return made
 
 
@@ -413,7 +413,11 @@ def _rank(one: Ranked) -> str:
 
 
 def _field(one: Ranked, name: str) -> str:
-    return points.text(one.point[name]) if name in one.point else ABSENT
+    return points.text(points.flat(one.point).get(name, ABSENT))
+
+
+def _loss_fields(one: Ranked) -> dict[str, Any]:
+    return {field: value for field, value in points.flat(one.point).items() if field.startswith("loss.")}
 
 
 def _about(one: Ranked, names: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ Everything comes from the trials' records and their `metrics.jsonl`.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -49,11 +49,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class Axis:
-    """One field over all points shown: where each lies between 0 and 1, and what stands beside the axis."""
+    """One field over all points shown: where each lies between 0 and 1, and what stands beside the axis.
+
+    `bands` are the parts of it over which points of one value are spread.
+    """
 
     name: str
     at: list[float]
     ticks: list[tuple[float, str]]
+    bands: list[tuple[float, float]] = field(default_factory=list)
     note: str = ""
 
 
@@ -107,7 +111,7 @@ class Search:
     @cached_property
     def names(self) -> dict[str, str]:
         """Fields that vary, with their short names."""
-        return points.short_names(points.varied(record.point for record in self.records))
+        return points.short_names(points.shown_fields(self.records))
 
     @cached_property
     def families(self) -> list[str]:
@@ -136,7 +140,7 @@ class Search:
     @cached_property
     def importances(self) -> dict[str, Importance]:
         """By objective; empty where there are too few points."""
-        drawn = [one.point for one in self.ranked]
+        drawn = [points.flat(one.point) for one in self.ranked]
         found = {
             o.metric: importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
             for o in self.objectives
@@ -200,9 +204,10 @@ class Search:
 
     def axes(self, shown: Sequence[Ranked], most: int = 12) -> list[Axis]:
         """One per field that varies over these points, at most `most`, and one per objective."""
-        fields = points.varied(one.point for one in shown)[:most]
+        drawn = [points.flat(one.point) for one in shown]
+        fields = points.varied(drawn)[:most]
         axes = [
-            _axis(self.names.get(field, field), [one.point.get(field, points.ABSENT) for one in shown])
+            _axis(self.names.get(field, field), [point.get(field, points.ABSENT) for point in drawn])
             for field in fields
         ]
         for objective in self.objectives:
@@ -239,8 +244,8 @@ def _axis(name: str, values: Sequence[Any]) -> Axis:
     kinds = _kinds(values)
     kinds += [points.text(value) for value in sorted({v for v in values if points.is_number(v)})]
     places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
-    at = _spread([places[points.text(value)] for value in values], 0.3 / len(kinds))
-    return Axis(name, at, [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()])
+    at, bands = _spread([places[points.text(value)] for value in values], 0.28 / len(kinds))
+    return Axis(name, at, [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()], bands)
 
 
 def _number_axis(name: str, values: Sequence[Any]) -> Axis:
@@ -261,11 +266,10 @@ def _number_axis(name: str, values: Sequence[Any]) -> Axis:
     located = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
     ticks = [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()]
     ticks += [(place(tick), points.text(tick)) for tick in located]
-    at = [place(float(v)) if points.is_number(v) else places[points.text(v)] for v in values]
-    beside = _spread(at, 0.3 * _SLOT)
-    numbers = map(points.is_number, values)
-    at = [own if number else spread for own, spread, number in zip(at, beside, numbers, strict=True)]
-    return Axis(name, at, ticks, "log" if log else "")
+    others, bands = _spread([places[points.text(v)] for v in values if not points.is_number(v)], 0.28 * _SLOT)
+    beside = iter(others)
+    at = [place(float(value)) if points.is_number(value) else next(beside) for value in values]
+    return Axis(name, at, ticks, bands, "log" if log else "")
 
 
 def _kinds(values: Sequence[Any]) -> list[str]:
@@ -277,14 +281,15 @@ def _kinds(values: Sequence[Any]) -> list[str]:
     return sorted(ranks, key=lambda kind: (kind != points.ABSENT, -fmean(ranks[kind])))
 
 
-def _spread(at: Sequence[float], most: float) -> list[float]:
-    """Points of one place a little apart, so that their lines can be followed; the first on top."""
+def _spread(at: Sequence[float], most: float) -> tuple[list[float], list[tuple[float, float]]]:
+    """Points of one place a little apart, the first on top, so that lines can be followed; and the bands."""
     members: dict[float, list[int]] = {}
     for i, place in enumerate(at):
         members.setdefault(place, []).append(i)
-    spread = list(at)
+    spread, bands = list(at), []
     for place, own in members.items():
         half = min(most, 0.012 * (len(own) - 1))
+        bands.append((place - half, place + half))
         for order, i in enumerate(own):
             spread[i] = place + half * (1 - 2 * order / max(len(own) - 1, 1))
-    return spread
+    return spread, bands

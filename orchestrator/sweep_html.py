@@ -1,34 +1,43 @@
-"""A search's pictures to point at: one HTML file each, with plotly.js once beside them."""
+"""A search's pictures to point at: one HTML page that needs nothing beside it, so MLflow shows it too."""
 
 import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator import points
-from orchestrator.sweep_data import Search, hull, time_unit
+from orchestrator.sweep_data import Look, Search, hull, time_unit
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-_DASHES = ("solid", "dot")
 _MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
-_SCRIPT = "plotly.min.js"
+_PAGE = "search.html"
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Search</title></head>
+<body style="font-family: sans-serif; max-width: 1200px; margin: auto">
+"""
 
 
 def draw(search: Search, to: Path) -> list[Path]:
-    """Write the pictures that the search has numbers for; returns their paths, and that of plotly.js."""
-    figures = {
-        "trials": _trials(search),
-        "history": _history(search),
-        "parallel": _parallel(search),
-        "importance": _importance(search),
-        "frontier": _frontier(search),
-    }
-    drawn = [_save(figure, to / f"{name}.html") for name, figure in figures.items() if figure is not None]
-    return [*drawn, _script(to)] if drawn else []
+    """Write one page of the pictures that the search has numbers for; returns its path, if there are any.
+
+    plotly.js is in the page: a viewer that shows it alone, as MLflow does, finds no file beside it.
+    """
+    figures = [
+        figure
+        for make in (_trials, _history, _parallel, _importance, _frontier)
+        if (figure := make(search)) is not None
+    ]
+    if not figures:
+        return []
+    page = _HEAD
+    for i, figure in enumerate(figures):
+        page += figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
+    return [_replace(page + "</body></html>\n", to / _PAGE)]
 
 
 def _trials(search: Search) -> "Figure | None":
@@ -36,24 +45,23 @@ def _trials(search: Search) -> "Figure | None":
     if not present:
         return None
     figure = _panels([points.metric_name(o.metric) for o, _ in present], "optimizer step")
+    _families(figure, search, "lines+markers")
     best = {trial.number for trial in search.best.trials} if search.best else set()
     for row, (_, curves) in enumerate(present, start=1):
-        told = set[str]()
         for curve in curves:
             look = search.look(curve.record)
-            line = {
-                "color": look.colour,
-                "dash": "solid" if curve.record.control_of is None else "dash",
-                "width": 4 if curve.record.number in best else 1.5,
-            }
+            is_best = curve.record.number in best
+            dash = "dash" if curve.record.control_of is not None else _dash(look)
             figure.add_scatter(
                 x=curve.steps,
                 y=curve.values,
                 mode="lines+markers",
-                line=line,
+                line={"color": look.colour, "dash": dash, "width": 4 if is_best else 1.5},
+                opacity=1.0 if is_best else 0.65,
                 marker={"size": 4, "symbol": _MARKERS[look.marker]},
                 hovertemplate=_about(search, curve.record) + "<br>step %{x}: %{y:.4g}<extra></extra>",
-                **_entry(look.family, told, row),
+                legendgroup=look.family,
+                showlegend=False,
                 row=row,
                 col=1,
             )
@@ -66,6 +74,7 @@ def _history(search: Search) -> "Figure | None":
         return None
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
     figure = _panels([points.metric_name(o.metric) for o, _ in present], f"{unit} since the search began")
+    _families(figure, search, "markers")
     for row, (_, ended) in enumerate(present, start=1):
         figure.add_scatter(
             x=[one.seconds / seconds for one in ended],
@@ -80,8 +89,6 @@ def _history(search: Search) -> "Figure | None":
         )
         for family, look in search.looks.items():
             own = [one for one in ended if points.family(one.record) == family]
-            hollow = [one.record.control_of is not None for one in own]
-            symbol = _MARKERS[look.marker]
             figure.add_scatter(
                 x=[one.seconds / seconds for one in own],
                 y=[one.value for one in own],
@@ -89,11 +96,12 @@ def _history(search: Search) -> "Figure | None":
                 marker={
                     "color": look.colour,
                     "size": 9,
-                    "symbol": [f"{symbol}-open" if is_control else symbol for is_control in hollow],
+                    "symbol": [_symbol(look, one.record) for one in own],
                 },
                 text=[_about(search, one.record) for one in own],
                 hovertemplate="%{text}<br>%{y:.4g}<extra></extra>",
-                **_entry(family, set(), row),
+                legendgroup=family,
+                showlegend=False,
                 row=row,
                 col=1,
             )
@@ -119,7 +127,8 @@ def _parallel(search: Search) -> "Figure | None":
     ]
     line = {"color": [-place for place in range(len(shown))], "colorscale": "Viridis_r"}
     figure = Figure(Parcoords(dimensions=dimensions, line=line))
-    figure.update_layout(title=f"{len(shown)} points, the better the darker", margin={"t": 120})
+    title = f"{len(shown)} points: the darker, the higher in the ranking"
+    figure.update_layout(title=title, margin={"t": 120, "l": 170}, height=640)
     return figure
 
 
@@ -154,6 +163,7 @@ def _frontier(search: Search) -> "Figure | None":
     figure = _panels(
         [points.metric_name(m) for m in present], f"{points.metric_name(kl)} (nats per response)"
     )
+    _families(figure, search, "markers")
     for row, evaluations in enumerate(present.values(), start=1):
         for family, look in search.looks.items():
             own = [one for one in evaluations if points.family(one.record) == family]
@@ -163,10 +173,15 @@ def _frontier(search: Search) -> "Figure | None":
                 x=[one.kl for one in own],
                 y=[one.value for one in own],
                 mode="markers",
-                marker={"color": look.colour, "symbol": _MARKERS[look.marker], "opacity": 0.45},
+                marker={
+                    "color": look.colour,
+                    "opacity": 0.45,
+                    "symbol": [_symbol(look, one.record) for one in own],
+                },
                 text=[f"{_about(search, one.record)}<br>step {one.step}" for one in own],
                 hovertemplate="%{text}<br>KL %{x:.3g}: %{y:.4g}<extra></extra>",
-                **_entry(family, set(), row),
+                legendgroup=family,
+                showlegend=False,
                 row=row,
                 col=1,
             )
@@ -175,7 +190,7 @@ def _frontier(search: Search) -> "Figure | None":
                 x=[x for x, _ in edge],
                 y=[y for _, y in edge],
                 mode="lines",
-                line={"color": look.colour, "shape": "hv", "width": 2.5},
+                line={"color": look.colour, "dash": _dash(look), "shape": "hv", "width": 2.5},
                 hoverinfo="skip",
                 legendgroup=family,
                 showlegend=False,
@@ -188,23 +203,40 @@ def _frontier(search: Search) -> "Figure | None":
 def _panels(titles: Sequence[str], below: str, *, share: bool = True) -> "Figure":
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(
-        rows=len(titles), cols=1, shared_xaxes=share, subplot_titles=[html.escape(title) for title in titles]
-    )
-    figure.update_layout(template="plotly_white", height=120 + 380 * len(titles), hovermode="closest")
-    figure.update_xaxes(title=below, row=len(titles), col=1)
+    rows = len(titles)
+    titles = [html.escape(title[:1].upper() + title[1:]) for title in titles]
+    gap = (0.1 if share else 0.22) / max(rows - 1, 1)
+    figure = make_subplots(rows=rows, cols=1, shared_xaxes=share, subplot_titles=titles, vertical_spacing=gap)
+    figure.update_layout(template="plotly_white", height=140 + 400 * rows, hovermode="closest")
+    figure.update_xaxes(title=below, row=rows, col=1)
     return figure
 
 
-def _entry(family: str, told: set[str], row: int) -> dict[str, Any]:
-    """One entry in the legend per family; a click on it shows and hides all its lines."""
-    entry = {
-        "name": html.escape(family),
-        "legendgroup": family,
-        "showlegend": row == 1 and family not in told,
-    }
-    told.add(family)
-    return entry
+def _families(figure: "Figure", search: Search, mode: str) -> None:
+    """What colours and forms mean; a click on a family shows and hides all of it."""
+    for family, look in search.looks.items():
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode=mode,
+            line={"color": look.colour, "dash": _dash(look)},
+            marker={"color": look.colour, "symbol": _MARKERS[look.marker]},
+            name=html.escape(family),
+            legendgroup=family,
+        )
+    if any(record.control_of is not None for record in search.records):
+        style = {"line": {"color": "#888888", "dash": "dash"}, "marker": {"symbol": "circle-open"}}
+        only = "lines" if "lines" in mode else "markers"
+        figure.add_scatter(x=[None], y=[None], mode=only, name="control", **style)
+
+
+def _dash(look: Look) -> str:
+    return "dashdot" if look.again else "solid"
+
+
+def _symbol(look: Look, record: TrialRecord) -> str:
+    """Hollow for a control."""
+    return _MARKERS[look.marker] + ("-open" if record.control_of is not None else "")
 
 
 def _about(search: Search, record: TrialRecord) -> str:
@@ -213,17 +245,6 @@ def _about(search: Search, record: TrialRecord) -> str:
         f"{name} {points.text(record.point[f])}" for f, name in search.names.items() if f in record.point
     ]
     return html.escape(about) + "".join(f"<br>{html.escape(line)}" for line in lines)
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    page = figure.to_html(include_plotlyjs="directory", config={"displaylogo": False})
-    return _replace(page, path)
-
-
-def _script(folder: Path) -> Path:
-    from plotly.offline import get_plotlyjs
-
-    return _replace(get_plotlyjs(), folder / _SCRIPT)
 
 
 def _replace(text: str, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures of a search, as PNG and as HTML to point at: what was not measured is not drawn."""
+"""Pictures of a search, as PNG and on a page to point at: what was not measured is not drawn."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def draw(
     *,
     primary: str | None = None,
 ) -> list[Path]:
-    """Draw a search into the folder `to`, each picture as PNG and as HTML.
+    """Draw a search into the folder `to`: each picture as PNG, and all of them on one page, search.html.
 
     trials (objectives over steps), history (results in the order they came), parallel (which fields went with
     which results), importance (of the fields), frontier (what was gained at which divergence from `primary`).
@@ -34,7 +34,7 @@ def draw(
         primary: the reference whose divergence is drawn, if it was measured.
 
     Returns:
-        The files written, `plotly.min.js` that the HTML files read included.
+        The files written.
     """
     search = Search.read(records, objectives, folders, primary)
     return [*sweep_png.draw(search, to), *sweep_html.draw(search, to)]

@@ -45,20 +45,24 @@ def _trials(search: Search) -> "Figure | None":
         ax.set(title=f"{_capital(name)} of {len(curves)} trials", ylabel=name)
         for curve in curves:
             is_best = curve.record.number in best
+            failed = curve.record.status == "failed"
             look = search.look(curve.record)
+            colour, alpha = look.colour, 1.0 if is_best else 0.55
+            dash = _dash(curve.record.control_of is not None, look.again)
+            width, order = (2.4, 3) if is_best else (1.1, 2)
             ax.plot(
                 curve.steps,
                 curve.values,
-                color=look.colour,
-                linestyle=_dash(curve.record.control_of is not None, look.again),
-                linewidth=2.4 if is_best else 1.1,
-                alpha=1.0 if is_best else 0.55,
-                zorder=3 if is_best else 2,
-                marker="x" if curve.record.status == "failed" else look.marker,
-                markevery=[len(curve.steps) - 1],
-                markersize=5 if is_best else 3.5,
+                color=colour,
+                linestyle=dash,
+                linewidth=width,
+                alpha=alpha,
+                zorder=order,
             )
-    _families(axes[0], search, lines=True, also=_ends(search))
+            end = {"marker": "x", "color": "black"} if failed else {"marker": look.marker, "color": colour}
+            size = 6 if failed or is_best else 3.5
+            ax.plot(curve.steps[-1], curve.values[-1], markersize=size, zorder=4 if failed else order, **end)
+    _families(axes[0], search, lines=True, dashed=True, also=_ends(search))
     return figure
 
 
@@ -67,7 +71,7 @@ def _ends(search: Search) -> "list[Line2D]":
 
     handles = []
     if any(record.status == "failed" for record in search.records):
-        handles.append(Line2D([], [], color=_GREY, linestyle="none", marker="x", label="failed"))
+        handles.append(Line2D([], [], color="black", linestyle="none", marker="x", label="failed"))
     if search.best is not None:
         told = f"the first of the ranking:\n{points.trial_numbers(search.best.trials)}"
         handles.append(Line2D([], [], color=_GREY, linewidth=2.4, label=told))
@@ -149,6 +153,8 @@ def _curve(heights: Sequence[float]) -> tuple[list[tuple[float, float]], list[in
 
 def _axis(ax: "Axes", x: int, axis: Axis) -> None:
     ax.plot([x, x], [0, 1], color="black", linewidth=0.9, zorder=3)
+    for low, high in axis.bands:
+        ax.plot([x, x], [low, high], color="black", linewidth=3, solid_capstyle="butt", zorder=3)
     note = f" ({axis.note})" if axis.note else ""
     ax.text(x, 1.05, _plain(axis.name + note), ha="center", va="bottom", fontsize=9, weight="bold")
     for y, label in axis.ticks:
@@ -185,7 +191,7 @@ def _frontier(search: Search) -> "Figure | None":
     figure, axes = stacked(len(present), height=3.6)
     for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
         name = points.metric_name(metric)
-        ax.set(title=f"{_capital(name)} against divergence; lines: the best within each", ylabel=name)
+        ax.set(title=f"{_capital(name)} against divergence; lines: the best of each loss", ylabel=name)
         for family in search.families:
             own = [one for one in evaluations if points.family(one.record) == family]
             if not own:
@@ -210,7 +216,9 @@ def _frontier(search: Search) -> "Figure | None":
     return figure
 
 
-def _families(ax: "Axes", search: Search, *, lines: bool, also: "Sequence[Line2D]" = ()) -> None:
+def _families(
+    ax: "Axes", search: Search, *, lines: bool, dashed: bool = False, also: "Sequence[Line2D]" = ()
+) -> None:
     """What the colours and forms mean, beside the picture."""
     from matplotlib.lines import Line2D
 
@@ -227,7 +235,7 @@ def _families(ax: "Axes", search: Search, *, lines: bool, also: "Sequence[Line2D
         for family, look in search.looks.items()
     ]
     if any(record.control_of is not None for record in search.records):
-        style: dict[str, Any] = {"linestyle": _DASHED} if lines else {"linestyle": "none", **_HOLLOW}
+        style: dict[str, Any] = {"linestyle": _DASHED} if dashed else {"linestyle": "none", **_HOLLOW}
         handles.append(Line2D([], [], color=_GREY, label="control", **style))
     handles += also
     if len(handles) > 1:
@@ -244,7 +252,7 @@ def _capital(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def _cut(label: str, most: int = 16) -> str:
+def _cut(label: str, most: int = 20) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
