@@ -1,12 +1,12 @@
 """A point of the search while it is drawn, field by field."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from losses.config import LossConfig
 from losses.presets import from_settings
-from tune_spaces.domains import Domain, Fixed, SpaceError
+from tune_spaces.domains import Choice, Domain, Fixed, SpaceError
 
 PRESET = "loss.preset"
 USE = "references.use"
@@ -21,16 +21,17 @@ class Ask(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """That a field was drawn: under which name, from what, and in which case it is at all."""
+    """That a field was drawn: from what, in which case, and whether the sweep file narrows it."""
 
     field: str
     domain: Domain
     when: str = ""
+    narrowed: bool = False
 
     @property
     def name(self) -> str:
         """`loss.beta`, or `loss.beta [simpo]` for a field whose domain is of that case only."""
-        return f"{self.field} [{self.when}]" if self.when else self.field
+        return f"{self.field} [{self.when}]" if self.when and not self.narrowed else self.field
 
 
 @dataclass(kw_only=True)
@@ -56,15 +57,24 @@ class Draft:
     fields: dict[str, Any] = field(default_factory=dict)
     drawn: list[Drawn] = field(default_factory=list)
 
-    def draw(self, field: str, domain: Domain, when: str = "") -> Any:
+    def draw(
+        self, field: str, domain: Domain, when: str = "", suits: Callable[[Any], bool] | None = None
+    ) -> Any:
         """Choose a field's value.
 
         Args:
             field: dotted, as in the run file.
             domain: what it may be, unless the sweep file narrows it.
             when: the case that the domain belongs to, e.g. a loss family. A narrowed domain is of all cases.
+            suits: which values of a narrowed choice can be in this case; those alone are asked then.
+
+        Raises:
+            SpaceError: the sweep file gives no value for this case.
         """
-        drawn = Drawn(field, self.narrowed.get(field, domain), "" if field in self.narrowed else when)
+        narrowed = self.narrowed.get(field)
+        drawn = Drawn(field, narrowed or domain, when, narrowed=narrowed is not None)
+        if suits and isinstance(narrowed, Choice) and not all(map(suits, narrowed.values)):
+            drawn = Drawn(field, _suiting(narrowed, suits, field, when), when)
         domain = drawn.domain
         self.fields[field] = domain.value if isinstance(domain, Fixed) else self.ask(drawn.name, domain)
         self.drawn.append(drawn)
@@ -104,6 +114,15 @@ class Draft:
         return (frozenset(self.fields), *stages)
 
 
+def _suiting(choice: Choice, suits: Callable[[Any], bool], field: str, when: str) -> Choice:
+    values = tuple(filter(suits, choice.values))
+    if not values:
+        raise SpaceError(
+            f"{field} is narrowed to {choice}: none is for {when}; add one, or narrow loss.preset"
+        )
+    return type(choice)(values=values)
+
+
 def applied(content: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a run file with a point's fields in it.
 
@@ -113,7 +132,7 @@ def applied(content: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, A
     content = dict(content)
     if PRESET in point:
         content["loss"] = {}
-    for name in sorted(point, key=lambda name: not name.endswith(".type")):
+    for name in sorted(point, key=lambda name: (name.count("."), not name.endswith(".type"))):
         *sections, last = name.split(".")
         section = content
         for part in sections:

@@ -57,13 +57,13 @@ def explore(steps: Sequence[Step], start: Draft) -> Explored:
 
     Drafts of one shape go on as one, for a space may look at nothing else; that keeps their number small.
     """
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[tuple[str, str], Drawn] = {}
     ends = [(start, frozenset[str]())]
     for step in steps:
         merged: dict[Any, tuple[Draft, frozenset[str]]] = {}
         for draft, always in ends:
             for end in branches(partial(_stepped, step, draft), _kinds):
-                drawn.update((one.name, one) for one in end.drawn)
+                drawn.update(((one.field, one.when), one) for one in end.drawn)
                 names = always | {one.name for one in end.drawn}
                 shape = end.shape
                 _, others = merged.get(shape, (end, names))

@@ -1,11 +1,14 @@
 """Named space `references`: which of the run's references, and how several become one."""
 
 from itertools import combinations
+from typing import Any
 
 from pydantic import JsonValue
 
 from tune_spaces.domains import Choice
 from tune_spaces.draft import USE, Draft
+
+SEVERAL = "several references"
 
 _COMBINE = "loss.references.combine"
 _WEIGHTS = "loss.references.weights"
@@ -28,21 +31,25 @@ def references(draft: Draft) -> None:
     stage = draft.loss.references
     if len(draft.references) < 2 or stage.combine == "none":
         return
-    when = "several references"
     alone, *several = _subsets(draft.references)
     if draft.has_family and stage.combine != "single":
-        draft.draw(USE, Choice(values=tuple(several)), when=when)
-    elif draft.draw(USE, Choice(values=(alone, *several))) == alone or _combine(draft, when) == "single":
+        draft.draw(USE, Choice(values=tuple(several)), when=SEVERAL, suits=are_several)
+    elif draft.draw(USE, Choice(values=(alone, *several))) == alone or _combine(draft) == "single":
         if stage.combine != "single":
             _combine_none(draft)
         return
     for field, domain in _SEVERAL.items():
         if field not in draft.fields:
-            draft.draw(field, domain, when=when)
+            draft.draw(field, domain, when=SEVERAL)
 
 
-def _combine(draft: Draft, when: str) -> str:
-    return str(draft.draw(_COMBINE, Choice(values=("harmonic", "geometric", "multi_loss")), when=when))
+def are_several(names: Any) -> bool:
+    """Whether a value of `references.use` leaves something to combine."""
+    return isinstance(names, list) and len(names) > 1
+
+
+def _combine(draft: Draft) -> str:
+    return str(draft.draw(_COMBINE, Choice(values=("harmonic", "geometric", "multi_loss")), when=SEVERAL))
 
 
 def _combine_none(draft: Draft) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from losses.settings import unknown
 from tune_spaces.dispersion import dispersion
 from tune_spaces.domains import Domain, Numeric, SpaceError, parse
-from tune_spaces.draft import PRESET, USE, Ask, Draft, Drawn, applied
+from tune_spaces.draft import USE, Ask, Draft, Drawn, applied
 from tune_spaces.explore import Explored, Step, branches, discrete, explore
 from tune_spaces.losses import losses
 from tune_spaces.optimizer import optimizer
-from tune_spaces.references import references
+from tune_spaces.references import SEVERAL, are_several, references
 from tune_spaces.soft_labels import soft_labels
 
 __all__ = ["SPACES", "Ask", "Domain", "NamedSpace", "Row", "Space", "SpaceError", "applied", "parse"]
@@ -103,10 +103,7 @@ class Space:
         for field, domain in self._added.items():
             if field != USE:
                 draft.draw(field, domain)
-        if _reads_primary_alone(draft):
-            draft.fix(USE, [self._references[0]])
-        elif USE in self._added:
-            draft.draw(USE, self._added[USE])
+        self._choose_references(draft)
         return draft.fields
 
     def grid(self) -> Iterator[dict[str, Any]]:
@@ -128,9 +125,10 @@ class Space:
         """The space as a person reads it; cases that share a domain share a line."""
         cases: dict[str, dict[str, list[str]]] = {}
         for one in self._drawn:
-            cases.setdefault(one.field, {}).setdefault(str(one.domain), []).append(one.when)
+            when = "" if one.name in self._explored.always else one.when
+            cases.setdefault(one.field, {}).setdefault(str(one.domain), []).append(when)
         return [
-            Row(field, domain, ", ".join(when))
+            Row(field, domain, ", ".join(filter(None, when)))
             for field, domains in cases.items()
             for domain, when in domains.items()
         ]
@@ -159,6 +157,21 @@ class Space:
     def _draft(self, ask: Ask) -> Draft:
         return Draft(ask=ask, references=self._references, base_loss=self._base_loss, narrowed=self._fields)
 
+    def _choose_references(self, draft: Draft) -> None:
+        """Leave the references that the loss makes something of, or ask which if the sweep file does.
+
+        A base run without a reference in its loss keeps those it lists: it may be measured against them.
+        """
+        try:
+            combine = draft.loss.references.combine if len(self._references) > 1 else None
+        except SpaceError:  # an added field does not fit; the run file's check says why
+            return
+        if combine == "single" or (combine == "none" and draft.has_family):
+            draft.fix(USE, [self._references[0]])
+        elif USE in self._added:
+            several = are_several if combine not in (None, "none") else None
+            draft.draw(USE, self._added[USE], when=SEVERAL if several else "", suits=several)
+
     def _each_once(self) -> Iterator[dict[str, Any]]:
         seen = set()
         for point in branches(self.draw, lambda domain: discrete(domain) or ()):
@@ -168,22 +181,8 @@ class Space:
                 yield point
 
 
-def _reads_primary_alone(draft: Draft) -> bool:
-    """Whether the drawn loss makes nothing of references after the first.
-
-    A base run without a reference in its loss keeps those it lists: it may be measured against them.
-    """
-    if len(draft.references) < 2:
-        return False
-    try:
-        combine = draft.loss.references.combine
-    except SpaceError:  # an added field does not fit; the run file's check says why
-        return False
-    return combine == "single" or (combine == "none" and PRESET in draft.fields)
-
-
 def _has_range(drawn: Drawn) -> bool:
-    return isinstance(drawn.domain, Numeric) and not drawn.when
+    return isinstance(drawn.domain, Numeric) and drawn.name == drawn.field
 
 
 def _no_answer(name: str, domain: Domain, /) -> Any:

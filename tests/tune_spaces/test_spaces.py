@@ -139,6 +139,11 @@ def test_a_field_that_is_narrowed_has_one_name_in_all_cases() -> None:
     assert {point["loss.preset"] for point in points} == {"dpo", "simpo"}
     assert all(0.1 <= point["loss.beta"] <= 0.2 for point in points)
     assert list(narrow.numeric) == ["loss.beta"]
+    assert [(row.field, row.when) for row in narrow.table()] == [
+        ("loss.preset", ""),
+        ("loss.beta", ""),
+        ("loss.margin", "simpo"),
+    ]
 
 
 def test_a_narrowed_field_of_one_family_is_not_added_to_the_others() -> None:
@@ -148,6 +153,7 @@ def test_a_narrowed_field_of_one_family_is_not_added_to_the_others() -> None:
         ("nca", None),
         ("simpo", 0.5),
     }
+    assert ("loss.margin", "0.5", "simpo") in {(row.field, row.domain, row.when) for row in narrow.table()}
 
 
 def test_added_fields_are_drawn_and_a_value_is_not_asked() -> None:
@@ -158,12 +164,22 @@ def test_added_fields_are_drawn_and_a_value_is_not_asked() -> None:
     assert point["training.epochs"] in (1, 2, 3)
 
 
-def test_added_references_are_asked_of_losses_that_read_several() -> None:
-    added = space(
-        [], 2, loss__preset={"grid": ["dpo", "mrpo"]}, references__use={"grid": [["base"], ["base", "movie"]]}
-    )
-    drawn = [(point["loss.preset"], point["references.use"]) for point in added.grid()]
-    assert drawn == [("dpo", ["base"]), ("mrpo", ["base"]), ("mrpo", ["base", "movie"])]
+@pytest.mark.parametrize("names", [[], ["losses"], ["losses", "references"]])
+def test_references_of_the_sweep_file_go_to_losses_that_read_so_many(names: list[str]) -> None:
+    uses = {"grid": [["base"], ["base", "movie"], ["base", "large"]]}
+    narrow = space(names, 3, loss__preset={"grid": ["simpo", "mrpo"]}, references__use=uses)
+    points, sampler = [], Sampler(0)
+    for _ in range(20):
+        points.append(narrow.draw(sampler))
+        run_of({"preset": "dpo"}, 3, points[-1])
+    used = {(point["loss.preset"], *point["references.use"]) for point in points}
+    assert used == {("simpo", "base"), ("mrpo", "base", "movie"), ("mrpo", "base", "large")}
+
+
+def test_a_family_that_the_sweep_file_leaves_no_references_is_refused() -> None:
+    narrow = space(["losses", "references"], 2, loss__preset="mrpo", references__use={"choice": [["base"]]})
+    with pytest.raises(SpaceError, match=r"references\.use .* base: none is for several references"):
+        narrow.table()
 
 
 def test_a_grid_has_every_combination_once() -> None:
@@ -205,6 +221,8 @@ def test_a_drawn_type_replaces_its_section_and_a_drawn_loss_all_of_it() -> None:
         "preset": "dpo",
         "dispersion": {"type": "constant", "value": 2.0},
     }
+    section = {"loss.link.alpha": 3.0, "loss.link": {"type": "ropo"}}
+    assert applied(content, section)["loss"]["link"] == {"type": "ropo", "alpha": 3.0}
     assert content["loss"]["dispersion"] == {"type": "entropy", "phi_star": "auto"}
 
 
