@@ -1,11 +1,10 @@
 """A search's journal: one JSON file per trial, replaced in one move, so that a kill loses nothing.
 
-It is the whole state of a search. Ray Tune's own is thrown away at every start: what a trial was asked, what came
-of it and where it lies is read back from here.
+It is the whole state of a search. Ray Tune's own is thrown away at every start: what a trial was asked,
+what came of it and where it lies is read back from here.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +28,8 @@ class TrialRecord:
         point_id: number of the first trial of the same point; repeats share it.
         repeat: 0, 1, ...; added to the run file's seed.
         control_of: the point whose matched DPO this is.
-        point: dotted run-file fields that were drawn.
+        point: dotted run-file fields that the trial runs with.
+        drawn: the same as they were entered; a scheduler may change `point` while the trial runs.
         params: the sampler's own names and values for the point.
         status: where it stands.
         step: optimizer steps taken at its last report.
@@ -44,6 +44,7 @@ class TrialRecord:
     repeat: int = 0
     control_of: int | None = None
     point: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     status: Status = "pending"
     step: int = 0
@@ -51,6 +52,9 @@ class TrialRecord:
     reason: str | None = None
     seconds: float = 0.0
     mlflow_run: str | None = None
+
+    def __post_init__(self) -> None:
+        self.drawn = self.drawn or dict(self.point)
 
     @property
     def name(self) -> str:
@@ -91,27 +95,42 @@ class Trials:
         control_of: int | None = None,
     ) -> list[TrialRecord]:
         """New pending trials of one point, one per repeat."""
-        first = max(self._records, default=0) + 1
-        entered = []
-        for repeat in range(repeats):
+        first = TrialRecord(
+            number=self._next,
+            point_id=self._next,
+            control_of=control_of,
+            point=dict(point),
+            params=dict(params or {}),
+        )
+        self.write(first)
+        return self.complete(first.number, repeats)
+
+    def complete(self, point_id: int, repeats: int) -> list[TrialRecord]:
+        """A point's trials; repeats it lacks, as after a kill between two of them, are entered as pending."""
+        there = [record for record in self if record.point_id == point_id]
+        for repeat in sorted(set(range(repeats)) - {record.repeat for record in there}):
             record = TrialRecord(
-                number=first + repeat,
-                point_id=first,
+                number=self._next,
+                point_id=point_id,
                 repeat=repeat,
-                control_of=control_of,
-                point=dict(point),
-                params=dict(params or {}),
+                control_of=there[0].control_of,
+                point=dict(there[0].drawn),
+                params=dict(there[0].params),
             )
             self.write(record)
-            entered.append(record)
-        return entered
+            there.append(record)
+        return there
+
+    @property
+    def _next(self) -> int:
+        return max(self._records, default=0) + 1
 
     def write(self, record: TrialRecord) -> None:
         """Keep a record, changed or new."""
         self._records[record.number] = record
         folder = self.path(record)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{TRIAL}.{os.getpid()}"
+        temporary = folder / f".{TRIAL}"  # one process writes the journal, so that a kill leaves one at most
         temporary.write_text(json.dumps(asdict(record), indent=1))
         temporary.replace(folder / TRIAL)
 
