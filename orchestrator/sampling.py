@@ -72,7 +72,7 @@ class Sampler:
         self._model = causal_model(policy.scorer.model)
         self._ends = _ends(self._model, policy.tokenizer)
         self._refuse_too_long()
-        if config.kl_budget is not None and names[:1] != self._names[:1]:
+        if config.kl_budget is not None and self._names[:1] != list(names[:1]):
             raise ModelError(
                 f"evaluation.sampling.kl_budget: the primary reference {names[0]!r} reads other token ids "
                 "than the policy (another tokenizer or chat template), so the KL to it cannot be measured; "
