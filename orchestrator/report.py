@@ -439,7 +439,7 @@ def _status(one: Ranked) -> str:
 
 
 def _counts(records: Sequence[TrialRecord]) -> str:
-    counts = Counter(record.status for record in records)
+    counts: Counter[str] = Counter(record.status for record in records)
     order = ("running", "finished", "stopped", "failed", "pending")
     return ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
 

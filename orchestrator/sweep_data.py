@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import points
 from orchestrator.importance import Importance, importance
@@ -21,9 +21,13 @@ from orchestrator.trials import TrialRecord
 if TYPE_CHECKING:
     from orchestrator.sweep import Objective
 
-_MARKERS = ("o", "s", "^", "D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "p")
+"""matplotlib's, one per colour."""
+OTHER_MARKER = "*"
+_GREY, _BASELINE = "#999999", "dpo"
 _NOT_SET = {points.ABSENT: "not set"}
 _SLOT = 0.1  # of an axis of numbers, for each kind that is no number
+_AXES = 10  # as many as can be read side by side
 _ORDINAL = 6  # distinct numbers; an axis of no more shows each of them
 _GOOD = ("eval/reward", "eval/accuracy", "eval/margin")
 
@@ -63,12 +67,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Look:
-    """How a family of losses is told from the others; `again` if its colour had to be used before."""
+    """How a family of losses is told from the others: no two have a colour or a marker in common."""
 
     family: str
     colour: str
     marker: str
-    again: bool
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ class Evaluated:
     step: int
     kl: float
     value: float
+
+
+_Of = TypeVar("_Of", Curve, Ended, Evaluated)
 
 
 @dataclass(frozen=True)
@@ -114,23 +120,34 @@ class Search:
         return points.short_names(points.shown_fields(self.records))
 
     @cached_property
-    def families(self) -> list[str]:
-        """Losses that were tried, the best first."""
-        ranked = [trial for one in self.ranked for trial in one.trials]
-        return list(dict.fromkeys(points.family(record) for record in [*ranked, *self.records]))
-
-    @cached_property
     def looks(self) -> dict[str, Look]:
-        """One per family; beyond as many as there are colours these come again, with another marker."""
+        """By family, the best first. DPO and the best have a colour each; the others have one in common."""
+        ranked = [trial for one in self.ranked for trial in one.trials]
+        families = list(dict.fromkeys(points.family(record) for record in [*ranked, *self.records]))
         count = len(COLOURS)
-        return {
-            family: Look(family, COLOURS[i % count], _MARKERS[i // count % len(_MARKERS)], i >= count)
-            for i, family in enumerate(self.families)
+        if len(families) <= count:
+            named = families
+        else:
+            named = [family for family in families if family != _BASELINE][: count - (_BASELINE in families)]
+            named = [family for family in families if family in (*named, _BASELINE)]
+        looks = {
+            family: Look(family, colour, marker)
+            for family, colour, marker in zip(named, COLOURS, MARKERS, strict=False)
         }
+        others = [family for family in families if family not in named]
+        other = Look(f"{len(others)} other{'s' * (len(others) > 1)}", _GREY, OTHER_MARKER)
+        return looks | dict.fromkeys(others, other)
 
     def look(self, record: TrialRecord) -> Look:
         """That of the trial's family."""
         return self.looks[points.family(record)]
+
+    def by_look(self, evaluations: "Iterable[_Of]") -> dict[Look, "list[_Of]"]:
+        """What belongs to a trial, by the look that its family has."""
+        found: dict[Look, list[_Of]] = {look: [] for look in self.looks.values()}
+        for one in evaluations:
+            found[self.look(one.record)].append(one)
+        return {look: own for look, own in found.items() if own}
 
     @property
     def best(self) -> Ranked | None:
@@ -140,7 +157,10 @@ class Search:
     @cached_property
     def importances(self) -> dict[str, Importance]:
         """By objective; empty where there are too few points."""
-        drawn = [points.flat(one.point) for one in self.ranked]
+        drawn = [
+            {field: value for field, value in points.flat(one.point).items() if field in self.names}
+            for one in self.ranked
+        ]
         found = {
             o.metric: importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
             for o in self.objectives
@@ -202,13 +222,14 @@ class Search:
         found = {metric: self.evaluated(metric) for metric in _GOOD}
         return {metric: evaluations for metric, evaluations in found.items() if evaluations}
 
-    def axes(self, shown: Sequence[Ranked], most: int = 12) -> list[Axis]:
-        """One per field that varies over these points, at most `most`, and one per objective."""
+    def axes(self, shown: Sequence[Ranked]) -> list[Axis]:
+        """One per field that varies over these points, at most ten that most of them have, and per objective."""
         drawn = [points.flat(one.point) for one in shown]
-        fields = points.varied(drawn)[:most]
+        fields = points.varied(drawn)
+        common = sorted(fields, key=lambda field: -sum(field in point for point in drawn))[:_AXES]
+        fields = [field for field in fields if field in common]
         axes = [
-            _axis(self.names.get(field, field), [point.get(field, points.ABSENT) for point in drawn])
-            for field in fields
+            _axis(self.names[field], [point.get(field, points.ABSENT) for point in drawn]) for field in fields
         ]
         for objective in self.objectives:
             values = [one.estimates[objective.metric].mean for one in shown]

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import points
-from orchestrator.sweep_data import Look, Search, hull, time_unit
+from orchestrator.sweep_data import MARKERS, OTHER_MARKER, Look, Search, hull, time_unit
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-_MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
+_SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "pentagon")
+_MARKERS = {**dict(zip(MARKERS, _SYMBOLS, strict=True)), OTHER_MARKER: "star"}
 _PAGE = "search.html"
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -51,7 +52,7 @@ def _trials(search: Search) -> "Figure | None":
         for curve in curves:
             look = search.look(curve.record)
             is_best = curve.record.number in best
-            dash = "dash" if curve.record.control_of is not None else _dash(look)
+            dash = "dash" if curve.record.control_of is not None else "solid"
             figure.add_scatter(
                 x=curve.steps,
                 y=curve.values,
@@ -87,8 +88,7 @@ def _history(search: Search) -> "Figure | None":
             row=row,
             col=1,
         )
-        for family, look in search.looks.items():
-            own = [one for one in ended if points.family(one.record) == family]
+        for look, own in search.by_look(ended).items():
             figure.add_scatter(
                 x=[one.seconds / seconds for one in own],
                 y=[one.value for one in own],
@@ -100,7 +100,7 @@ def _history(search: Search) -> "Figure | None":
                 },
                 text=[_about(search, one.record) for one in own],
                 hovertemplate="%{text}<br>%{y:.4g}<extra></extra>",
-                legendgroup=family,
+                legendgroup=look.family,
                 showlegend=False,
                 row=row,
                 col=1,
@@ -165,10 +165,7 @@ def _frontier(search: Search) -> "Figure | None":
     )
     _families(figure, search, "markers")
     for row, evaluations in enumerate(present.values(), start=1):
-        for family, look in search.looks.items():
-            own = [one for one in evaluations if points.family(one.record) == family]
-            if not own:
-                continue
+        for look, own in search.by_look(evaluations).items():
             figure.add_scatter(
                 x=[one.kl for one in own],
                 y=[one.value for one in own],
@@ -180,7 +177,7 @@ def _frontier(search: Search) -> "Figure | None":
                 },
                 text=[f"{_about(search, one.record)}<br>step {one.step}" for one in own],
                 hovertemplate="%{text}<br>KL %{x:.3g}: %{y:.4g}<extra></extra>",
-                legendgroup=family,
+                legendgroup=look.family,
                 showlegend=False,
                 row=row,
                 col=1,
@@ -190,9 +187,9 @@ def _frontier(search: Search) -> "Figure | None":
                 x=[x for x, _ in edge],
                 y=[y for _, y in edge],
                 mode="lines",
-                line={"color": look.colour, "dash": _dash(look), "shape": "hv", "width": 2.5},
+                line={"color": look.colour, "shape": "hv", "width": 2.5},
                 hoverinfo="skip",
-                legendgroup=family,
+                legendgroup=look.family,
                 showlegend=False,
                 row=row,
                 col=1,
@@ -214,24 +211,20 @@ def _panels(titles: Sequence[str], below: str, *, share: bool = True) -> "Figure
 
 def _families(figure: "Figure", search: Search, mode: str) -> None:
     """What colours and forms mean; a click on a family shows and hides all of it."""
-    for family, look in search.looks.items():
+    for look in dict.fromkeys(search.looks.values()):
         figure.add_scatter(
             x=[None],
             y=[None],
             mode=mode,
-            line={"color": look.colour, "dash": _dash(look)},
+            line={"color": look.colour},
             marker={"color": look.colour, "symbol": _MARKERS[look.marker]},
-            name=html.escape(family),
-            legendgroup=family,
+            name=html.escape(look.family),
+            legendgroup=look.family,
         )
     if any(record.control_of is not None for record in search.records):
         style = {"line": {"color": "#888888", "dash": "dash"}, "marker": {"symbol": "circle-open"}}
         only = "lines" if "lines" in mode else "markers"
         figure.add_scatter(x=[None], y=[None], mode=only, name="control", **style)
-
-
-def _dash(look: Look) -> str:
-    return "dashdot" if look.again else "solid"
 
 
 def _symbol(look: Look, record: TrialRecord) -> str:

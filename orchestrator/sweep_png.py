@@ -48,7 +48,7 @@ def _trials(search: Search) -> "Figure | None":
             failed = curve.record.status == "failed"
             look = search.look(curve.record)
             colour, alpha = look.colour, 1.0 if is_best else 0.55
-            dash = _dash(curve.record.control_of is not None, look.again)
+            dash = _DASHED if curve.record.control_of is not None else "-"
             width, order = (2.4, 3) if is_best else (1.1, 2)
             ax.plot(
                 curve.steps,
@@ -59,7 +59,9 @@ def _trials(search: Search) -> "Figure | None":
                 alpha=alpha,
                 zorder=order,
             )
-            end = {"marker": "x", "color": "black"} if failed else {"marker": look.marker, "color": colour}
+            end: dict[str, Any] = (
+                {"marker": "x", "color": "black"} if failed else {"marker": look.marker, "color": colour}
+            )
             size = 6 if failed or is_best else 3.5
             ax.plot(curve.steps[-1], curve.values[-1], markersize=size, zorder=4 if failed else order, **end)
     _families(axes[0], search, lines=True, dashed=True, also=_ends(search))
@@ -192,25 +194,20 @@ def _frontier(search: Search) -> "Figure | None":
     for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
         name = points.metric_name(metric)
         ax.set(title=f"{_capital(name)} against divergence; lines: the best of each loss", ylabel=name)
-        for family in search.families:
-            own = [one for one in evaluations if points.family(one.record) == family]
-            if not own:
-                continue
-            look = search.looks[family]
-            for control in (False, True):
-                some = [one for one in own if (one.record.control_of is not None) == control]
-                ax.scatter(
-                    [one.kl for one in some],
-                    [one.value for one in some],
-                    s=14,
-                    marker=look.marker,
-                    edgecolors=look.colour,
-                    facecolors="none" if control else look.colour,
+        for look, own in search.by_look(evaluations).items():
+            for one in own:
+                hollow = one.record.control_of is not None
+                ax.plot(
+                    one.kl,
+                    one.value,
+                    look.marker,
+                    color=look.colour,
+                    markerfacecolor="none" if hollow else look.colour,
+                    markersize=4,
                     alpha=0.35,
-                    linewidths=0.8 if control else 0,
                 )
             x, y = zip(*hull(own), strict=True)
-            ax.step(x, y, where="post", color=look.colour, linewidth=1.8, linestyle=_dash(False, look.again))
+            ax.step(x, y, where="post", color=look.colour, linewidth=1.8)
     axes[-1].set_xlabel(f"{points.metric_name(kl)} (nats per response)")
     _families(axes[0], search, lines=True)
     return figure
@@ -226,13 +223,13 @@ def _families(
         Line2D(
             [],
             [],
-            linestyle=_dash(False, look.again) if lines else "none",
+            linestyle="-" if lines else "none",
             color=look.colour,
             marker=look.marker,
             markersize=5,
-            label=_plain(family),
+            label=_plain(look.family),
         )
-        for family, look in search.looks.items()
+        for look in dict.fromkeys(search.looks.values())
     ]
     if any(record.control_of is not None for record in search.records):
         style: dict[str, Any] = {"linestyle": _DASHED} if dashed else {"linestyle": "none", **_HOLLOW}
@@ -240,12 +237,6 @@ def _families(
     handles += also
     if len(handles) > 1:
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
-
-
-def _dash(control: bool, again: bool) -> Any:
-    if control:
-        return _DASHED
-    return "-." if again else "-"
 
 
 def _capital(name: str) -> str:
