@@ -11,6 +11,7 @@ from orchestrator import points
 
 LEAST = 8  # points; fewer say nothing about several fields
 _FOLDS, _TREES, _SHUFFLES = 5, 100, 10
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Importance:
     shares: Mapping[str, float]
     errors: Mapping[str, float]
     explained: float
+
+    @property
+    def first(self) -> list[str]:
+        """The most important fields, as many as are worth a picture."""
+        return list(self.shares)[:_SHOWN]
 
     @property
     def told(self) -> str:

@@ -152,7 +152,7 @@ class Search:
     @property
     def best(self) -> Ranked | None:
         """The first of the ranking that is no control."""
-        return next((one for one in self.ranked if one.control_of is None), None)
+        return next(iter(self.tried), None)
 
     @cached_property
     def importances(self) -> dict[str, Importance]:
@@ -222,12 +222,25 @@ class Search:
         found = {metric: self.evaluated(metric) for metric in _GOOD}
         return {metric: evaluations for metric, evaluations in found.items() if evaluations}
 
-    def axes(self, shown: Sequence[Ranked]) -> list[Axis]:
-        """One per field that varies over these points, at most ten that most of them have, and per objective."""
+    @property
+    def tried(self) -> list[Ranked]:
+        """Those of the ranking that are no controls."""
+        return [one for one in self.ranked if one.control_of is None]
+
+    def axes(self) -> list[Axis]:
+        """Of the points tried: one per field that varies, the ten most set of more, and one per objective.
+
+        None with fewer than two points, or where nothing varies.
+        """
+        shown = self.tried
+        if len(shown) < 2:
+            return []
         drawn = [points.flat(one.point) for one in shown]
         fields = points.varied(drawn)
         common = sorted(fields, key=lambda field: -sum(field in point for point in drawn))[:_AXES]
         fields = [field for field in fields if field in common]
+        if not fields:
+            return []
         axes = [
             _axis(self.names[field], [point.get(field, points.ABSENT) for point in drawn]) for field in fields
         ]

@@ -45,7 +45,9 @@ def _trials(search: Search) -> "Figure | None":
     present = [(o, curves) for o in search.objectives if (curves := search.curves(o.metric))]
     if not present:
         return None
-    figure = _panels([points.metric_name(o.metric) for o, _ in present], "optimizer step")
+    figure = _panels(
+        [f"{points.metric_name(o.metric)} of {len(curves)} trials" for o, curves in present], "optimizer step"
+    )
     _families(figure, search, "lines+markers")
     best = {trial.number for trial in search.best.trials} if search.best else set()
     for row, (_, curves) in enumerate(present, start=1):
@@ -74,7 +76,10 @@ def _history(search: Search) -> "Figure | None":
     if not present:
         return None
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
-    figure = _panels([points.metric_name(o.metric) for o, _ in present], f"{unit} since the search began")
+    figure = _panels(
+        [f"{points.metric_name(o.metric)} of trials as they ended" for o, _ in present],
+        f"{unit} since the search began",
+    )
     _families(figure, search, "markers")
     for row, (_, ended) in enumerate(present, start=1):
         figure.add_scatter(
@@ -109,9 +114,8 @@ def _history(search: Search) -> "Figure | None":
 
 
 def _parallel(search: Search) -> "Figure | None":
-    shown = [one for one in search.ranked if one.control_of is None]
-    axes = search.axes(shown)
-    if len(shown) < 2 or len(axes) <= len(search.objectives):
+    axes, count = search.axes(), len(search.tried)
+    if not axes:
         return None
     from plotly.graph_objects import Figure, Parcoords
 
@@ -125,9 +129,9 @@ def _parallel(search: Search) -> "Figure | None":
         }
         for axis in axes
     ]
-    line = {"color": [-place for place in range(len(shown))], "colorscale": "Viridis_r"}
+    line = {"color": [-place for place in range(count)], "colorscale": "Viridis_r"}
     figure = Figure(Parcoords(dimensions=dimensions, line=line))
-    title = f"{len(shown)} points: the darker, the higher in the ranking"
+    title = f"{count} points: the darker, the higher in the ranking"
     figure.update_layout(title=title, margin={"t": 120, "l": 170}, height=640)
     return figure
 
@@ -141,9 +145,9 @@ def _importance(search: Search) -> "Figure | None":
     )
     for row, one in enumerate(weighed.values(), start=1):
         figure.add_bar(
-            x=list(one.shares.values()),
-            y=[search.names.get(field, field) for field in one.shares],
-            error_x={"array": list(one.errors.values())},
+            x=[one.shares[field] for field in one.first],
+            y=[search.names[field] for field in one.first],
+            error_x={"array": [one.errors[field] for field in one.first]},
             orientation="h",
             marker={"color": "#0072B2"},
             showlegend=False,
@@ -161,7 +165,11 @@ def _frontier(search: Search) -> "Figure | None":
     if not present or kl is None:
         return None
     figure = _panels(
-        [points.metric_name(m) for m in present], f"{points.metric_name(kl)} (nats per response)"
+        [
+            f"{points.metric_name(metric)} against divergence; lines: the best of each loss"
+            for metric in present
+        ],
+        f"{points.metric_name(kl)} (nats per response)",
     )
     _families(figure, search, "markers")
     for row, evaluations in enumerate(present.values(), start=1):

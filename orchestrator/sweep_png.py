@@ -111,9 +111,8 @@ def _history(search: Search) -> "Figure | None":
 
 
 def _parallel(search: Search) -> "Figure | None":
-    shown = [one for one in search.ranked if one.control_of is None]
-    axes = search.axes(shown)
-    if len(shown) < 2 or len(axes) <= len(search.objectives):
+    axes, count = search.axes(), len(search.tried)
+    if not axes:
         return None
     import matplotlib
     from matplotlib.figure import Figure
@@ -124,11 +123,11 @@ def _parallel(search: Search) -> "Figure | None":
     ax = figure.subplots()
     ax.set_axis_off()
     ax.set(xlim=(-0.15, len(axes) - 0.4), ylim=(-0.06, 1.14))
-    ax.set_title(f"{len(shown)} points: the darker, the higher in the ranking; bold is the first", pad=10)
+    ax.set_title(f"{count} points: the darker, the higher in the ranking; bold is the first", pad=10)
     colours = matplotlib.colormaps["viridis_r"]
-    for index in reversed(range(len(shown))):
+    for index in reversed(range(count)):
         vertices, codes = _curve([axis.at[index] for axis in axes])
-        goodness = 1 - index / max(len(shown) - 1, 1)
+        goodness = 1 - index / (count - 1)
         line = PathPatch(
             Line(vertices, codes),
             facecolor="none",
@@ -171,13 +170,14 @@ def _importance(search: Search) -> "Figure | None":
         return None
     from matplotlib.figure import Figure
 
-    rows = max(len(one.shares) for one in weighed.values())
+    rows = max(len(one.first) for one in weighed.values())
     figure = Figure(figsize=(WIDTH, (0.32 * rows + 1.2) * len(weighed)), layout="constrained")
     for ax, (metric, one) in zip(
         figure.subplots(len(weighed), 1, squeeze=False)[:, 0], weighed.items(), strict=True
     ):
-        names = [_plain(search.names.get(field, field)) for field in one.shares]
-        ax.barh(names, list(one.shares.values()), xerr=list(one.errors.values()), color="#0072B2", height=0.6)
+        names = [_plain(search.names[field]) for field in one.first]
+        shares, errors = [one.shares[f] for f in one.first], [one.errors[f] for f in one.first]
+        ax.barh(names, shares, xerr=errors, color="#0072B2", height=0.6)
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.axvline(0, color=_GREY, linewidth=0.8)
