@@ -74,7 +74,7 @@ class Trials:
         self.folder = folder
         self._records: dict[int, TrialRecord] = {}
         for path in sorted(folder.glob(f"*/{TRIAL}")):
-            record = _read(path)
+            record = read_trial(path.parent)
             self._records[record.number] = record
 
     def __iter__(self) -> Iterator[TrialRecord]:
@@ -146,7 +146,9 @@ class Trials:
         return grouped
 
 
-def _read(path: Path) -> TrialRecord:
+def read_trial(folder: Path) -> TrialRecord:
+    """The record in a trial's folder. Raises UsageError when it is none."""
+    path = folder / TRIAL
     try:
         return TrialRecord(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
+import optuna
 import pytest
 from ray.tune.search import Searcher
 
@@ -204,10 +205,14 @@ def test_a_grid_goes_through_its_points_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["random", "tpe"])
 def test_a_small_space_ends_when_all_its_points_are_there(tmp_path: Path, algorithm: str) -> None:
-    # The better point draws TPE to itself again and again.
-    score: Score = lambda point, repeat: {"eval/accuracy": float(point["loss.beta"] == 0.3)}  # noqa: E731
-    drive(make(tmp_path, space_of(SIX), algorithm=algorithm, trials=30), score)
-    assert sorted(map(json.dumps, drawn(tmp_path))) == sorted(map(json.dumps, space_of(SIX).grid()))
+    space = space_of({f"loss.{name}": {"choice": [0, 1, 2, 3]} for name in "ab"})
+
+    def score(point: Point, repeat: int) -> dict[str, float]:
+        """Draws TPE to one point again and again."""
+        return {"eval/accuracy": float(-point["loss.a"] - point["loss.b"])}
+
+    drive(make(tmp_path, space, algorithm=algorithm, trials=30), score)
+    assert sorted(map(json.dumps, drawn(tmp_path))) == sorted(map(json.dumps, space.grid()))
 
 
 def test_a_point_that_is_refused_is_drawn_again_until_it_is_hopeless(tmp_path: Path) -> None:
@@ -232,6 +237,16 @@ def test_grid_fields_share_a_random_search_evenly(tmp_path: Path, algorithm: str
         assert len(cells) == 4
         assert max(cells.values()) - min(cells.values()) == 1
     assert len({point["training.learning_rate"] for point in drawn(tmp_path)}) == 18
+
+
+def test_a_grid_value_that_is_refused_leaves_its_turn_to_the_others(tmp_path: Path) -> None:
+    fields = RATE | {"loss.preset": {"grid": ["dpo", "ipo", "hinge"]}}
+
+    def allowed(point: Point) -> str | None:
+        return "not ipo" if point["loss.preset"] == "ipo" else None
+
+    drive(make(tmp_path, space_of(fields), allowed=allowed, trials=8))
+    assert Counter(point["loss.preset"] for point in drawn(tmp_path)) == {"dpo": 4, "hinge": 4}
 
 
 def hill(point: Point, repeat: int) -> dict[str, float]:
@@ -317,30 +332,31 @@ def test_optuna_is_told_the_mean_of_the_repeats_that_gave_all_objectives(tmp_pat
     values = [(0.5, 2.0), (0.7, 4.0), None, (0.1, math.nan), None, None, None, None, None]
     for turn, pair in enumerate(values):
         search.suggest(str(turn))
-        result = (
-            dict(zip(("eval/accuracy", "eval/kl/base"), pair, strict=True))
-            if pair
-            else {"failed": "diverged"}
-        )
+        search.on_trial_result(str(turn), {"step": 4, "eval/accuracy": 0.9, "eval/kl/base": 9.0})
+        result = {"failed": "it diverged"}
+        if pair:
+            result = dict(zip(("eval/accuracy", "eval/kl/base"), pair, strict=True))
         search.on_trial_complete(str(turn), {"step": 8, "total": 8, **result})
     for process in (search, make(tmp_path, space_of(RATE), ACCURACY, KL, **settings)):
-        told = process._source._study.trials
+        study = process._source._study
+        assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+        told = study.trials
         assert [trial.state.name for trial in told] == ["COMPLETE", "FAIL", "FAIL"]
         assert told[0].values == pytest.approx([0.6, 3.0])
 
 
-def test_a_changed_point_goes_on_changed_and_its_original_is_not_entered_again(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"algorithm": "grid", "controls": True, "repeats": 2}
-    space = space_of({"loss.preset": {"grid": ["gdpo"]}, "loss.beta": {"choice": [0.1, 0.2]}})
+def test_a_changed_point_goes_on_changed_and_what_was_drawn_stands(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"algorithm": "grid", "controls": True}
+    space = space_of({"loss.preset": "gdpo", "loss.beta": 0.1, "training.warmup": {"grid": [1, 2]}})
     search = make(tmp_path, space, **settings)
-    for turn in range(3):
-        search.suggest(str(turn))
-    for number in (1, 3):  # a point and its control
+    assert [search.suggest(str(turn))["number"] for turn in range(3)] == [1, 2, 3]
+    for number in (1, 2):  # a point and the control that it shares with the next point
         search.changed(number, search._trials[number].point | {"loss.beta": 0.17})
-    again = make(tmp_path, space, **settings)
-    assert [again.suggest(str(turn))["loss.beta"] for turn in range(3)] == [0.17, 0.1, 0.17]
-    drive(again)
-    assert [record.drawn["loss.beta"] for record in Trials(tmp_path)] == [0.1] * 4 + [0.2] * 4
+    again = make(tmp_path, space, repeats=2, **settings)
+    handed_out = [again.suggest(str(turn))["loss.beta"] for turn in range(6)]
+    assert handed_out == [0.17, 0.17, 0.1, 0.1, 0.1, 0.1]
+    assert again.waiting is None
+    assert [record.drawn["loss.beta"] for record in Trials(tmp_path)] == [0.1] * 6
 
 
 def test_a_widened_space_goes_on_with_what_still_fits(tmp_path: Path) -> None:
@@ -361,6 +377,7 @@ def test_the_named_spaces_are_searched_and_taken_up_again_without_a_word(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], references: tuple[str, ...]
 ) -> None:
     space = Space(SPACES, {}, references, {"preset": "dpo"})
+    optuna.logging.set_verbosity(optuna.logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for trials in (8, 16):
@@ -370,6 +387,7 @@ def test_the_named_spaces_are_searched_and_taken_up_again_without_a_word(
     assert len({json.dumps(point) for point in drawn(tmp_path)}) == 16
     assert [trial.state.name for trial in search._source._study.trials] == ["COMPLETE"] * 16
     assert capfd.readouterr() == ("", "")
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
 
 
 def test_points_can_be_sampled_without_a_journal() -> None:
