@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 
 import ray
@@ -72,9 +74,23 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
         runtime_env=None if local else {"env_vars": worker_environment(os.environ)},
     )
     try:
-        yield
+        with _terminated_as_by_ctrl_c():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """A job that is stopped gets SIGTERM; it ends as one that is interrupted does, and leaves nothing behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -159,7 +159,8 @@ class RewardConfig(Settings):
     def _one_judge(self) -> "RewardConfig":
         if (self.function is None) == (self.model is None):
             raise ValueError("a reward is either function: package.module:name or model: ..., not both")
-        if self.function is not None and self.model_fields_set - {"function"}:
+        of_model = self.revision is not None or self.label is not None or self.resources != Resources()
+        if self.function is not None and of_model:
             raise ValueError("revision, label and resources are for a reward model, not for a function")
         return self
 
@@ -305,17 +306,29 @@ class RunConfig(Settings):
         weights = loss.references.weights
         if not isinstance(weights, str) and len(weights) != count:
             raise ValueError(f"loss.references.weights has {len(weights)} weights for {count} references")
-        if self.evaluation.metric.endswith("_at_kl") and not count:
-            raise ValueError(
-                f"evaluation.metric {self.evaluation.metric} measures KL to the primary reference, but "
-                "references.models is empty: add one, or judge by another metric"
-            )
+        self._refuse_unsampled()
         if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
             raise ValueError(
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "
                 "not set: set policy.adapter, or name the reference's model itself"
             )
         return self
+
+    def _refuse_unsampled(self) -> None:
+        sampling, references = self.evaluation.sampling, self.references
+        if sampling is None:
+            return
+        if sampling.kl_budget is not None and not references.models:
+            raise ValueError(
+                "evaluation.sampling.kl_budget is of KL to the primary reference, but references.models is "
+                "empty: add one, or leave the budget out"
+            )
+        served = [name for name, reference in references.models.items() if not reference.in_process]
+        if references.mode == "precompute" and served:
+            raise ValueError(
+                f"evaluation.sampling asks references ({', '.join(served)}) for scores of fresh samples, but "
+                "references.mode: precompute ends them before training; set mode: live, or model: policy"
+            )
 
     @property
     def preset(self) -> str:
@@ -360,14 +373,14 @@ def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> di
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    return {str(key): value for key, value in content.items()}
+    return content
 
 
 def override(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
     """A mapping with dotted `field.name=value` overrides merged over it."""
     merged = OmegaConf.to_container(OmegaConf.merge(content, *map(_override, overrides)), resolve=True)
     assert isinstance(merged, dict)
-    return merged
+    return {str(key): value for key, value in merged.items()}
 
 
 def _override(text: str) -> Any:

@@ -246,7 +246,7 @@ def best_within(
     kl = metrics.get(f"eval/kl/{references[0]}") if references else None
     if budget is None or kl is None:
         return {}
-    best = {}
+    best: dict[str, float] = {}
     for name in ("eval/margin", "eval/reward"):
         values = [before[f"{name}_at_kl"]] if f"{name}_at_kl" in before else []
         values += [metrics[name]] if kl <= budget and name in metrics else []

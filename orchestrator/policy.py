@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models.adapters import adapter_off, find_adapter, merge
-from models.config import ModelConfig
+from models.config import ModelConfig, ModelError
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
 from models.parallel import Parallel, prepare
@@ -72,15 +72,19 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     """
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
-    training, located = config.training, locate(start)
-    model = load_model(
-        located,
-        config.policy,
-        device=device,
-        trainable=True,
-        seed=training.seed,
-        activation_checkpointing=training.gradient_checkpointing,
-    )
+    training = config.training
+    try:
+        located = locate(start)
+        model = load_model(
+            located,
+            config.policy,
+            device=device,
+            trainable=True,
+            seed=training.seed,
+            activation_checkpointing=training.gradient_checkpointing,
+        )
+    except ModelError as error:
+        raise ModelError(f"policy: {error}") from error
     scorer = Scorer(model)
     refused = (
         "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal

@@ -17,6 +17,7 @@ from orchestrator.feed import Part
 from orchestrator.mlflow_client import tracking_uri
 from orchestrator.record import RunRecord, pinned
 from orchestrator.registry import resolve
+from orchestrator.rewards import load_function
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
 
@@ -115,6 +116,9 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
     _refuse_unwritable(config)
+    reward = config.evaluation.sampling and config.evaluation.sampling.reward
+    if reward and reward.function:
+        load_function(reward.function)
     uri = tracking_uri(config.tracking.uri, config.storage_path)
     policy = _find("policy", _policy_start(config), config, uri, before)
     references = {

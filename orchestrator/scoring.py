@@ -87,8 +87,9 @@ def score_split(
 def report_scores(service: ReferenceService, console: Console) -> None:
     """Print what every reference was asked and had to compute."""
     for name, counts in service.stats().items():
+        samples = f", {counts.sampled} samples scored" if counts.sampled else ""
         console.print(
             f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
             f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
-            f"{counts.replicas_started} replica(s) started",
+            f"{counts.replicas_started} replica(s) started{samples}",
         )

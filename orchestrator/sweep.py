@@ -103,7 +103,7 @@ class SweepConfig(Settings):
     )
     spaces: tuple[str, ...] = ()
     space: dict[str, Any] = Field(default_factory=dict, description="dotted run-file field: domain or value")
-    search: SearchConfig = SearchConfig()
+    search: SearchConfig
     scheduler: SchedulerConfig = Fifo()
     plateau: PlateauConfig | None = None
     objective: Annotated[tuple[Objective, ...], BeforeValidator(_objectives), Field(min_length=1)] = (

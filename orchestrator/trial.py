@@ -3,6 +3,7 @@
 A trial of one worker is that worker, in Tune's own process; several are a group of Ray Train, started from it.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from models.config import ModelConfig
 from orchestrator.config import RunConfig
 from orchestrator.rewards import Judge
 from orchestrator.sweep import Point, SweepConfig, trial_run
+from orchestrator.trials import read_trial
 
-NUMBER, MLFLOW_RUN, REPEAT = "number", "mlflow_run", "repeat"
-"""What a trial's config has besides its point."""
+NUMBER = "number"
+"""What a trial's config has besides its point; the rest of it is in the journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +69,22 @@ def trial_config(sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: i
             "policy": base.policy.model_copy(update={"adapter": run.policy.adapter}),
             "references": run.references.model_copy(update={"models": models}),
             "data": base.data,
-            "storage_path": str(Path(base.storage_path) / sweep.name / "trials"),
+            "storage_path": str(trials_folder(sweep, base)),
             "tracking": base.tracking,
         }
     )
 
 
+def trials_folder(sweep: SweepConfig, base: RunConfig) -> Path:
+    """Where the search's trials are."""
+    return Path(base.storage_path) / sweep.name / "trials"
+
+
 def run_trial(config: dict[str, Any], shared: Shared) -> None:
     """Tune's trainable: go on where the trial was, report every evaluation, tell why if it gives up."""
     os.environ.update(shared.secrets)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # which tells of every checkpoint at INFO
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -108,7 +117,8 @@ def _setup(config: Mapping[str, Any], shared: Shared) -> Any:
 
     point = {field: value for field, value in config.items() if "." in field}
     name = f"{config[NUMBER]:04d}"
-    run = trial_config(shared.sweep, shared.base, point, repeat=config[REPEAT], name=name)
+    record = read_trial(trials_folder(shared.sweep, shared.base) / name)
+    run = trial_config(shared.sweep, shared.base, point, repeat=record.repeat, name=name)
     used = run.references.ordered
     references = {name: shared.identity["references"][name] for name in used}
     return WorkerSetup(
@@ -121,7 +131,7 @@ def _setup(config: Mapping[str, Any], shared: Shared) -> Any:
         start_is=shared.start_is if shared.start_is in used else None,
         folder=str(run.folder),
         tracking_uri=shared.tracking_uri,
-        tracking_run=config[MLFLOW_RUN],
+        tracking_run=str(record.mlflow_run),
         judge=shared.judge,
         export=False,
     )

@@ -23,7 +23,7 @@ from losses.dispersion import calibrated_phi_star
 from models.config import ModelConfig, ModelError
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Progress
-from orchestrator.config import METRICS, RunConfig
+from orchestrator.config import METRICS, RunConfig, RunFailed
 from orchestrator.feed import Feed, Part
 from orchestrator.metrics import (
     StepTable,
@@ -83,17 +83,22 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
     """Train until the last step and export the policy.
 
     Returns:
-        `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would only repeat:
-        `{"status": "diverged" | "refused", "reason": ...}` when a loss is not finite, or the policy cannot be
-        made as asked.
+        `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would only
+        repeat: `{"status": "diverged" | "refused" | "failed", "reason": ...}` when a loss is not finite, a
+        model cannot be used as asked, or the judge of samples fails.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
-    config, rank, world_size = setup.config, session.rank, session.world_size
-
     try:
-        policy = open_policy(config, setup.policy, device=session.device, local_workers=session.local_workers)
-    except ModelError as error:  # the same on every rank, and on every restart
-        return {"status": "refused", "reason": f"policy: {error}"}
+        return _train(setup, session)
+    except ModelError as error:  # the same on every rank
+        return {"status": "refused", "reason": str(error)}
+    except RunFailed as error:
+        return {"status": "failed", "reason": str(error)}
+
+
+def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
+    config, rank, world_size = setup.config, session.rank, session.world_size
+    policy = open_policy(config, setup.policy, device=session.device, local_workers=session.local_workers)
     parts = {"train": ray.get(setup.train), "eval": ray.get(setup.held_out) if setup.held_out else None}
     feeds = {
         split: _feed(setup, part, policy, rank=rank, world_size=world_size)
@@ -232,7 +237,7 @@ class _Run:
             self._journal.log_scales(table["scale"].tolist())
 
     def evaluate(self, before: Progress, step: int, *, start_is: str | None = None) -> Progress:
-        """Measure on held-out pairs; `start_is` names a reference whose scores are the policy's own, still."""
+        """Measure on held-out pairs; `start_is` names a reference that the policy still equals."""
         feed = self._feeds["eval"]
         indices = np.arange(len(feed.part))
         feed.ask(("eval", step), indices)
