@@ -60,26 +60,22 @@ def train(
 def tune(
     sweep: Annotated[str, typer.Argument(help="The sweep file (YAML).", metavar="SWEEP.YAML")],
     overrides: Overrides = None,
-    fresh: Annotated[
-        bool, typer.Option(help="Forget an earlier search of this name and start over.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option(help="Forget an earlier search of this name.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(help="Print the space, some points, the placement and the forward passes; run nothing."),
+        typer.Option(help="Print the space, some points, the placement and what references score."),
     ] = False,
     samples: Annotated[int, typer.Option(help="With --dry-run: how many points.", min=0)] = 5,
     time_budget: Annotated[
         float | None,
-        typer.Option(help="Minutes after which the search ends; the same command goes on.", min=0),
+        typer.Option(help="Minutes until the search ends; called again it goes on.", min=0),
     ] = None,
     max_failures: Annotated[
-        int | None, typer.Option(help="Failed trials that end the search when exceeded.", min=0)
+        int | None, typer.Option(help="More failed trials than this end the search.", min=0)
     ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option(help="Try the failed trials of an earlier call again.")
-    ] = False,
+    retry_failed: Annotated[bool, typer.Option(help="Try failed trials again.")] = False,
 ) -> None:
-    """Search losses, dispersion and references; rank, and register the best model. The same command goes on."""
+    """Search losses, dispersion and references, and register the best; the same command goes on."""
     limits = {"time_budget": time_budget, "max_failures": max_failures}
     limits = {name: value for name, value in limits.items() if value is not None}
     from orchestrator.sweep import load_sweep

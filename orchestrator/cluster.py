@@ -82,7 +82,7 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
-    """A job that is stopped gets SIGTERM; it ends as one that is interrupted does, and leaves nothing behind."""
+    """A job that is stopped gets SIGTERM: it ends as by Ctrl-C and leaves nothing behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -404,7 +404,7 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def explain(error: ValidationError, *, source: str, of: type[BaseModel] = RunConfig) -> str:
-    """A validation error of a file as one line per problem: file, field, what is wrong, what would be right."""
+    """A file's validation error, one line per problem: file, field, what is wrong, what would be right."""
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"]) or "the file"

@@ -1,4 +1,4 @@
-"""Watching a search: a live table or plain lines, MLflow's child runs ended, and limits that end the search."""
+"""Watching a search: a live table or plain lines, child runs ended in MLflow, limits that end it."""
 
 import time
 from collections.abc import Sequence
@@ -194,7 +194,7 @@ class Limits(Stopper):
         if time.monotonic() - self._ran < 60 * self._wait_minutes:
             return None
         self.failed = (
-            f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one would fit "
-            "it when nothing else runs: free resources, or set placement.wait_minutes"
+            f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one would "
+            "fit if nothing else ran: free resources, or raise placement.wait_minutes"
         )
         return self.failed

@@ -1,7 +1,7 @@
 """The DPO that a soft or dispersed loss must be compared with: the one that pulls as hard at the start.
 
-A soft label shrinks a pair's pull by 2p - 1 and a dispersion scales it, so at equal beta such a loss moves the
-policy less (or more) than DPO does, and would seem to gain by that alone. [derived]
+A soft label shrinks a pair's pull by 2p - 1 and a dispersion scales it, so at equal beta such a loss moves
+the policy less (or more) than DPO does, and would seem to gain by that alone. [derived]
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def matched_beta(
 
 
 def control_of(point: Mapping[str, Any], loss: LossConfig, beta: float) -> dict[str, Any] | None:
-    """The point with its loss replaced by DPO at the matched beta: hard labels, no dispersion, a sigmoid link.
+    """The point with DPO at the matched beta for its loss: hard labels, no dispersion, a sigmoid link.
 
     References, length normalisation and the SFT term stay as they are. None where the loss has nothing to
     control for, or pulls no pair at its start.

@@ -137,9 +137,8 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, flo
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
     homeless = _place(bundles, [defaultdict(float, node) for node in nodes])
     if homeless is not None:
-        role, bundle = homeless
         raise UsageError(
-            f"{role} needs {_together([homeless])} on one node, and no node has room for it beside the rest "
+            f"{homeless[0]} needs {_together([homeless])} on one node, and no node has room for it beside the rest "
             f"(nodes offer: {_offers(nodes)}). Lower its resources or use larger nodes"
         )
 

@@ -1,6 +1,6 @@
-"""A search on a cluster: one reference service for all trials, Ray Tune for which goes on, the best registered.
+"""A search on a cluster: one reference service for all trials, so that a response is scored once per reference.
 
-A response is scored once per reference, however many losses look at it.
+Ray Tune says which trial goes on, the journal what is done; the best is registered.
 """
 
 import logging
@@ -284,7 +284,7 @@ class Searching:
 
 
 class _TrackedSearch(Search):
-    """A search whose trials have an MLflow run before they start, and which can be told that it is cut short."""
+    """A search whose trials have an MLflow run before they start, and which can be cut short."""
 
     def __init__(self, *arguments: Any, child: Callable[[TrialRecord], str], **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -1,7 +1,7 @@
 """What a training worker is part of: a group of Ray Train, or nothing but its own process.
 
-Two small classes with the same verbs, so that `worker.train_worker` reads the same in a run of many workers and in
-a trial of one, which starts no trainer of its own.
+Two small classes with the same verbs, so that `worker.train_worker` reads the same in a run of many workers
+and in a trial of one, which starts no trainer of its own.
 """
 
 import shutil

@@ -228,8 +228,8 @@ def _refuse_unsearchable(field: str, where: str) -> None:
         raise UsageError(f"{where}: cannot be searched; {_NOT_SEARCHED[field]}")
     if not any(field == root or field.startswith(f"{root}.") for root in _SEARCHABLE):
         raise UsageError(
-            f"{where}: cannot be searched; loss.*, training.*, references.use and policy.adapter.* can. Trials "
-            "share data, models and placement, so that one reference service scores for all"
+            f"{where}: cannot be searched; loss.*, training.*, references.use and policy.adapter.* can. "
+            "Trials share data, models and placement, so that one reference service scores for all"
         )
 
 
@@ -268,8 +268,8 @@ def _refuse_unmeasured(sweep: SweepConfig, source: str) -> None:
             )
         if sweep.search.repeats > 1 or sweep.search.controls:
             raise UsageError(
-                f"{source}: scheduler pbt changes a trial while it runs, so that repeats and controls of a point "
-                "mean nothing; set search.repeats: 1 and search.controls: false, or another scheduler"
+                f"{source}: scheduler pbt changes a trial while it runs, so that repeats and controls of a "
+                "point mean nothing; set search.repeats: 1 and search.controls: false, or another scheduler"
             )
     if base.loss.completions_only:
         raise UsageError(f"{source}: a search compares preference losses, and preset sft reads no pairs")

@@ -1,6 +1,6 @@
 """What Ray Tune runs: one trial, a training run that reports its evaluations and exports nothing.
 
-A trial of one worker is that worker, in Tune's own process; several are a group of Ray Train, started from it.
+A trial of one worker is that worker, in Tune's process; several are a group of Ray Train, started from it.
 """
 
 import logging

@@ -138,8 +138,8 @@ def _refuse_unlabelled(sweep: SweepConfig, prepared: Prepared) -> None:
     wanted += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
     if wanted:
         raise UsageError(
-            f"{sweep.name}: {', '.join(wanted)} needs soft labels, and the data has none: give rows a soft_label or "
-            "vote counts, or search and judge by something else"
+            f"{sweep.name}: {', '.join(wanted)} needs soft labels, and the data has none: give rows a "
+            "soft_label or vote counts, or search and judge by something else"
         )
 
 
@@ -197,7 +197,7 @@ def _space_table(space: Space) -> Table:
 
 
 def _forwards_table(service: ReferenceService, prepared: Prepared) -> Table:
-    """Per reference: the responses in the data, those the store misses, and about how many batches they make."""
+    """Per reference: the data's responses, those the store misses, about how many batches they make."""
     parts = [part for part in (prepared.train, prepared.held_out) if part is not None]
     table = Table("reference", "responses", "to score", "batches, about", box=None, title_justify="left")
     table.title = "the references' forward passes, whatever the number of trials"
