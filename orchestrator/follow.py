@@ -194,7 +194,7 @@ class Limits(Stopper):
         if time.monotonic() - self._ran < 60 * self._wait_minutes:
             return None
         self.failed = (
-            f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one would "
-            "fit if nothing else ran: free resources, or raise placement.wait_minutes"
+            f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one "
+            "would fit if nothing else ran: free resources, or raise placement.wait_minutes"
         )
         return self.failed

@@ -138,8 +138,8 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, flo
     homeless = _place(bundles, [defaultdict(float, node) for node in nodes])
     if homeless is not None:
         raise UsageError(
-            f"{homeless[0]} needs {_together([homeless])} on one node, and no node has room for it beside the rest "
-            f"(nodes offer: {_offers(nodes)}). Lower its resources or use larger nodes"
+            f"{homeless[0]} needs {_together([homeless])} on one node, and no node has room for it beside "
+            f"the rest (nodes offer: {_offers(nodes)}). Lower its resources or use larger nodes"
         )
 
 

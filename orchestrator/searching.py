@@ -1,4 +1,4 @@
-"""A search on a cluster: one reference service for all trials, so that a response is scored once per reference.
+"""A search on a cluster: one reference service for all trials, a response scored once per reference.
 
 Ray Tune says which trial goes on, the journal what is done; the best is registered.
 """

@@ -84,8 +84,8 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
 
     Returns:
         `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would
-        only repeat: `{"status": "diverged" | "refused" | "failed", "reason": ...}` when a loss is not finite, a
-        model cannot be used as asked, or the judge of samples fails.
+        only repeat: `{"status": "diverged" | "refused" | "failed", "reason": ...}` when a loss is not finite,
+        a model cannot be used as asked, or the judge of samples fails.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     try:
