@@ -1,79 +1,22 @@
 """Runs that are killed: the same command goes on, and what comes out is what would have come out anyway."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
+from driver import Driver
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from orchestrator.tracking import read_metrics
 
-ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 4
-
-
-class Driver:
-    """`python -m orchestrator train`, leader of a process group of its own."""
-
-    def __init__(self, run_file: Path) -> None:
-        # Models of the tests' size are slower on several threads, and sums must not depend on their number.
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
-        self.log = run_file.with_suffix(".log")
-        with self.log.open("w") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "train", str(run_file)],
-                cwd=run_file.parent,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._family: dict[int, psutil.Process] = {}
-
-    def until(self, met: Callable[[], bool]) -> None:
-        """Wait for something the run does; fails if the run ends first."""
-        deadline = time.monotonic() + 300
-        while not met():
-            assert self._process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def end(self) -> int:
-        """Wait for the end; the exit code."""
-        return self._process.wait(300)
-
-    def kill(self) -> None:
-        """SIGKILL to the command and its process group, as when a machine is taken away."""
-        family = self.family()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(30)
-        _, alive = psutil.wait_procs(family, timeout=60)
-        names = [process.name() for process in alive if process.is_running()]
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=30)
-        assert names == [], "Ray's processes outlive the command"
-
-    def family(self) -> list[psutil.Process]:
-        """The command's descendants."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._process.pid).children(recursive=True)
-        return []
 
 
 Run = Callable[..., Path]
@@ -131,7 +74,7 @@ def started(run_file: Run) -> Iterator[Callable[[str], Driver]]:
     drivers: list[Driver] = []
 
     def start(name: str) -> Driver:
-        drivers.append(Driver(run_file(name)))
+        drivers.append(Driver("train", run_file(name)))
         return drivers[-1]
 
     yield start
@@ -142,7 +85,7 @@ def started(run_file: Run) -> Iterator[Callable[[str], Driver]]:
 @pytest.fixture(scope="module")
 def whole(run_file: Run, storage: Path) -> Path:
     """Folder of the run that nothing interrupted."""
-    driver = Driver(run_file("whole"))
+    driver = Driver("train", run_file("whole"))
     assert driver.end() == 0, driver.log.read_text()
     return storage / "whole"
 

@@ -1,0 +1,128 @@
+"""Whole searches on a real Ray: scores made once for all trials, early stopping, failures, promotion."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mlflow import MlflowClient
+from ray.util.state import list_actors, list_placement_groups
+from transformers import AutoModelForCausalLM
+
+from orchestrator.config import RunConfig
+from orchestrator.record import RunRecord
+from orchestrator.sweep import SweepConfig, parse_sweep
+from orchestrator.tracking import read_metrics
+from orchestrator.trials import TrialRecord, Trials
+from orchestrator.tune import tune
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def sweep_of(run: RunConfig, name: str, space: dict[str, Any], **settings: Any) -> SweepConfig:
+    content = {
+        "name": name,
+        "run": run.model_dump(mode="json") | {"loss": {"preset": "mrpo", "beta": 0.1}},
+        "space": space,
+        "search": {"algorithm": "grid"},
+        "promote": None,
+    }
+    return parse_sweep(content | settings, source=name)
+
+
+def trials_of(sweep: SweepConfig) -> list[TrialRecord]:
+    return list(Trials(sweep.folder / "trials"))
+
+
+def scored(record: RunRecord, key: str = "scored") -> dict[str, int]:
+    return {name: counts[key] for name, counts in record.result["scores"].items()}
+
+
+def nothing_is_left() -> bool:
+    """By Ray's state API: no actor and no placement group but the fixture's none."""
+    actors = [
+        a for a in list_actors() if a.state not in ("DEAD",) and "PlacementGroupCleaner" not in a.class_name
+    ]
+    groups = [g for g in list_placement_groups() if g.state != "REMOVED"]
+    return not actors and not groups
+
+
+def test_a_search_scores_each_response_once_and_the_next_one_none(run_of: Any) -> None:
+    run = run_of("base", tracking={"registered_model": "found"})
+    space = {"loss.preset": {"grid": ["dpo", "gdpo", "mallows_theta", "mrpo"]}}
+    sweep = sweep_of(run, "first", space, search={"algorithm": "grid", "controls": True}, promote="best")
+    record = tune(sweep)
+    pairs = [json.loads(line) for line in Path(run.data.train).read_text().splitlines()]
+    responses = {(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")}
+    assert scored(record) == {"base": len(responses), "other": len(responses)}
+    trials = trials_of(sweep)
+    assert [(t.point["loss.preset"], t.control_of) for t in trials] == [
+        ("dpo", None),
+        ("gdpo", None),
+        ("dpo", 2),
+        ("mallows_theta", None),
+        ("dpo", 4),
+        ("mrpo", None),
+    ]
+    assert {t.status for t in trials} == {"finished"}
+    assert {t.step for t in trials} == {6}
+
+    best = max((t for t in trials if t.control_of is None), key=lambda t: t.result["eval/accuracy"])
+    assert record.registered == "models:/found/1"
+    assert trials[record.result["best"] - 1].result["eval/accuracy"] == best.result["eval/accuracy"]
+    client = MlflowClient(f"sqlite:///{run.storage_path}/mlflow.db")
+    version = client.get_model_version_by_alias("found", "best")
+    assert version.tags["search"] == "first"
+    assert version.tags["search.trial"] == str(record.result["best"])
+    AutoModelForCausalLM.from_pretrained(
+        sweep.folder / "trials" / trials[record.result["best"] - 1].name / "export" / "model"
+    )
+    experiment = client.get_experiment_by_name("polyref").experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{record.mlflow_run}'")
+    assert {c.info.run_id for c in children} == {t.mlflow_run for t in trials}
+    assert len(children) == len(trials)
+    assert {c.data.params["loss.link.type"] for c in children} == {"sigmoid"}
+    assert nothing_is_left()
+
+    other = {"loss.preset": {"grid": ["multi_dpo", "ipo"]}}
+    again = tune(sweep_of(run, "second", other, search={"algorithm": "grid", "trials": 2}))
+    assert scored(again) == {"base": 0, "other": 0}
+    assert scored(again, "replicas_started") == {"base": 0, "other": 0}
+
+
+def test_bad_trials_are_stopped_or_fail_with_their_reason_and_leave_nothing_behind(run_of: Any) -> None:
+    """Trials of two workers each, so that every trial starts a trainer of its own."""
+    run = run_of(
+        "base",
+        training={"max_steps": 8, "save_every": 100},
+        evaluation={"every_steps": 2},
+        parallel={"workers": 2},
+    )
+    sweep = sweep_of(
+        run,
+        "asha",
+        {"training.learning_rate": {"grid": [1e-2, 1e30, 1e-9]}},
+        scheduler={"type": "asha", "grace_steps": 2, "reduction_factor": 2},
+        objective="eval/margin",
+        max_concurrent=1,
+    )
+    tune(sweep)
+    good, broken, idle = trials_of(sweep)
+    assert (good.status, good.step) == ("finished", 8)
+    assert broken.status == "failed"
+    assert broken.reason is not None
+    assert "not finite at step 2, pairs" in broken.reason
+    assert idle.status == "stopped"
+    assert idle.step < 8
+    assert [line["step"] for line in read_metrics(sweep.folder / "trials" / good.name) if "loss" in line] == [
+        *range(1, 9)
+    ]
+    for _ in range(100):
+        if nothing_is_left():
+            break
+        ray.util.state  # noqa: B018
+        import time
+
+        time.sleep(0.2)
+    assert nothing_is_left()
