@@ -23,9 +23,9 @@ STEPS = 1000
 RUN: dict[str, Any] = {
     "name": "page",
     "policy": {"model": "a-model", "adapter": {"r": 16}},
-    "references": {"primary": "base", "models": {"base": {"model": "a-model"}}},
+    "references": {"primary": "base", "models": {"base": {"model": "a-model"}, "other": {"model": "b"}}},
     "data": {"train": "pairs.jsonl", "eval_fraction": 0.1},
-    "loss": {"preset": "dpo"},
+    "loss": {"preset": "mrpo"},
 }
 
 
