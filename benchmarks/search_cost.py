@@ -39,6 +39,8 @@ RUNS, HELD_OUT, PAIRS_PER_STEP = 8, 8, 16
 SHORTEST, LONGEST = 32, 96
 """Words of a prompt and of a response; a word is a token."""
 MAX_LENGTH = 256
+ACCUMULATED = 2
+"""Micro-batches of a TRL step: of as many tokens as a trial's."""
 COLUMNS = ("prompt", "chosen", "rejected")
 LEARNING_RATES, BETAS = (1e-5, 3e-5), (0.05, 0.1, 0.2, 0.4)
 LORA = {"r": 16, "alpha": 32}
@@ -292,16 +294,15 @@ def trl_run(task: dict[str, Any]) -> None:
     for split in ("train", "eval"):
         rows = [{name: row[name] for name in COLUMNS} for row in read_rows(folder, split)]
         splits[split] = Dataset.from_list(rows)
-    accumulated = 2
     config = DPOConfig(
         output_dir=str(result.with_suffix("")),
         model_init_kwargs={"dtype": "float32"},
         beta=task["beta"],
         learning_rate=task["learning_rate"],
         num_train_epochs=task["epochs"],
-        per_device_train_batch_size=PAIRS_PER_STEP // accumulated,
+        per_device_train_batch_size=PAIRS_PER_STEP // ACCUMULATED,
         per_device_eval_batch_size=HELD_OUT,
-        gradient_accumulation_steps=accumulated,
+        gradient_accumulation_steps=ACCUMULATED,
         max_length=MAX_LENGTH,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,

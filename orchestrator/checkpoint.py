@@ -27,8 +27,6 @@ class Progress:
         schedule: the learning-rate schedule's state.
         optimizer: what the optimizer's state has besides tensors.
         metrics: the last held-out metrics.
-        best_step: the evaluation whose weights are kept as the best, where the best is kept.
-        best: its metrics.
     """
 
     identity: dict[str, Any]
@@ -37,8 +35,6 @@ class Progress:
     schedule: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
 
 
 def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
@@ -50,18 +46,45 @@ def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
     (folder / PROGRESS).write_text(json.dumps(asdict(replace(progress, optimizer=rest)), indent=1))
 
 
-def save_weights(file: Path, parallel: Parallel) -> None:
-    """Write the trained weights alone, replacing the file in one move."""
-    state = parallel.model_state()
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The evaluation whose weights are kept as the best so far, by one metric."""
+
+    metric: str
+    step: int
+    metrics: dict[str, float]
+
+    @property
+    def value(self) -> float:
+        """Of its metric."""
+        return self.metrics[self.metric]
+
+
+def save_best(file: Path, parallel: Parallel, best: Best) -> None:
+    """Write the trained weights alone with what they gave, replacing the file in one move."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
-    save_file(state, part)
+    save_file(parallel.model_state(), part, {"best": json.dumps(asdict(best))})
     part.replace(file)
 
 
-def load_weights(file: Path, parallel: Parallel) -> None:
-    """Put back what `save_weights` wrote."""
+def best_in(file: Path, metric: str) -> Best | None:
+    """What an earlier process of the run kept as the best by this metric."""
+    if not file.exists():
+        return None
+    with safe_open(file, framework="pt") as weights:
+        best = Best(**json.loads(weights.metadata()["best"]))
+    return best if best.metric == metric else None
+
+
+def load_best(file: Path, parallel: Parallel) -> None:
+    """Put back the weights that `save_best` wrote."""
     parallel.load_model_state(load_file(file))
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint was taken at."""
+    return int(json.loads((folder / PROGRESS).read_text())["step"])
 
 
 def newest(folder: Path) -> Path | None:

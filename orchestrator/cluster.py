@@ -81,6 +81,19 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def own_ctrl_c() -> Iterator[None]:
+    """Around a run of Ray Train or Tune, which leave their handler of Ctrl-C in place: puts ours back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
     """A job that is stopped gets SIGTERM: it ends as by Ctrl-C and leaves nothing behind."""
     if threading.current_thread() is not threading.main_thread():

@@ -357,15 +357,20 @@ def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run
     return parse_run(read_yaml(path, overrides), source=str(path))
 
 
-def read_yaml(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file with dotted overrides merged over it."""
+def read_yaml(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    what: str = "run file (name, policy, data, ...)",
+) -> dict[str, Any]:
+    """The mapping in a YAML file with dotted overrides merged over it; `what` it should be, for messages."""
     try:
         loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
-            raise UsageError(f"{path}: a run file is a mapping of sections (name, policy, data, loss, ...)")
+            raise UsageError(f"{path}: is no mapping of sections, as a {what} is")
         content = override(OmegaConf.to_container(loaded, resolve=True), overrides)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; write a run file, or start from one in configs/") from None
+        raise UsageError(f"{path}: no such file; start from one in configs/, a {what}") from None
     except IsADirectoryError:
         raise UsageError(f"{path}: is a folder; name the YAML file in it") from None
     except yaml.MarkedYAMLError as error:

@@ -11,7 +11,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.checkpoint import set_aside_torn_list
-from orchestrator.cluster import secrets
+from orchestrator.cluster import own_ctrl_c, secrets
 from orchestrator.config import RunFailed
 from orchestrator.entry import work
 from orchestrator.placement import worker_bundle
@@ -49,7 +49,8 @@ def run_workers(setup: WorkerSetup, *, gpus: bool, callbacks: Sequence[Any] = ()
         ),
     )
     try:
-        return trainer.fit().return_value
+        with own_ctrl_c():
+            return trainer.fit().return_value
     except SystemExit:  # how Ray's own handler of Ctrl-C ends
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
@@ -57,12 +58,9 @@ def run_workers(setup: WorkerSetup, *, gpus: bool, callbacks: Sequence[Any] = ()
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
-    """The workers' own error in one paragraph; the full traces are in the log of Ray."""
+    """The workers' own error in one line; the full traces are in the log of Ray."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, first = min(failures.items())
     cause = getattr(first, "cause", None) or first
     said = str(cause).strip() or type(cause).__name__
-    return (
-        f"worker {rank} failed: {said.splitlines()[-1]}. Checkpoints are kept: the same "
-        "command goes on from the last one"
-    )
+    return f"worker {rank} failed: {said.splitlines()[-1]}"

@@ -54,7 +54,6 @@ class Following(Callback):
         self._limits = limits
         self._uri, self._console = tracking_uri, console
         self._started: dict[int, float] = {}
-        self._ended = {record.number for record in trials if record.ended}
         self._live = (
             Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         )
@@ -63,7 +62,7 @@ class Following(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, begins again after a crash, or goes on with other fields."""
         record = self._trials[trial.config[NUMBER]]
-        self._started[record.number] = time.monotonic()
+        self._started.setdefault(record.number, time.monotonic())
         point = {field: value for field, value in trial.config.items() if "." in field}
         if point != record.point:
             self._search.changed(record.number, point)
@@ -81,41 +80,40 @@ class Following(Callback):
         """After everything Tune did: whoever has ended since, and the table."""
         if any(trial.status == Trial.RUNNING for trial in trials):
             self._limits.running()
-        for record in self._trials:
-            if record.ended and record.number not in self._ended:
-                self._end(record)
+        self._end_those_that_did()
         if time.monotonic() - self._shown >= (REFRESH_S if self._live else LINE_EVERY_S):
             self._show()
 
     def close(self) -> None:
         """The table goes; runs of trials that did not come to an end are marked as killed."""
-        self.on_step_end(0, [])
         if self._live is not None:
             self._live.stop()
-        for number in set(self._started) - self._ended:
-            self._finish(self._trials[number], "KILLED")
+        self._end_those_that_did()
+        for number in self._started:
+            if not self._trials[number].told:
+                self._finish(self._trials[number], "KILLED")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks, and we never read them back
 
-    def _end(self, record: TrialRecord) -> None:
-        self._ended.add(record.number)
-        self._finish(record, _ENDS[record.status])
-        if self._live is None:
-            self._console.print(self._told(record))
+    def _end_those_that_did(self) -> None:
+        for record in self._trials:
+            if record.ended and not record.told:
+                self._finish(record, _ENDS[record.status])
+                if self._live is None:
+                    self._console.print(self._told(record))
 
     def _finish(self, record: TrialRecord, status: str) -> None:
         if record.number in self._started:
             record.seconds += time.monotonic() - self._started[record.number]
-            self._trials.write(record)
-        if record.mlflow_run is None:
-            return
-        tracker = Tracker(self._uri, record.mlflow_run, self._trials.path(record))
-        tags = {"search.status": record.status} | ({"search.reason": record.reason} if record.reason else {})
-        tracker.set_tags(tags)
-        if record.status != "finished":
+        if record.mlflow_run is not None:
+            tracker = Tracker(self._uri, record.mlflow_run, self._trials.path(record))
+            reason = {"search.reason": record.reason} if record.reason else {}
+            tracker.set_tags({"search.status": record.status} | reason)
             tracker.catch_up()
-        tracker.finish(status)
+            tracker.finish(status)
+        record.told = record.ended
+        self._trials.write(record)
 
     def _told(self, record: TrialRecord) -> str:
         if record.status == "failed":

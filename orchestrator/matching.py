@@ -1,4 +1,4 @@
-"""The DPO that a soft or dispersed loss must be compared with: the one that pulls as hard at the start.
+"""The control of a soft or dispersed loss: the plain one (DPO, for most) that pulls as hard at the start.
 
 A soft label shrinks a pair's pull by 2p - 1 and a dispersion scales it, so at equal beta such a loss moves
 the policy less (or more) than DPO does, and would seem to gain by that alone. [derived]
@@ -21,10 +21,11 @@ _DIGITS = 4
 
 def matched_beta(
     loss: LossConfig, *, soft_labels: Sequence[float] | np.ndarray, entropies: np.ndarray | None
-) -> float:
-    """The beta at which DPO's mean gradient in h at h = 0 equals this loss's.
+) -> float | None:
+    """The beta at which the control's mean gradient in h at h = 0 equals this loss's.
 
-    DPO's is -beta / 2 for every pair. For GDPO this is beta E[2p - 1], for MallowsPO-theta beta E[s].
+    For GDPO this is beta E[2p - 1], for MallowsPO-theta beta E[s]. Squared links pull the harder the smaller
+    beta is, so theirs is divided by the same factor. None where the loss pulls no pair at its start.
 
     Args:
         loss: any loss of pairs.
@@ -35,43 +36,52 @@ def matched_beta(
     entropy = torch.zeros_like(labels) if entropies is None else torch.as_tensor(entropies).double()
     if loss.needs_calibration:
         loss = loss.with_phi_star(calibrated_phi_star(entropy))
-    # At the start and per token or not, u_chosen = u_rejected = 0 against any references.
-    plain = loss.model_copy(
-        update={
-            "references": LossConfig().references,
-            "length_normalized": False,
-            "sft_weight": 0.0,
-            "margin": 0.0,
-        }
+    plain = hard(loss)
+    wanted, given = _pull(loss, labels, entropy), _pull(plain, labels, entropy)
+    doubled = _pull(plain.model_copy(update={"beta": 2 * plain.beta}), labels, entropy)
+    if not (wanted > 0 and given > 0):
+        return None
+    factor = wanted / given
+    return float(f"{loss.beta * (factor if doubled > given else 1 / factor):.{_DIGITS}g}")
+
+
+def hard(loss: LossConfig) -> LossConfig:
+    """The loss for hard labels without dispersion: DPO for GDPO and MallowsPO, IPO for GIPO."""
+    plain = LossConfig()
+    update: dict[str, Any] = {"soft_label": plain.soft_label, "dispersion": plain.dispersion}
+    if loss.link.type == "mallows_phi":
+        update["link"] = plain.link
+    return loss.model_copy(update=update)
+
+
+def _pull(loss: LossConfig, labels: torch.Tensor, entropy: torch.Tensor) -> float:
+    """Mean of -dL/dh at the start, where the policy equals its only reference: u_chosen = u_rejected = 0."""
+    plain = LossConfig()
+    start = loss.model_copy(
+        update={"references": plain.references, "length_normalized": False, "sft_weight": 0.0, "margin": 0.0}
     )
     ones, zeros = torch.ones_like(labels), torch.zeros_like(labels)
     h = zeros.clone().requires_grad_()
     policy = PairScores(h / 2, -h / 2, ones, ones)
     reference = ReferenceScores(zeros, zeros, ones, ones, entropy, entropy)
-    losses = preference_loss(policy, [reference], config=plain, soft_labels=labels).losses
+    losses = preference_loss(policy, [reference], config=start, soft_labels=labels).losses
     (slopes,) = torch.autograd.grad(losses.sum(), h)
-    return float(f"{-2 * slopes.mean().item():.{_DIGITS}g}")
+    return -slopes.mean().item()
 
 
-def control_of(point: Mapping[str, Any], loss: LossConfig, beta: float) -> dict[str, Any] | None:
-    """The point with DPO at the matched beta for its loss: hard labels, no dispersion, a sigmoid link.
+def control_of(point: Mapping[str, Any], loss: LossConfig, beta: float | None) -> dict[str, Any] | None:
+    """The point with the same loss for hard labels, without dispersion, at the matched beta.
 
-    References, length normalisation and the SFT term stay as they are. None where the loss has nothing to
-    control for, or pulls no pair at its start.
+    References, link, length normalisation, margin and the SFT term stay as they are. None where the loss has
+    nothing to control for, or no matched beta.
     """
-    if loss.soft_label.type == "none" and loss.dispersion.type == "none":
+    if beta is None or (loss.soft_label.type == "none" and loss.dispersion.type == "none"):
         return None
-    if not beta > 0:
-        return None
-    kept = {name: getattr(loss, name) for name in ("references", "length_normalized", "sft_weight")}
-    dpo = LossConfig()
-    return {
-        **{field: value for field, value in point.items() if not field.startswith("loss.")},
-        "loss.preset": "dpo",
-        "loss.beta": beta,
-        **{
-            f"loss.{name}": value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-            for name, value in kept.items()
-            if value != getattr(dpo, name)
-        },
+    dpo, control = LossConfig(), hard(loss)
+    differing = {
+        f"loss.{name}": value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        for name in type(dpo).model_fields
+        if name != "beta" and (value := getattr(control, name)) != getattr(dpo, name)
     }
+    rest = {field: value for field, value in point.items() if not field.startswith("loss.")}
+    return {**rest, "loss.preset": "dpo", "loss.beta": beta, **differing}

@@ -5,6 +5,7 @@ summing the tables over ranks gives all of them the exact per-pair values of the
 single all-reduce: means with global counts, percentiles, and the pairs to name when a loss is not finite.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -249,7 +250,7 @@ def best_within(
     best: dict[str, float] = {}
     for name in ("eval/margin", "eval/reward"):
         values = [before[f"{name}_at_kl"]] if f"{name}_at_kl" in before else []
-        values += [metrics[name]] if kl <= budget and name in metrics else []
+        values += [metrics[name]] if kl <= budget and math.isfinite(metrics.get(name, math.nan)) else []
         best |= {f"{name}_at_kl": max(values)} if values else {}
     return best
 

@@ -99,10 +99,14 @@ def trial_slots(config: RunConfig, nodes: Sequence[Mapping[str, float]], *, rout
     """
     refuse_impossible(config, nodes)
     gpus, free = has_gpus(nodes), [defaultdict(float, node) for node in nodes]
-    served = reference_needs(config, gpus=gpus) if config.references.mode == "live" else []
+    served = reference_needs(config, gpus=gpus)
+    if config.references.mode == "precompute":  # they have gone by then, all but a judge of samples
+        served = [need for need in served if not need.role.startswith("reference")]
     beside = [("reference", need.bundle) for need in served for _ in range(need.count)]
     _place([("routers", {"CPU": routers}), *beside], free)
     trial = [("trial", bundle) for bundle in trial_bundles(config, gpus=gpus)]
+    if not all(bundle for _, bundle in trial):
+        raise UsageError("a trial asks for nothing; set parallel.resources.cpu or .gpu to more than 0")
     slots = 0
     while _place(trial, free) is None:
         slots += 1

@@ -81,7 +81,7 @@ def _follow(path: Path, total: int, console: Console, stop: threading.Event) -> 
     with Meter(console) as meter:
         while True:
             ended = stop.wait(0.5)
-            position, lines = _new_lines(path, position)
+            position, lines = new_lines(path, position)
             for line in lines:
                 latest |= {name: line[name] for name in ("step", *_SHOWN) if line.get(name) is not None}
             step = int(latest.get("step", -1))
@@ -93,7 +93,7 @@ def _follow(path: Path, total: int, console: Console, stop: threading.Event) -> 
                 return
 
 
-def _new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
+def new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
     """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
     if not path.exists():
         return 0, []

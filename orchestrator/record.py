@@ -7,6 +7,7 @@ is refused, because its checkpoint would silently mean something else.
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,7 @@ class RunRecord:
         identity: digests of data, references and policy start that results depend on.
         pins: hub revisions and registry versions that names stood for when the run began.
         counts: rows read, kept, skipped (by reason) and turned round, per split.
+        key: the run's own name for ever, which finds its MLflow run where the id was not written down.
         mlflow_run: the MLflow run's id.
         mlflow_parent: the MLflow run it is nested under.
         result: what the workers returned once training was done.
@@ -55,6 +57,7 @@ class RunRecord:
     identity: dict[str, Any]
     pins: dict[str, str]
     counts: dict[str, Any]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
     mlflow_run: str | None = None
     mlflow_parent: str | None = None
     result: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +83,12 @@ def read_record(folder: Path) -> RunRecord | None:
         raise UsageError(f"{path}: is not a run's record ({error}); start over with --fresh") from None
 
 
-def open_record(folder: Path, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE) -> RunRecord:
+def open_record(
+    folder: Path, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE, more_to_do: bool = False
+) -> RunRecord:
     """The record to go on with: the one that is there if it is of the same run, else the new one, written.
+
+    `may_change` are fields that may differ from the first start; `more_to_do` begins a finished run again.
 
     Raises:
         UsageError: a run of this name exists with other settings, data or references; lists them.
@@ -98,6 +105,7 @@ def open_record(folder: Path, new: RunRecord, *, may_change: Collection[str] = M
             "Give the run another name, take the change back, or start over with --fresh"
         )
     old.config, old.counts = new.config, new.counts
+    old.finished = old.finished and not more_to_do
     old.write(folder)
     return old
 

@@ -67,9 +67,12 @@ def served_tables(part: Part, config: RunConfig) -> dict[str, TokenTable]:
     return {name: part.references[name] for name in served}
 
 
-def warm(service: ReferenceService, tables: Mapping[str, TokenTable]) -> bool:
-    """Place the references whose store misses scores, before any worker; raises what prevents it."""
-    missing = [name for name, count in service.missing(tables).items() if count]
+def warm(service: ReferenceService, tables: Mapping[str, TokenTable], *, sampled: bool = False) -> bool:
+    """Place the references whose store misses scores, before any worker; raises what prevents it.
+
+    All of them where samples of the policy will have to be scored, which no store knows.
+    """
+    missing = [name for name, count in service.missing(tables).items() if count or sampled]
     service.start(missing)
     return bool(missing)
 

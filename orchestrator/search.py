@@ -66,16 +66,20 @@ class Search(Searcher):
             self._enter_point()
 
     @property
+    def entered(self) -> int:
+        """Points that were entered."""
+        return self._entered
+
     def waiting(self) -> TrialRecord | None:
         """The trial that is handed out next, entered if need be; None when the search has all its trials."""
         return self._pending() or (self._pending() if self._enter_point() else None)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: `{"number": its number, **its point}`, or `Searcher.FINISHED`."""
-        record = self.waiting
+        record = self.waiting()
         if record is None:
             return Searcher.FINISHED
-        record.status = "running"
+        record.status, record.reason = "running", None
         self._trials.write(record)
         self._numbers[trial_id] = record.number
         return {"number": record.number, **record.point}
@@ -140,7 +144,7 @@ class Search(Searcher):
             self._source.restore(group[0].point_id, group[0].params)
             self._tell(group)
         for first in (group[0] for group in points):
-            if all(record.control_of != first.point_id for record in controls):
+            if first.control is None or text(first.control) not in self._controls:
                 self._enter_control(first.point_id, first.drawn)
 
     def _pending(self) -> TrialRecord | None:
@@ -175,7 +179,12 @@ class Search(Searcher):
 
     def _enter_control(self, point_id: int, point: Point) -> None:
         control = self._control(point) if self._config.controls else None
-        if control is not None and text(control) not in self._controls:
+        if control is None:
+            return
+        first = self._trials[point_id]
+        first.control = dict(control)
+        self._trials.write(first)
+        if text(control) not in self._controls:
             self._controls.add(text(control))
             self._trials.enter(control, repeats=self._config.repeats, control_of=point_id)
 

@@ -6,28 +6,31 @@ Ray Tune says which trial goes on, the journal what is done; the best is registe
 import logging
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from mlflow.exceptions import MlflowException
 from ray import tune as ray_tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
-from orchestrator import report, sweep_plots
-from orchestrator.cluster import secrets
-from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator import proposals, report, sweep_plots
+from orchestrator.cluster import own_ctrl_c, secrets
+from orchestrator.config import RunFailed, UsageError
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
-from orchestrator.mlflow_client import without_secrets
+from orchestrator.mlflow_client import first_line, without_secrets
 from orchestrator.placement import trial_bundles
 from orchestrator.prepare import Prepared
-from orchestrator.record import RunRecord, open_record
+from orchestrator.promoting import alias_of, best_trial, promote
+from orchestrator.record import RunRecord
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
 from orchestrator.rewards import Judge
@@ -35,15 +38,22 @@ from orchestrator.scoring import judging, report_scores, score_split, serve, ser
 from orchestrator.search import Search
 from orchestrator.sweep import Point, SweepConfig
 from orchestrator.tracking import Tracker, code_tags
-from orchestrator.train import finish, train_on_cluster
 from orchestrator.trial import NUMBER, Shared, run_trial, trial_config
 from orchestrator.trials import TrialRecord, Trials
-from orchestrator.worker import calibration_rows, total_steps
-from tune_spaces.schedulers import build
+from orchestrator.worker import calibration_rows
 from tune_spaces.spaces import Space
 
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
+
+log = logging.getLogger(__name__)
+
+MLFLOW_PAUSE_S = 5.0
+TUNE_STATE = ".tune"
+"""Folder of Tune's own state, which nobody reads back."""
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal and MLflow have it all
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # each is told in one line
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that gives up reports why, and no metric
     "TUNE_WARN_THRESHOLD_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints a banner at any verbosity
@@ -56,6 +66,8 @@ class Searching:
     Args:
         sweep: the sweep file.
         space: what points are drawn from.
+        scheduler: which trials go on.
+        total: optimizer steps of a trial.
         prepared: the run file that trials start from, every reference served.
         record: of the search.
         trials: the journal.
@@ -67,36 +79,40 @@ class Searching:
         self,
         sweep: SweepConfig,
         space: Space,
+        scheduler: "TrialScheduler",
+        total: int,
         prepared: Prepared,
         record: RunRecord,
         trials: Trials,
         folder: Path,
         console: Console,
     ) -> None:
+        self.scheduler, self.total = scheduler, total
         self.sweep, self.base, self.prepared, self.record = sweep, prepared.config, prepared, record
         self.space, self.trials, self.folder, self.console = space, trials, folder, console
         self.gpus = prepared.policy.device_type == "cuda"
         self.tracker = _parent(sweep, prepared, record, folder)
         self._entropies: np.ndarray | None = None
 
-    def run(self, slots: int) -> RunRecord:
-        """Search to the end, report and promote."""
+    def run(self, slots: int, neighbours: int) -> RunRecord:
+        """Search to the end, report and promote.
+
+        Args:
+            slots: trials at a time.
+            neighbours: of them on one machine.
+        """
         status = "FAILED"
         try:
             with serve(self.prepared) as service, judging(self.base, gpus=self.gpus) as judge:
                 search = self._search(service)
-                if search.waiting:
-                    limits = self._try(search, service, judge, slots)
-                    self.record.result = {"scores": {n: asdict(c) for n, c in service.stats().items()}}
-                    report_scores(service, self.console)
-                else:
-                    limits = None
+                limits = self._try(search, service, judge, slots, neighbours) if search.waiting() else None
                 self.report()
-                _refuse_fruitless(self.trials, self.sweep)
                 if limits is not None and limits.failed:
                     raise RunFailed(limits.failed)
-                if self.sweep.promote is not None:
-                    self._promote(service, judge)
+                if best := best_trial(self.trials, self.sweep):
+                    self._promote(best, service, judge)
+                elif limits is None or limits.reason is None:
+                    raise RunFailed(f"no trial gave a result: {_reasons(self.trials)}")
             self.record.finished = limits is None or limits.reason is None
             self.record.write(self.folder)
             status = "FINISHED"
@@ -137,8 +153,14 @@ class Searching:
         )
 
     def _try(
-        self, search: "_TrackedSearch", service: ReferenceService, judge: Judge | None, slots: int
+        self,
+        search: "_TrackedSearch",
+        service: ReferenceService,
+        judge: Judge | None,
+        slots: int,
+        neighbours: int,
     ) -> Limits:
+        """Score what is missing, then run Tune until all trials have ended, a limit is reached or Ctrl-C."""
         held_out, train = self.prepared.held_out, self.prepared.train
         assert held_out is not None  # a sweep without held-out pairs is refused
         score_split(service, held_out, "eval", self.base, self.console)
@@ -146,21 +168,71 @@ class Searching:
             score_split(service, train, "train", self.base, self.console)
             service.release()
         else:
-            warm(service, served_tables(train, self.base))
+            sampled = self.base.evaluation.sampling is not None
+            warm(service, served_tables(train, self.base), sampled=sampled)
         limits = Limits(self.sweep, self.trials, search, wait_minutes=self.base.placement.wait_minutes)
         following = Following(
             self.trials, search, limits, self.sweep.objective, self.prepared.tracking_uri, self.console
         )
-        total = total_steps(self.base, len(train))
-        shared = self._shared(service, judge, slots)
         self.console.print(f"searching, {slots} trial(s) at a time")
-        _fit(self.sweep, self.base, self.space, self.folder, shared, search, limits, following, total)
-        following.close()
+        tuner = self._tuner(self._shared(service, judge, neighbours), search, slots, limits, following)
+        try:
+            with own_ctrl_c(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
+                tuner.fit()
+        finally:
+            following.close()
+            shutil.rmtree(self.folder / TUNE_STATE, ignore_errors=True)
+        self.record.result = {"scores": {name: asdict(c) for name, c in service.stats().items()}}
+        report_scores(service, self.console)
         if limits.reason is None and any(not trial.ended for trial in self.trials):
             raise KeyboardInterrupt
+        wanted = self.sweep.search.trials
+        if limits.reason is None and wanted is not None and search.entered < wanted:
+            self.console.print(f"the space has only {search.entered} points, of {wanted} asked for")
         return limits
 
-    def _shared(self, service: ReferenceService, judge: Judge | None, slots: int) -> Shared:
+    def _tuner(
+        self, shared: Shared, search: Search, slots: int, limits: Limits, following: Following
+    ) -> ray_tune.Tuner:
+        for name, value in _TUNE_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        for noisy in ("ray.tune", "ray.tune.schedulers.pbt", "ray.tune.tune"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        shutil.rmtree(self.folder / TUNE_STATE, ignore_errors=True)
+        stoppers: list[ray_tune.Stopper] = [limits]
+        plateau, first = self.sweep.plateau, self.sweep.objective[0]
+        if plateau is not None:
+            stoppers.append(
+                TrialPlateauStopper(
+                    first.metric, plateau.std, num_results=plateau.results, grace_period=plateau.grace
+                )
+            )
+        population = self.sweep.scheduler.type == "pbt"
+        return ray_tune.Tuner(
+            ray_tune.with_resources(
+                ray_tune.with_parameters(run_trial, shared=shared),
+                PlacementGroupFactory(trial_bundles(self.base, gpus=self.gpus)[:1]),
+            ),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=self.scheduler,
+                num_samples=-1,
+                # A population takes turns on what there is: a trial that waits must not keep others out.
+                max_concurrent_trials=None if population else slots,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=TUNE_STATE,
+                storage_path=str(self.folder),
+                verbose=0,
+                failure_config=ray_tune.FailureConfig(max_failures=self.base.parallel.max_failures),
+                checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=3 if population else None),
+                callbacks=[following],
+                stop=CombinedStopper(*stoppers),
+            ),
+        )
+
+    def _shared(self, service: ReferenceService, judge: Judge | None, neighbours: int) -> Shared:
         return Shared(
             sweep=self.sweep,
             base=self.base,
@@ -174,11 +246,12 @@ class Searching:
             judge=judge,
             secrets=secrets(os.environ),
             gpus=self.gpus,
-            at_once=slots,
+            neighbours=neighbours,
+            total=self.total,
         )
 
     def _control(self, point: Point, service: ReferenceService) -> Point | None:
-        """The matched DPO of a soft or dispersed point."""
+        """The matched control of a soft or dispersed point."""
         loss = trial_config(self.sweep, self.base, point, repeat=0, name="trial").loss
         labels = self.prepared.train.soft_labels
         if not loss.needs_entropy:
@@ -210,11 +283,33 @@ class Searching:
 
     # ------------------------------------------------------------ reporting
 
+    def _promote(self, best: TrialRecord, service: ReferenceService, judge: Judge | None) -> None:
+        """Register the best, and say so on the search's own MLflow run."""
+        self.record.result |= {"best": best.number}
+        tags = {"search.best": str(best.number)}
+        if self.sweep.promote is not None:
+            run = promote(self, best, service, judge)
+            self.record.registered = run.registered
+            tags["search.registered"] = str(run.registered)
+            self.console.print(f"registered as {run.registered}, alias {alias_of(self.base)}")
+        self.tracker.set_tags(tags)
+        # MLflow keeps the value of the last step, and a search that goes on may find a better one.
+        self.tracker.log(sum(trial.ended for trial in self.trials), best.result)
+
     def report(self) -> None:
         """Print the ranking, and write table and pictures to the search's folder and to MLflow."""
         trials, objectives = list(self.trials), self.sweep.objective
         primary = self.base.references.primary
-        self.console.print(report.summary(trials, objectives, primary=primary, width=self.console.width))
+        controls = {proposals.text(trial.point): trial.control for trial in trials}
+        self.console.print(
+            report.summary(
+                trials,
+                objectives,
+                primary=primary,
+                control=lambda point: controls.get(proposals.text(point)),
+                width=self.console.width,
+            )
+        )
         table = self.folder / "trials.csv"
         report.write_csv(trials, table)
         folders = {trial.number: self.trials.path(trial) for trial in trials}
@@ -229,59 +324,6 @@ class Searching:
         self.tracker.set_tags({f"search.{status}": str(count) for status, count in counts.items()})
         self.console.print(f"plots: {self.folder / 'plots'}\nall trials: {table}")
 
-    def _promote(self, service: ReferenceService, judge: Judge | None) -> None:
-        """Register the best trial's model, or one trained anew as it was."""
-        best = _best(self.trials, self.sweep)
-        config = trial_config(self.sweep, self.base, best.point, repeat=best.repeat, name=best.name)
-        tracking = self.base.tracking
-        named = {
-            "registered_model": tracking.registered_model or self.sweep.name,
-            "alias": tracking.alias or "best",
-        }
-        update: dict[str, Any] = {"tracking": tracking.model_copy(update=named)}
-        anew = self.sweep.promote == "retrain"
-        if anew:
-            update |= {"name": f"retrained-{best.name}", "storage_path": str(self.folder)}
-        config = config.model_copy(update=update)
-        prepared = replace(
-            self.prepared,
-            config=config,
-            references={name: self.prepared.references[name] for name in config.references.ordered},
-        )
-        lineage = {
-            "search": self.sweep.name,
-            "search.trial": str(best.number),
-            "search.trials": str(len(self.trials)),
-            "search.objective": ", ".join(f"{o.metric} ({o.mode})" for o in self.sweep.objective),
-            "search.mlflow_run": self.tracker.run_id,
-        }
-        self.console.print(f"\npromoting trial {best.number}" + (", trained anew" if anew else ""))
-        record = self._record_of(prepared, None if anew else best)
-        if not record.result:
-            train_on_cluster(prepared, record, service, judge, self.console)
-        if not record.finished:
-            finish(prepared, record, search=lineage)
-        self.record.registered = record.registered
-        self.record.result |= {"best": best.number}
-        self.tracker.set_tags({"search.best": str(best.number), "search.registered": str(record.registered)})
-        self.tracker.log(best.step, best.result)
-        self.console.print(f"registered as {record.registered}, alias {named['alias']}")
-
-    def _record_of(self, prepared: Prepared, best: TrialRecord | None) -> RunRecord:
-        config = prepared.config
-        return open_record(
-            config.folder,
-            RunRecord(
-                config=without_secrets(config.model_dump(mode="json")),
-                device_type=self.record.device_type,
-                identity=prepared.identity,
-                pins=prepared.pins,
-                counts=self.record.counts,
-                mlflow_run=None if best is None else best.mlflow_run,
-                mlflow_parent=self.tracker.run_id,
-            ),
-        )
-
 
 class _TrackedSearch(Search):
     """A search whose trials have an MLflow run before they start, and which can be cut short."""
@@ -292,15 +334,20 @@ class _TrackedSearch(Search):
         self.cut_short = False
         """From here on a trial that ends was ended by us: it stays unfinished in the journal."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial with its child run."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial with its child run; none for now while MLflow does not answer."""
         asked = super().suggest(trial_id)
-        if isinstance(asked, str):
+        if not isinstance(asked, dict):
             return asked
         trial = self._trials[asked[NUMBER]]
-        trial.mlflow_run = self._child(trial)
+        try:
+            trial.mlflow_run = self._child(trial)
+        except (UsageError, MlflowException) as error:
+            log.warning("trial %s waits for MLflow: %s", trial.number, first_line(error))
+            trial.status = "pending"
+            time.sleep(MLFLOW_PAUSE_S)
         self._trials.write(trial)
-        return asked
+        return asked if trial.status == "running" else None
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -308,69 +355,6 @@ class _TrackedSearch(Search):
         """As the search does, unless it was cut short."""
         if not self.cut_short:
             super().on_trial_complete(trial_id, result, error)
-
-
-def _fit(
-    sweep: SweepConfig,
-    base: RunConfig,
-    space: Space,
-    folder: Path,
-    shared: Shared,
-    search: Search,
-    limits: Limits,
-    following: Following,
-    total: int,
-) -> None:
-    """Run Tune until every trial has ended, a limit is reached or Ctrl-C is pressed."""
-    for name, value in _TUNE_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for noisy in ("ray.tune", "ray.tune.schedulers.pbt"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    state = folder / ".tune"
-    shutil.rmtree(state, ignore_errors=True)
-    first = sweep.objective[0]
-    stoppers = [limits]
-    if sweep.plateau is not None:
-        plateau = sweep.plateau
-        stoppers.append(
-            TrialPlateauStopper(
-                first.metric, plateau.std, num_results=plateau.results, grace_period=plateau.grace
-            )
-        )
-    tuner = ray_tune.Tuner(
-        ray_tune.with_resources(
-            ray_tune.with_parameters(run_trial, shared=shared),
-            PlacementGroupFactory(trial_bundles(base, gpus=shared.gpus)[:1]),
-        ),
-        tune_config=ray_tune.TuneConfig(
-            search_alg=search,
-            scheduler=build(
-                sweep.scheduler,
-                metric=first.metric,
-                mode=first.mode,
-                max_steps=total,
-                every_steps=base.evaluation.every_steps,
-                mutations=space.numeric,
-                seed=sweep.search.seed,
-            ),
-            num_samples=-1,
-            max_concurrent_trials=shared.at_once,
-        ),
-        run_config=ray_tune.RunConfig(
-            name=state.name,
-            storage_path=str(folder),
-            verbose=0,
-            failure_config=ray_tune.FailureConfig(max_failures=base.parallel.max_failures),
-            callbacks=[following],
-            stop=CombinedStopper(*stoppers),
-        ),
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
-            tuner.fit()
-    finally:
-        shutil.rmtree(state, ignore_errors=True)
 
 
 def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: Path) -> Tracker:
@@ -383,6 +367,7 @@ def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: P
         folder=folder,
         experiment=prepared.config.tracking.experiment,
         params=settings,
+        key=record.key,
         tags={"search": sweep.name, "search.spaces": ", ".join(sweep.spaces)} | code_tags(),
     )
     record.mlflow_run = tracker.run_id
@@ -391,11 +376,9 @@ def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: P
     return tracker
 
 
-def _refuse_fruitless(trials: Trials, sweep: SweepConfig) -> None:
-    ranked = report.rank(list(trials), sweep.objective)
-    if not any(one.rank is not None and one.control_of is None for one in ranked):
-        reasons = dict.fromkeys(trial.reason for trial in trials if trial.reason)
-        raise RunFailed("no trial gave a result: " + ("; ".join(map(str, reasons)) or "none came to its end"))
+def _reasons(trials: Trials) -> str:
+    reasons = dict.fromkeys(trial.reason for trial in trials if trial.reason)
+    return "; ".join(map(str, reasons)) or "none came to its end"
 
 
 def _entropies(service: ReferenceService, prepared: Prepared, rows: np.ndarray) -> np.ndarray:
@@ -407,12 +390,3 @@ def _entropies(service: ReferenceService, prepared: Prepared, rows: np.ndarray) 
     client.ask("control", rows)
     scores = client.collect("control")[primary]
     return (scores.chosen_entropy + scores.rejected_entropy) / 2
-
-
-def _best(trials: Trials, sweep: SweepConfig) -> TrialRecord:
-    """The best repeat of the best point; a control is there to be compared with."""
-    objective = sweep.objective[0]
-    point = next(one for one in report.rank(list(trials), sweep.objective) if one.control_of is None)
-    sign = 1 if objective.mode == "max" else -1
-    given = [trial for trial in point.trials if trial.ended and objective.metric in trial.result]
-    return max(given, key=lambda trial: sign * trial.result[objective.metric])

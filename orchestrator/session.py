@@ -80,26 +80,22 @@ class Alone:
     Args:
         folder: the run's; checkpoints lie in it as Ray Train would lay them.
         device: what it trains on.
-        neighbours: processes like this one that share the machine's cores, itself included.
         keep_last: checkpoints that are kept.
         tell: gets every report's metrics, and the checkpoint written with it.
-        start: a checkpoint to go on from instead of the newest in the folder.
     """
 
-    rank, world_size = 0, 1
+    rank, world_size, local_workers = 0, 1, 1
 
     def __init__(
         self,
         folder: Path,
         *,
         device: torch.device,
-        neighbours: int = 1,
         keep_last: int = 1,
         tell: Callable[[Mapping[str, float], Path | None], None] = lambda metrics, checkpoint: None,
-        start: Path | None = None,
     ) -> None:
-        self.device, self.local_workers = device, neighbours
-        self._folder, self._keep_last, self._tell, self._start = folder / CHECKPOINTS, keep_last, tell, start
+        self.device = device
+        self._folder, self._keep_last, self._tell = folder / CHECKPOINTS, keep_last, tell
 
     def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
         """Write the checkpoint, whole or not at all, and pass the metrics on."""
@@ -107,8 +103,18 @@ class Alone:
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
-        """The one it was told to start from, else the newest in its folder."""
-        yield self._start or checkpoint.newest(self._folder)
+        """The newest in its folder."""
+        yield checkpoint.newest(self._folder)
+
+    def adopt(self, other: Path) -> None:
+        """Go on from another run's checkpoint: a copy of it becomes the only one."""
+
+        def copy(part: Path) -> None:
+            shutil.copytree(other, part, dirs_exist_ok=True)
+
+        copied = self._written(copy, checkpoint.step_of(other))
+        for left in set(self._folder.glob("checkpoint_*/")) - {copied}:
+            shutil.rmtree(left)
 
     def _written(self, write: Write, step: int) -> Path:
         part, whole = self._folder / ".part", self._folder / f"checkpoint_{step:09d}"
@@ -117,6 +123,9 @@ class Alone:
         part.mkdir(parents=True)
         write(part)
         part.rename(whole)
-        for stale in sorted(self._folder.glob("checkpoint_*/"))[: -self._keep_last]:
+        kept = sorted(self._folder.glob("checkpoint_*/"))
+        # Later ones are of a course that was left for another trial's checkpoint.
+        course = [folder for folder in kept if folder.name <= whole.name]
+        for stale in set(kept) - set(course[-self._keep_last :]):
             shutil.rmtree(stale)
         return whole

@@ -139,11 +139,6 @@ class SweepConfig(Settings):
         """The fields under `space`."""
         return self._domains
 
-    @property
-    def folder(self) -> Path:
-        """The search's own folder."""
-        return Path(self.base.storage_path) / self.name
-
 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a sweep file and the run file it names, apply overrides (`search.trials=4 run.training.epochs=2`).
@@ -151,7 +146,9 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     Raises:
         UsageError: one message naming the file and the line or the field, and the remedy.
     """
-    content = read_yaml(path)
+    content = read_yaml(path, what="sweep file (name, run, spaces, search, ...)")
+    early = [text for text in overrides if text.startswith("run=")]
+    content = override(content, early)
     run, run_source = content.get("run"), f"{path}: run"
     if isinstance(run, str):
         run_file = Path(path).parent / Path(run).expanduser()
@@ -159,7 +156,8 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         content["run"] = read_yaml(run_file)
     elif run is None:
         raise UsageError(f"{path}: run is required and missing; name the run file that trials start from")
-    return parse_sweep(override(content, overrides), source=str(path), run_source=run_source)
+    late = [text for text in overrides if text not in early]
+    return parse_sweep(override(content, late), source=str(path), run_source=run_source)
 
 
 def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:
@@ -189,7 +187,7 @@ def trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = 
     Raises:
         UsageError: the point makes no valid run.
     """
-    own = {"name": name, "storage_path": str(sweep.folder / "trials"), "training.keep_last": 1}
+    own: dict[str, Any] = {"name": name, "training.keep_last": 1}
     own["training.seed"] = sweep.base.training.seed + repeat
     if sweep.scheduler.type == "pbt":  # what it copies from one trial to another is a checkpoint
         own["training.save_every"] = sweep.base.evaluation.every_steps
@@ -261,7 +259,21 @@ def _refuse_unmeasured(sweep: SweepConfig, source: str) -> None:
         raise UsageError(
             f"{source}: trials are compared on held-out pairs; set data.eval or data.eval_fraction"
         )
+    of_loss = {"losses", "references", "dispersion", "soft_labels"} & set(sweep.spaces)
+    of_loss |= {field for field in sweep.space if field.startswith(("loss.", "references."))}
+    for objective in sweep.objective:
+        if of_loss and objective.metric in ("eval/loss", "eval/rewards/margins"):
+            raise UsageError(
+                f"{source}: objective {objective.metric} is in the units of each loss, so that trials of "
+                f"different losses cannot be compared by it ({', '.join(sorted(of_loss))} searched); "
+                "judge by eval/accuracy, eval/label_nll or eval/margin_at_kl"
+            )
     if sweep.scheduler.type == "pbt":
+        if base.evaluation.keep == "best":
+            raise UsageError(
+                f"{source}: scheduler pbt hands on the last weights of a trial; it needs "
+                "evaluation.keep: last, and no objective at a KL budget"
+            )
         if base.parallel.workers > 1:
             raise UsageError(
                 f"{source}: scheduler pbt hands checkpoints around; it needs parallel.workers: 1"

@@ -141,6 +141,7 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
         params=record.config,
         tags={"loss.preset": config.preset} | fingerprints | pins | digests | code_tags(),
         parent=record.mlflow_parent,
+        key=record.key,
     )
     record.mlflow_run = tracker.run_id
     record.write(config.folder)
@@ -169,17 +170,23 @@ def train_on_cluster(
             score_split(service, prepared.train, "train", config, console)
             service.release()
         else:
-            warm(service, served_tables(prepared.train, config))
+            warm(
+                service, served_tables(prepared.train, config), sampled=config.evaluation.sampling is not None
+            )
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with following_steps(config.folder, total, console):
             setup = _worker_setup(prepared, service, tracker, judge)
-            result = run_workers(setup, gpus=prepared.policy.device_type == "cuda")
+            try:
+                result = run_workers(setup, gpus=prepared.policy.device_type == "cuda")
+            except RunFailed as error:
+                kept = "Checkpoints are kept: the same command goes on from the last one"
+                raise RunFailed(f"{error}. {kept}") from error
         report_scores(service, console)
         stats = {name: asdict(counts) for name, counts in service.stats().items()}
         if result["status"] == "refused":
             raise UsageError(result["reason"])
         if result["status"] != "done":
-            raise RunFailed(result["reason"])
+            raise RunFailed(f"{result['reason']}. The last checkpoint is kept; a changed run needs --fresh")
     record.result = result | {"scores": stats}
     record.write(config.folder)
 

@@ -5,18 +5,27 @@ A trial of one worker is that worker, in Tune's process; several are a group of 
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from models.config import ModelConfig
-from orchestrator.config import RunConfig
+from orchestrator.config import METRICS, RunConfig, RunFailed, UsageError
+from orchestrator.progress import new_lines
 from orchestrator.rewards import Judge
 from orchestrator.sweep import Point, SweepConfig, trial_run
+from orchestrator.tracking import METRICS_FILE
 from orchestrator.trials import read_trial
+
+if TYPE_CHECKING:
+    from orchestrator.worker import WorkerSetup
+
+Tell = Callable[..., None]
+"""Gets a report's metrics, and the checkpoint written with it."""
 
 NUMBER = "number"
 """What a trial's config has besides its point; the rest of it is in the journal."""
@@ -38,7 +47,8 @@ class Shared:
         judge: what rewards sampled responses, if a reward is set.
         secrets: environment of the trials' processes.
         gpus: whether the cluster has any.
-        at_once: trials that run side by side.
+        neighbours: trials that run side by side on a machine.
+        total: optimizer steps of a trial.
     """
 
     sweep: SweepConfig
@@ -53,7 +63,8 @@ class Shared:
     judge: Judge | None
     secrets: dict[str, str]
     gpus: bool
-    at_once: int
+    neighbours: int
+    total: int
 
 
 def trial_config(sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: int, name: str) -> RunConfig:
@@ -63,7 +74,13 @@ def trial_config(sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: i
         UsageError: the point makes no valid run.
     """
     run = trial_run(sweep, point, repeat=repeat, name=name)
-    models = {name: base.references.models[name] for name in run.references.models}
+    models = {}
+    for name in run.references.models:
+        if name not in base.references.models:
+            raise UsageError(
+                f"references.use names {name!r}, which the run file's own references.use leaves out"
+            )
+        models[name] = base.references.models[name]
     return run.model_copy(
         update={
             "policy": base.policy.model_copy(update={"adapter": run.policy.adapter}),
@@ -86,33 +103,28 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # which tells of every checkpoint at INFO
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from orchestrator.fit import run_workers
-    from orchestrator.worker import train_worker
 
     setup = _setup(config, shared)
     told: dict[str, Any] = {}
 
-    def tell(metrics: Mapping[str, float], written: Path | None) -> None:
-        if not any(name.startswith("eval/") for name in metrics):
-            return
-        told.update(metrics)
-        # Only population based training hands checkpoints around; otherwise the trial's folder has its own.
-        passed_on = written is not None and shared.sweep.scheduler.type == "pbt"
-        tune.report(dict(metrics), checkpoint=tune.Checkpoint.from_directory(written) if passed_on else None)
+    def tell(metrics: Mapping[str, Any], written: Path | None = None) -> None:
+        if any(name.startswith("eval/") for name in metrics):
+            told.update(metrics)
+            # Only population based training hands checkpoints around; a trial's folder has its own.
+            passed_on = written is not None and shared.sweep.scheduler.type == "pbt"
+            checkpoint = tune.Checkpoint.from_directory(written) if passed_on else None
+            tune.report(dict(metrics), checkpoint=checkpoint)
 
-    if setup.config.parallel.workers > 1:
-        result = run_workers(setup, gpus=shared.gpus, callbacks=[TuneReportCallback()])
-    else:
-        result = train_worker(setup, _alone(setup, shared, tell))
+    result = (
+        _alone(setup, shared, tell) if setup.config.parallel.workers == 1 else _group(setup, shared, tell)
+    )
     if result["status"] != "done":
         tune.report({"failed": result["reason"]})
     elif told.get("step") != result["step"]:  # a trial that was killed after its last step
-        tune.report({"step": result["step"], "total": result["step"], **result["metrics"]})
+        tell({"step": result["step"], "total": result["step"], **result["metrics"]})
 
 
-def _setup(config: Mapping[str, Any], shared: Shared) -> Any:
+def _setup(config: Mapping[str, Any], shared: Shared) -> "WorkerSetup":
     from orchestrator.worker import WorkerSetup
 
     point = {field: value for field, value in config.items() if "." in field}
@@ -134,21 +146,56 @@ def _setup(config: Mapping[str, Any], shared: Shared) -> Any:
         tracking_run=str(record.mlflow_run),
         judge=shared.judge,
         export=False,
+        neighbours=shared.neighbours,
     )
 
 
-def _alone(setup: Any, shared: Shared, tell: Any) -> Any:
+def _alone(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
+    """The trial's only worker is this process."""
     import torch
     from ray import tune
 
     from orchestrator.session import Alone
+    from orchestrator.worker import train_worker
 
-    handed = tune.get_checkpoint()
-    return Alone(
+    session = Alone(
         Path(setup.folder),
         device=torch.device("cuda", 0) if shared.gpus and torch.cuda.is_available() else torch.device("cpu"),
-        neighbours=shared.at_once,
         keep_last=setup.config.training.keep_last,
         tell=tell,
-        start=None if handed is None else Path(handed.to_directory()),
     )
+    if (handed := tune.get_checkpoint()) is not None:
+        with handed.as_directory() as folder:
+            session.adopt(Path(folder))
+    return train_worker(setup, session)
+
+
+def _group(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
+    """A group of workers; their evaluations are read from the file that rank 0 writes.
+
+    Tune's own callback for this passes reports through a queue of one place from Train's controller, and a
+    report that finds it full at the trial's end waits for ever.
+    """
+    from orchestrator.fit import run_workers
+
+    evaluation, path = setup.config.evaluation, Path(setup.folder) / METRICS_FILE
+    position = path.stat().st_size if path.exists() else 0
+    sign, best = 1 if METRICS[evaluation.metric] == "max" else -1, dict[str, float]()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_workers, setup, gpus=shared.gpus)
+        while True:
+            ended = not wait([running], timeout=0.5).not_done
+            position, lines = new_lines(path, position)
+            for line in lines:
+                value = line.get(evaluation.metric)
+                if line["step"] == 0 or value is None:
+                    continue
+                if evaluation.keep == "last" or not best or sign * value > sign * best[evaluation.metric]:
+                    best = line
+                tell({**best, "step": line["step"], "total": shared.total})
+            if ended:
+                break
+        try:
+            return running.result()
+        except RunFailed as error:  # Train has tried it again already
+            return {"status": "failed", "reason": str(error)}

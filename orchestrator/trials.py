@@ -27,7 +27,8 @@ class TrialRecord:
         number: from 1, in the order they were entered.
         point_id: number of the first trial of the same point; repeats share it.
         repeat: 0, 1, ...; added to the run file's seed.
-        control_of: the point whose matched DPO this is.
+        control_of: the point whose matched control this is.
+        control: the point's matched control; one control may serve several points.
         point: dotted run-file fields that the trial runs with.
         drawn: the same as they were entered; a scheduler may change `point` while the trial runs.
         params: the sampler's own names and values for the point.
@@ -37,12 +38,14 @@ class TrialRecord:
         reason: why it failed.
         seconds: wall time over all its starts.
         mlflow_run: its child run.
+        told: whether its end is in MLflow.
     """
 
     number: int
     point_id: int
     repeat: int = 0
     control_of: int | None = None
+    control: dict[str, Any] | None = None
     point: dict[str, Any] = field(default_factory=dict)
     drawn: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +55,7 @@ class TrialRecord:
     reason: str | None = None
     seconds: float = 0.0
     mlflow_run: str | None = None
+    told: bool = False
 
     def __post_init__(self) -> None:
         self.drawn = self.drawn or dict(self.point)

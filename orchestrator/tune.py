@@ -5,12 +5,15 @@ Everything that can be refused is refused here, before a trial starts; `searchin
 
 import math
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.table import Table
 
 from models.config import ModelConfig
+from orchestrator import points
 from orchestrator.cluster import connected, nodes
 from orchestrator.config import ReferenceConfig, RunConfig, UsageError
 from orchestrator.mlflow_client import without_secrets
@@ -26,7 +29,12 @@ from orchestrator.sweep import SweepConfig
 from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials
+from orchestrator.worker import total_steps
+from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
 
 CHECKED_POINTS = 100
 """Points drawn before anything starts, each of which must make a valid run."""
@@ -44,34 +52,39 @@ def tune(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False)
     """Search, rank and promote; or go on where an earlier call was killed or ran out of time.
 
     Raises:
-        UsageError: the input is wrong, or not even one trial fits the cluster.
+        UsageError, SpaceError: the input is wrong, or not even one trial fits the cluster.
         RunFailed: no trial gave a result, or too many failed.
     """
     console = plain_console()
     base = _base(sweep)
     folder = Path(base.storage_path) / sweep.name
     space = _space(sweep, base)
-    _refuse_bad_points(sweep, base, space)
-    before = None if fresh else read_record(folder)
+    found = read_record(folder)
+    if found is not None and "run" not in found.config:
+        raise UsageError(f"{sweep.name}: {folder} is a training run's folder; give the search another name")
+    before = None if fresh else found
     with locked(folder):
         of_base = None if before is None else replace(before, config=before.config["run"])
         prepared = prepared_run(base, console, of_base)
-        _refuse_unlabelled(sweep, prepared)
-        trials_in = trials_folder(sweep, base)
-        if before is not None and before.finished and not retry_failed:
-            prepared = prepared.on(before.device_type)
-            record = _open(sweep, prepared, folder)
-            if record.finished:
-                Searching(sweep, space, prepared, record, Trials(trials_in), folder, console).tell_again()
-                return record
+        scheduler, total = _refuse_unfit(sweep, base, space, prepared)
+        more = retry_failed or (before is not None and _asks_more(sweep, before))
+
+        def searching(device_type: str) -> Searching:
+            on = prepared.on(device_type)
+            record = _open(sweep, on, folder, fresh=fresh, more_to_do=more)
+            trials = Trials(trials_folder(sweep, base))
+            return Searching(sweep, space, scheduler, total, on, record, trials, folder, console)
+
+        if before is not None and before.finished and not more:
+            done = searching(before.device_type)
+            done.tell_again()
+            return done.record
         with connected(wait_minutes=base.placement.wait_minutes):
             slots = _slots(sweep, base)
-            prepared = prepared.on("cuda" if has_gpus(nodes()) else "cpu")
-            record = _open(sweep, prepared, folder, fresh=fresh)
-            trials = Trials(trials_in)
+            search = searching("cuda" if has_gpus(nodes()) else "cpu")
             if retry_failed:
-                _retry(trials)
-            return Searching(sweep, space, prepared, record, trials, folder, console).run(slots)
+                _retry(search.trials)
+            return search.run(slots, _neighbours(sweep, slots))
 
 
 def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
@@ -79,16 +92,17 @@ def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
     console = plain_console()
     base = _base(sweep)
     space = _space(sweep, base)
-    _refuse_bad_points(sweep, base, space)
+    prepared = prepared_run(base, console, None)
+    _, total = _refuse_unfit(sweep, base, space, prepared)
     console.print(_space_table(space))
     console.print(f"\n{samples} of its points:")
     for point in sampled(space, samples, seed=sweep.search.seed):
-        console.print("  " + ", ".join(f"{field}={value}" for field, value in point.items()))
-    prepared = prepared_run(base, console, None)
-    _refuse_unlabelled(sweep, prepared)
+        told = (f"{field} {points.text(value)}" for field, value in point.items())
+        console.print("  " + ", ".join(told))
+    console.print(f"\n{_trials_text(sweep, space)} of {total} steps each")
     with connected(wait_minutes=base.placement.wait_minutes):
         slots = _slots(sweep, base)
-        console.print(f"\n{slots} trial(s) at a time beside the references, each {_asks(base)}")
+        console.print(f"{slots} trial(s) at a time beside the references, each {_asks(base)}\n")
         with serve(prepared.on("cuda" if has_gpus(nodes()) else "cpu")) as service:
             console.print(_forwards_table(service, prepared))
 
@@ -104,7 +118,10 @@ def _base(sweep: SweepConfig) -> RunConfig:
         name: ReferenceConfig(**start) if reference.in_process else reference
         for name, reference in base.references.models.items()
     }
-    base = base.model_copy(update={"references": base.references.model_copy(update={"models": models})})
+    references: dict[str, Any] = {"models": models}
+    if base.evaluation.sampling is not None:  # a served reference must be there for samples
+        references |= {"mode": "live"}
+    base = base.model_copy(update={"references": base.references.model_copy(update=references)})
     base._preset = sweep.base.preset
     return base
 
@@ -114,19 +131,40 @@ def _space(sweep: SweepConfig, base: RunConfig) -> Space:
     return Space(sweep.spaces, sweep.domains, tuple(base.references.ordered), loss)
 
 
-def _refuse_bad_points(sweep: SweepConfig, base: RunConfig, space: Space) -> None:
-    """Draw many points, each of which must make a valid run; a grid must be one."""
+def _refuse_unfit(
+    sweep: SweepConfig, base: RunConfig, space: Space, prepared: Prepared
+) -> tuple["TrialScheduler", int]:
+    """Draw many points, each of which must make a valid run; the scheduler, and the length of a trial."""
     if sweep.search.algorithm == "grid":
         next(space.grid())
+    lengths = set()
     for point in sampled(space, CHECKED_POINTS, seed=sweep.search.seed):
         try:
-            trial_config(sweep, base, point, repeat=0, name="trial")
+            run = trial_config(sweep, base, point, repeat=0, name="trial")
         except UsageError as error:
-            said = ", ".join(f"{field}={value}" for field, value in point.items())
+            said = ", ".join(f"{field} {points.text(value)}" for field, value in point.items())
             raise UsageError(
                 f"{sweep.name}: the space has a point that makes no valid run ({said}):\n{error}\n"
                 "Narrow a field under space, or leave a named space out"
             ) from None
+        lengths.add(total_steps(run, len(prepared.train)))
+    _refuse_unlabelled(sweep, prepared)
+    if len(lengths) > 1 and sweep.scheduler.type != "fifo":
+        raise UsageError(
+            f"{sweep.name}: scheduler {sweep.scheduler.type} compares trials at the same step, and trials "
+            f"would have {min(lengths)} to {max(lengths)} steps; fix training.epochs, max_steps and "
+            "pairs_per_step, or use scheduler: {type: fifo}"
+        )
+    scheduler = build(
+        sweep.scheduler,
+        metric=sweep.objective[0].metric,
+        mode=sweep.objective[0].mode,
+        max_steps=max(lengths),
+        every_steps=base.evaluation.every_steps,
+        mutations=space.numeric,
+        seed=sweep.search.seed,
+    )
+    return scheduler, max(lengths)
 
 
 def _refuse_unlabelled(sweep: SweepConfig, prepared: Prepared) -> None:
@@ -148,6 +186,23 @@ def _slots(sweep: SweepConfig, base: RunConfig) -> int:
     return min(fit, sweep.max_concurrent or fit)
 
 
+def _neighbours(sweep: SweepConfig, slots: int) -> int:
+    """How many trials share a machine's cores: no more than the search has, spread over its machines."""
+    search, several = sweep.search, 2 if sweep.search.controls else 1
+    most = slots if search.trials is None else min(slots, search.trials * search.repeats * several)
+    return math.ceil(most / len(nodes()))
+
+
+def _trials_text(sweep: SweepConfig, space: Space) -> str:
+    """`24 trials: 8 points x 3 seeds, and up to as many controls,`."""
+    search = sweep.search
+    count = search.trials
+    if search.algorithm == "grid":
+        count = sum(1 for _ in islice(space.grid(), count))
+    told = f"{count} point(s) x {search.repeats} seed(s)"
+    return told + (", and up to as many controls," if search.controls else "")
+
+
 def _asks(base: RunConfig) -> str:
     bundles = trial_bundles(base, gpus=has_gpus(nodes()))
     return " + ".join(
@@ -155,13 +210,19 @@ def _asks(base: RunConfig) -> str:
     )
 
 
-def _open(sweep: SweepConfig, prepared: Prepared, folder: Path, *, fresh: bool = False) -> RunRecord:
-    """The search's record; one that is asked for more than it had is no longer finished."""
+def _asks_more(sweep: SweepConfig, before: RunRecord) -> bool:
+    """Whether a finished search is asked for more than it was."""
+    now = sweep.model_dump(mode="json")
+    return any(before.config[name] != now[name] for name in ("search", "promote"))
+
+
+def _open(
+    sweep: SweepConfig, prepared: Prepared, folder: Path, *, fresh: bool, more_to_do: bool
+) -> RunRecord:
     if fresh:
         remove_run(folder)
     run = prepared.config.model_dump(mode="json")
     settings = sweep.model_dump(mode="json") | {"run": run}
-    before = read_record(folder)
     record = open_record(
         folder,
         RunRecord(
@@ -172,12 +233,8 @@ def _open(sweep: SweepConfig, prepared: Prepared, folder: Path, *, fresh: bool =
             counts=dict(prepared.counts),
         ),
         may_change=_SWEEP_MAY_CHANGE,
+        more_to_do=more_to_do,
     )
-    if before is not None and any(
-        before.config[name] != record.config[name] for name in ("search", "promote")
-    ):
-        record.finished = False
-        record.write(folder)
     (folder / "sweep.yaml").write_text(yaml.safe_dump(record.config, sort_keys=False))
     return record
 
@@ -190,7 +247,9 @@ def _retry(trials: Trials) -> None:
 
 
 def _space_table(space: Space) -> Table:
-    table = Table("field", "domain", "when", box=None, title="the space", title_justify="left")
+    table = Table(box=None, title="the space", title_justify="left")
+    for column in ("field", "domain", "when"):
+        table.add_column(column, overflow="fold")
     for row in space.table():
         table.add_row(row.field, row.domain, row.when)
     return table

@@ -22,7 +22,7 @@ from losses.config import LossConfig
 from losses.dispersion import calibrated_phi_star
 from models.config import ModelConfig, ModelError
 from orchestrator import checkpoint
-from orchestrator.checkpoint import Progress
+from orchestrator.checkpoint import Best, Progress
 from orchestrator.config import METRICS, RunConfig, RunFailed
 from orchestrator.feed import Feed, Part
 from orchestrator.metrics import (
@@ -63,6 +63,7 @@ class WorkerSetup:
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
         judge: what rewards sampled responses, where a reward is set.
         export: whether the trained policy is exported; a search exports only the one it promotes.
+        neighbours: runs like this one on the machine at once, which share its cores.
     """
 
     config: RunConfig
@@ -77,6 +78,7 @@ class WorkerSetup:
     tracking_run: str
     judge: Judge | None = None
     export: bool = True
+    neighbours: int = 1
 
 
 def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
@@ -98,7 +100,8 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
 
 def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
     config, rank, world_size = setup.config, session.rank, session.world_size
-    policy = open_policy(config, setup.policy, device=session.device, local_workers=session.local_workers)
+    sharing = session.local_workers * setup.neighbours
+    policy = open_policy(config, setup.policy, device=session.device, local_workers=sharing)
     parts = {"train": ray.get(setup.train), "eval": ray.get(setup.held_out) if setup.held_out else None}
     feeds = {
         split: _feed(setup, part, policy, rank=rank, world_size=world_size)
@@ -140,7 +143,7 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         metrics = {
             "step": taken,
             "total": total,
-            **((progress.best or progress.metrics) if evaluated else {}),
+            **(run.judged_by(progress) if evaluated else {}),
         }
         if last or taken % config.training.save_every == 0:
             progress = replace(progress, step=taken, schedule=schedule.state_dict())
@@ -148,18 +151,16 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         elif evaluated:
             session.report(metrics)
     run.close()
-    if progress.best:
-        progress = replace(progress, metrics=progress.best)
     if rank == 0 and setup.export:
-        if progress.best:
-            checkpoint.load_weights(Path(setup.folder) / BEST, policy.parallel)
+        if run.best is not None:
+            checkpoint.load_best(Path(setup.folder) / BEST, policy.parallel)
         probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
         export_policy(policy, Path(setup.folder) / EXPORT, probes=probes)
     return {
         "status": "done",
         "step": total,
-        "exported_step": progress.best_step if progress.best else total,
-        "metrics": progress.metrics,
+        "exported_step": total if run.best is None else run.best.step,
+        "metrics": run.judged_by(progress),
         "phi_star": progress.phi_star,
         "sharing_refused": policy.sharing_refused,
     }
@@ -193,6 +194,9 @@ class _Run:
     ) -> None:
         self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
         self._loss, self._journal = loss, journal
+        evaluation = setup.config.evaluation
+        kept = evaluation.keep == "best"
+        self.best = checkpoint.best_in(Path(setup.folder) / BEST, evaluation.metric) if kept else None
         self._names = setup.config.references.ordered
         self._sampler = _sampler(setup, session, policy, feeds.get("eval"))
         self._told = Told(
@@ -256,21 +260,25 @@ class _Run:
             metrics |= best_within(self._sampler.config.kl_budget, metrics, before.metrics, self._names)
         if self._journal is not None:
             self._journal.log(step, metrics)
-        return self._with_best(replace(before, metrics=metrics), step)
+        self._keep_if_best(metrics, step)
+        return replace(before, metrics=metrics)
 
-    def _with_best(self, progress: Progress, step: int) -> Progress:
+    def judged_by(self, progress: Progress) -> dict[str, float]:
+        """Metrics of the weights that the run would export now."""
+        return progress.metrics if self.best is None else self.best.metrics
+
+    def _keep_if_best(self, metrics: dict[str, float], step: int) -> None:
         """Keep the weights if the best are to be kept and these are better than those before."""
         evaluation = self._setup.config.evaluation
-        value, best = progress.metrics.get(evaluation.metric), progress.best.get(evaluation.metric)
+        value = metrics.get(evaluation.metric)
         if evaluation.keep != "best" or value is None or not math.isfinite(value):
-            return progress
+            return
         sign = 1 if METRICS[evaluation.metric] == "max" else -1
-        if best is not None and sign * value <= sign * best:
-            return progress
-        weights = Path(self._setup.folder) / BEST
+        if self.best is not None and sign * value <= sign * self.best.value:
+            return
+        self.best = Best(metric=evaluation.metric, step=step, metrics=metrics)
         if self._journal is not None:  # rank 0
-            checkpoint.save_weights(weights, self._policy.parallel)
-        return replace(progress, best=progress.metrics, best_step=step)
+            checkpoint.save_best(Path(self._setup.folder) / BEST, self._policy.parallel, self.best)
 
     def describe(self, failure: NonFiniteLoss, step: int) -> str:
         """Which step and pairs a loss was lost at, and what to do."""
@@ -278,8 +286,8 @@ class _Run:
         sources = [part.sources[int(indices[slot])] for slot in failure.slots[:5]]
         more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
         return (
-            f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}. The last checkpoint is kept; "
-            "lower training.learning_rate or loss.beta, or look at these rows, and start with --fresh"
+            f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}; "
+            "lower training.learning_rate or loss.beta, or look at these rows"
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import yaml
 from losses.presets import PRESETS, from_settings
 from models.config import LoraSettings
 from orchestrator.config import parse_run, run_schema
-from orchestrator.record import _MAY_CHANGE, _MAY_CHANGE_PER_REFERENCE
+from orchestrator.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -98,7 +98,7 @@ def test_every_field_of_a_run_file_is_explained() -> None:
 def test_what_may_change_between_restarts_is_listed() -> None:
     page = (ROOT / "docs" / "run-file.md").read_text()
     listed = page.partition("What may change")[2].partition("\nEverything")[0]
-    assert {*re.findall(r"`([\w.]+)`", listed)} == {*_MAY_CHANGE, *_MAY_CHANGE_PER_REFERENCE}
+    assert {*re.findall(r"`([\w.]+)`", listed)} == {*MAY_CHANGE, *_MAY_CHANGE_PER_REFERENCE}
 
 
 def test_default_values_are_those_of_the_code() -> None:

@@ -224,9 +224,9 @@ def test_repeats_differ_in_the_seed_alone() -> None:
     assert same[0] == same[1] == same[2]
 
 
-def test_a_trial_lies_in_the_searchs_folder_and_keeps_one_checkpoint() -> None:
+def test_a_trial_keeps_one_checkpoint() -> None:
     run = trial_run(sweep(), {}, name="0003")
-    assert (run.folder, run.training.keep_last) == (Path("runs/a-sweep/trials/0003"), 1)
+    assert (run.name, run.training.keep_last) == ("0003", 1)
     assert run.training.save_every == 200
     population = sweep({"evaluation": {"every_steps": 25}}, scheduler={"type": "pbt"})
     assert trial_run(population, {}).training.save_every == 25  # what a population hands around
@@ -246,7 +246,7 @@ def test_a_point_that_makes_no_run_is_refused_by_its_trial() -> None:
 # ---------------------------------------------------------------- controls
 
 
-def beta_of(name: str, *, labels: Any = LABELS, **settings: Any) -> float:
+def beta_of(name: str, *, labels: Any = LABELS, **settings: Any) -> float | None:
     return matched_beta(preset(name, **settings), soft_labels=labels, entropies=ENTROPIES)
 
 
@@ -292,9 +292,14 @@ def test_mallows_phi_is_matched_by_the_slope_of_its_loss() -> None:
     assert beta_of("mallows_phi", beta=beta) == pytest.approx(-2 * np.mean(slopes), rel=1e-3)
 
 
-def test_other_links_are_matched_by_their_slope_at_the_start() -> None:
-    assert beta_of("hinge", beta=0.2) == pytest.approx(2 * 0.2)  # max(0, 1 - beta h)
-    assert beta_of("ipo", beta=0.2) == pytest.approx(2 / 0.2)  # (h - 1 / (2 beta))^2
+def test_other_links_are_matched_with_themselves() -> None:
+    pull = np.mean(2 * LABELS - 1)
+    soft = {"soft_label": {"type": "geometric"}}
+    assert beta_of("hinge", beta=0.2, **soft) == pytest.approx(0.2 * pull, rel=1e-3)  # slope beta
+    assert beta_of("gipo", beta=0.2) == pytest.approx(0.2 / pull, rel=1e-3)  # slope 1 / beta
+    control = control_of({"loss.preset": "gipo"}, preset("gipo"), 0.3)
+    assert control is not None
+    assert control["loss.link"] == {"type": "ipo"}
 
 
 def test_a_control_is_dpo_with_all_else_as_it_was() -> None:
@@ -310,4 +315,5 @@ def test_a_control_is_dpo_with_all_else_as_it_was() -> None:
 
 def test_what_has_neither_soft_labels_nor_dispersion_needs_no_control() -> None:
     assert control_of({"loss.preset": "ipo"}, preset("ipo"), 0.1) is None
-    assert control_of({"loss.preset": "gdpo"}, preset("gdpo"), 0.0) is None  # labels that pull nowhere
+    assert beta_of("gdpo", labels=np.full(len(LABELS), 0.5)) is None  # labels that pull nowhere
+    assert control_of({"loss.preset": "gdpo"}, preset("gdpo"), None) is None

@@ -1,0 +1,75 @@
+"""What a search is for: its best trial's model in the registry, with the search in its lineage."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import report
+from orchestrator.config import RunConfig
+from orchestrator.mlflow_client import without_secrets
+from orchestrator.points import result
+from orchestrator.prepare import Prepared
+from orchestrator.record import RunRecord, open_record
+from orchestrator.references.service import ReferenceService
+from orchestrator.rewards import Judge
+from orchestrator.sweep import SweepConfig
+from orchestrator.train import finish, train_on_cluster
+from orchestrator.trial import trial_config
+from orchestrator.trials import TrialRecord, Trials
+
+if TYPE_CHECKING:
+    from orchestrator.searching import Searching
+
+
+def best_trial(trials: Trials, sweep: SweepConfig) -> TrialRecord | None:
+    """The best repeat of the best point; a control is there to be compared with. None without any result."""
+    objective = sweep.objective[0]
+    for point in report.rank(list(trials), sweep.objective):
+        given = {t.number: v for t in point.trials if (v := result(t, objective.metric)) is not None}
+        if given and point.rank is not None and point.control_of is None:
+            return trials[(max if objective.mode == "max" else min)(given, key=lambda number: given[number])]
+    return None
+
+
+def alias_of(base: RunConfig) -> str:
+    """What the promoted version is called in the registry."""
+    return base.tracking.alias or "best"
+
+
+def promote(
+    search: "Searching", best: TrialRecord, service: ReferenceService, judge: Judge | None
+) -> RunRecord:
+    """Export and register the best trial, first trained to its end if it was stopped; or one trained anew."""
+    sweep, base = search.sweep, search.base
+    anew = sweep.promote == "retrain"
+    config = trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
+    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": alias_of(base)}
+    update: dict[str, Any] = {"tracking": base.tracking.model_copy(update=named)}
+    if anew:
+        update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
+    config = config.model_copy(update=update)
+    references = {name: search.prepared.references[name] for name in config.references.ordered}
+    prepared = replace(search.prepared, config=config, references=references)
+    how = ", trained anew" if anew else f", from step {best.step} to its end" * (best.status == "stopped")
+    search.console.print(f"\npromoting trial {best.number}{how}")
+    record = _record_of(prepared, search, None if anew else best)
+    if not record.result:
+        train_on_cluster(prepared, record, service, judge, search.console)
+    if not record.finished:
+        objectives = ", ".join(f"{one.metric} ({one.mode})" for one in sweep.objective)
+        lineage = {"search": sweep.name, "search.trial": str(best.number), "search.objective": objectives}
+        lineage |= {"search.trials": str(len(search.trials)), "search.mlflow_run": search.tracker.run_id}
+        finish(prepared, record, search=lineage)
+    return record
+
+
+def _record_of(prepared: Prepared, search: "Searching", best: TrialRecord | None) -> RunRecord:
+    new = RunRecord(
+        config=without_secrets(prepared.config.model_dump(mode="json")),
+        device_type=search.record.device_type,
+        identity=prepared.identity,
+        pins=prepared.pins,
+        counts=search.record.counts,
+        mlflow_run=None if best is None else best.mlflow_run,
+        mlflow_parent=search.tracker.run_id,
+    )
+    return open_record(prepared.config.folder, new)
