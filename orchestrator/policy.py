@@ -71,7 +71,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
         local_workers: workers on this machine, which share its cores.
     """
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_workers))
+        torch.set_num_threads(max(1, _cores() // local_workers))
     training = config.training
     try:
         located = locate(start)
@@ -124,6 +124,11 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     export(merge(model), policy.tokenizer, part / "model")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def _cores() -> int:
+    """Cores that this process may use; fewer than the machine has where it was given some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _precision(asked: str, device: torch.device) -> torch.dtype:

@@ -84,7 +84,7 @@ def tune(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False)
             search = searching("cuda" if has_gpus(nodes()) else "cpu")
             if retry_failed:
                 _retry(search.trials)
-            return search.run(slots, _neighbours(sweep, slots))
+            return search.run(slots, _neighbours(sweep, space, slots))
 
 
 def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
@@ -186,21 +186,23 @@ def _slots(sweep: SweepConfig, base: RunConfig) -> int:
     return min(fit, sweep.max_concurrent or fit)
 
 
-def _neighbours(sweep: SweepConfig, slots: int) -> int:
+def _neighbours(sweep: SweepConfig, space: Space, slots: int) -> int:
     """How many trials share a machine's cores: no more than the search has, spread over its machines."""
-    search, several = sweep.search, 2 if sweep.search.controls else 1
-    most = slots if search.trials is None else min(slots, search.trials * search.repeats * several)
-    return math.ceil(most / len(nodes()))
+    most = _points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
+    return math.ceil(min(slots, most) / len(nodes()))
+
+
+def _points(sweep: SweepConfig, space: Space) -> int:
+    if sweep.search.algorithm == "grid":
+        return sum(1 for _ in islice(space.grid(), sweep.search.trials))
+    assert sweep.search.trials is not None  # only a grid ends by itself
+    return sweep.search.trials
 
 
 def _trials_text(sweep: SweepConfig, space: Space) -> str:
     """`24 trials: 8 points x 3 seeds, and up to as many controls,`."""
-    search = sweep.search
-    count = search.trials
-    if search.algorithm == "grid":
-        count = sum(1 for _ in islice(space.grid(), count))
-    told = f"{count} point(s) x {search.repeats} seed(s)"
-    return told + (", and up to as many controls," if search.controls else "")
+    told = f"{_points(sweep, space)} point(s) x {sweep.search.repeats} seed(s)"
+    return told + (", and up to as many controls," if sweep.search.controls else "")
 
 
 def _asks(base: RunConfig) -> str:
