@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.live import Live
 
 from orchestrator import points, report
-from orchestrator.progress import LINE_EVERY_S
+from orchestrator.progress import LINE_EVERY_S, new_lines
 from orchestrator.sweep import Objective, SweepConfig
-from orchestrator.tracking import Tracker
+from orchestrator.tracking import METRICS_FILE, Tracker
 from orchestrator.trial import NUMBER
 from orchestrator.trials import TrialRecord, Trials
 
@@ -54,6 +54,7 @@ class Following(Callback):
         self._limits = limits
         self._uri, self._console = tracking_uri, console
         self._started: dict[int, float] = {}
+        self._read: dict[int, int] = {}
         self._live = (
             Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         )
@@ -127,6 +128,11 @@ class Following(Callback):
 
     def _show(self) -> None:
         self._shown = time.monotonic()
+        for number in self._started:  # between two evaluations too
+            metrics = self._trials.path(self._trials[number]) / METRICS_FILE
+            self._read[number], lines = new_lines(metrics, self._read.get(number, 0))
+            if lines and self._trials[number].status == "running":
+                self._trials[number].step = int(lines[-1]["step"])
         if self._live is not None:
             self._live.start()
             self._live.update(report.live_table(list(self._trials), self._objectives), refresh=True)
