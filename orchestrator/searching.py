@@ -300,7 +300,7 @@ class Searching:
         """Print the ranking, and write table and pictures to the search's folder and to MLflow."""
         trials, objectives = list(self.trials), self.sweep.objective
         primary = self.base.references.primary
-        controls = {proposals.text(trial.point): trial.control for trial in trials}
+        controls = {proposals.text(trial.point): trial.control for trial in trials if trial.control}
         self.console.print(
             report.summary(
                 trials,
