@@ -26,10 +26,17 @@ demo: install    ## human ratings to a registered model; FRESH=1 starts over
 $(VENV)/quantization: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes
 
-test: install $(VENV)/quantization  ## all tests that need no GPU, at most 15 minutes on 2 cores
+TESTS = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)/quantization)" PATH="$(abspath $(BIN)):$$PATH" \
+  $(BIN)/python -m pytest -q
+
+test: install $(VENV)/quantization  ## all tests that need no GPU, at most 15 minutes on 2 cores; PYTEST="-k name" for some
 	$(BIN)/python -m orchestrator.demo.assets
-	OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)/quantization)" PATH="$(abspath $(BIN)):$$PATH" \
-	  $(BIN)/python -m pytest -q tests $(PYTEST)
+ifdef PYTEST
+	$(TESTS) $(PYTEST)
+else
+	$(TESTS) -n 2 tests --ignore tests/orchestrator --ignore tests/references
+	$(TESTS) --durations 25 tests/orchestrator tests/references  # on Ray, which fills a machine by itself
+endif
 
 check: lint types floors  ## everything that reads the code without running it
 
