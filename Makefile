@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types floors wheel lock
+.PHONY: help install demo test test-search check lint types floors wheel lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -35,8 +35,11 @@ ifdef PYTEST
 	$(TESTS) $(PYTEST)
 else
 	$(TESTS) -n 2 tests --ignore tests/orchestrator --ignore tests/references
-	$(TESTS) --durations 25 tests/orchestrator tests/references  # on Ray, which fills a machine by itself
+	$(TESTS) -m "not search" tests/orchestrator tests/references  # on Ray, which fills a machine by itself
 endif
+
+test-search: install  ## whole searches that are stopped, killed and go on, some five minutes on 2 cores
+	$(TESTS) -m search tests/orchestrator
 
 check: lint types floors  ## everything that reads the code without running it
 

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from orchestrator.tracking import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 
+pytestmark = pytest.mark.search
 STEPS = 40
 
 
