@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from types import TracebackType
@@ -22,6 +23,7 @@ ROUTER_CPUS = 0.01
 """A router waits nearly always: it only must not be counted as a whole core on a small machine."""
 RESTARTS = 8
 CONCURRENCY = 1000
+NAMES_FREE_S = 10
 BULK_ROWS = 64
 BULK_REQUESTS = 32
 """Requests of this many rows, and how many of them per reference are on their way at once."""
@@ -136,8 +138,15 @@ class ReferenceService:
                 failures.append(explained(name, error))
         for router in owned.values():
             ray.kill(router)
+        self._wait_for_names(owned)
         if failures:
             raise failures[0]
+
+    def _wait_for_names(self, names: Iterable[str]) -> None:
+        """A killed actor keeps its name for a moment, in which the next service would take it for alive."""
+        deadline = time.monotonic() + NAMES_FREE_S
+        while time.monotonic() < deadline and any(_running(self.addresses[name]) for name in names):
+            time.sleep(0.02)
 
     def _all(self, method: str) -> dict[str, Any]:
         answers = {name: getattr(router, method).remote() for name, router in self.routers.items()}
