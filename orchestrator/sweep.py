@@ -23,10 +23,10 @@ from orchestrator.config import (
     parse_run,
     read_yaml,
 )
+from orchestrator.points import KL
 from tune_spaces.schedulers import Fifo, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, applied, parse
 
-KL = "eval/kl/"
 Point = Mapping[str, Any]
 """Dotted run-file fields and their values: what a trial changes."""
 

@@ -120,7 +120,8 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
     )
     if result["status"] != "done":
         tune.report({"failed": result["reason"]})
-    elif told.get("step") != result["step"]:  # a trial that was killed after its last step
+    elif told.get("step") != result["step"] or setup.config.evaluation.keep == "best":
+        # A trial that was killed after its last step; or whose best was before the start that told the last.
         tell({"step": result["step"], "total": result["step"], **result["metrics"]})
 
 
