@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PARAM_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 8000, 250  # MLflow's limits
 _SETTINGS_PER_BATCH = 100
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _environment = threading.Lock()
 _SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
 _SECRET_VALUES = (
@@ -60,21 +61,24 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def tracking_uri(uri: str | None, storage_path: str) -> str:
-    """The MLflow server: `uri` as given, or sqlite under the storage path; sqlite paths become absolute.
+    """The MLflow server: `uri` as given, else $MLFLOW_TRACKING_URI, else sqlite under the storage path.
 
-    Raises UsageError where MLflow has no such store.
+    Sqlite paths become absolute. Raises UsageError where MLflow has no such store.
     """
+    source = "tracking.uri"
+    if uri is None:
+        uri, source = os.environ.get(URI_VARIABLE) or None, f"${URI_VARIABLE}"
     if uri is None:
         if "://" in storage_path:
             raise UsageError(
-                f"storage_path is {redact(storage_path)}, where no sqlite file can live: "
-                "set tracking.uri to an MLflow server, as in http://mlflow.example:5000"
+                f"storage_path is {redact(storage_path)}, where no sqlite file can live: set tracking.uri "
+                f"(or {URI_VARIABLE}) to an MLflow server, as in http://mlflow.example:5000"
             )
         return f"sqlite:///{Path(storage_path).resolve() / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
     if scheme == "file" or (not scheme and uri != "databricks"):
         raise UsageError(
-            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes: "
+            f"{source} {uri!r} is a folder, which MLflow no longer writes: "
             "use sqlite:///runs/mlflow.db or a server, as in http://mlflow.example:5000"
         )
     if scheme == "sqlite":
@@ -101,10 +105,21 @@ def connect(uri: str) -> "MlflowClient":
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise UsageError(
-            f"the MLflow server {redact(uri)} does not answer: {first_line(error)}; "
-            "check tracking.uri and that the server runs, or leave tracking.uri out for a sqlite file"
+            f"the MLflow server {redact(uri)} does not answer: {first_line(error)}; {_remedy(error)}"
         ) from error
     return client
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a server that takes no request."""
+    said = str(error).lower()
+    if "401" in said or "unauthorized" in said or "not authenticated" in said:
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+    if "invalid host header" in said:
+        return "name the host in the server's --allowed-hosts"
+    return (
+        f"check tracking.uri (or {URI_VARIABLE}) and that the server runs; without both it is a sqlite file"
+    )
 
 
 @contextmanager

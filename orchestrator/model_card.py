@@ -11,7 +11,8 @@ import yaml
 
 from orchestrator.mlflow_client import redact, without_secrets
 
-_HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
+HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
+"""A model on the hub as a run's record pins it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Lineage:
 def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
     """The README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if hub := _HUB.fullmatch(lineage.base_model):
+    if hub := HUB.fullmatch(lineage.base_model):
         front["base_model"] = hub["id"]
     front["tags"] = ["polyref", "preference-optimization", lineage.preset]
     parts = [
@@ -149,12 +150,12 @@ model = PeftModel.from_pretrained(base, "{name}/adapter")
 
 def _shown(model: str) -> str:
     """A pinned model as others may read it: of a folder only its name, since its place is this machine's."""
-    named = _HUB.fullmatch(model) or model.startswith("models:/")
+    named = HUB.fullmatch(model) or model.startswith("models:/")
     return model if named else PurePath(model).name
 
 
 def _load_arguments(model: str) -> str:
-    hub = _HUB.fullmatch(model)
+    hub = HUB.fullmatch(model)
     return f'"{hub["id"]}", revision="{hub["commit"]}"' if hub else f'"FOLDER-OF-{_shown(model)}"'
 
 

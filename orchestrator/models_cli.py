@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.config import UsageError
-from orchestrator.mlflow_client import connect, redact, tracking_uri
-from orchestrator.promotion import ACCURACY, METRIC_PREFIX, metrics, promotion_refusal
-from orchestrator.registry import fetch, find_version, names, resolve_version, split_ref, versions
+from orchestrator.getting import fetch, fetch_merged, is_adapter
+from orchestrator.mlflow_client import URI_VARIABLE, connect, redact, tracking_uri
+from orchestrator.promotion import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
+from orchestrator.registry import (
+    ADAPTER,
+    adapter_alone,
+    find_version,
+    names,
+    resolve_version,
+    split_ref,
+    versions,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +35,7 @@ _Uri = Annotated[
     str | None,
     typer.Option(
         "--tracking-uri",
-        envvar="MLFLOW_TRACKING_URI",
+        envvar=URI_VARIABLE,
         help="The MLflow server; left out, the sqlite file under --storage-path.",
     ),
 ]
@@ -47,7 +56,7 @@ class _Registry:
         if address.startswith("sqlite:///") and not database.is_file():
             raise UsageError(
                 f"there is no MLflow database at {database}: give --storage-path as in the run file, "
-                "or --tracking-uri (or MLFLOW_TRACKING_URI) for a server"
+                f"or --tracking-uri (or {URI_VARIABLE}) for a server"
             )
         return cls(connect(address), address)
 
@@ -111,15 +120,40 @@ def show(
 def get(
     ref: _Ref,
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="One whole model, no adapter beside it; merges an adapter alone.")
+    ] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as peft loads it.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="With --merge: the adapter's base, where it is not where the adapter says."),
+    ] = None,
     uri: _Uri = None,
     storage: _Storage = "runs",
 ) -> None:
-    """Copy a version's transformers folder, with its adapter and model card, and check it."""
+    """Copy a version, checked: a transformers folder, with the adapter alone in a subfolder if it has one."""
+    if merge and adapter:
+        raise UsageError("--merge gives a model without adapter, --adapter the adapter alone: choose one")
     registry = _Registry.open(uri, storage)
-    model = resolve_version(registry.client, find_version(registry.client, ref), registry.uri)
-    fetch(model, to)
+    version = find_version(registry.client, ref)
+    model = adapter_alone(registry.client, version, registry.uri) if adapter else None
+    whole = model is None
+    model = model or resolve_version(registry.client, version, registry.uri)
+    only_adapter = is_adapter(model.folder)
+    if adapter and not only_adapter:
+        raise UsageError(
+            f"{model.uri_pinned} has no adapter that was registered apart: leave out --adapter for the model"
+            + (f", which has it in {ADAPTER}/" if (model.folder / ADAPTER).is_dir() else "")
+        )
+    if merge:
+        fetch_merged(model, to, base=base)
+    else:
+        fetch(model, to)
     checked = "checked against its digest" if model.digest else "registered without a digest, so not checked"
     print(f"{model.uri_pinned} is in {to} ({checked})")
+    if only_adapter and not merge:
+        remedy = "--merge makes one model of both" if whole else "without --adapter you get one model of both"
+        print(f"it is an adapter for {_base(version, to)}; {remedy}")
 
 
 @app.command()
@@ -133,11 +167,10 @@ def promote(
     """Give a version an alias, unless the version that has it is better."""
     registry = _Registry.open(uri, storage)
     candidate = find_version(registry.client, ref)
-    holder = {a: v for v in versions(registry.client, candidate.name) for a in v.aliases}.get(alias)
-    refusal = promotion_refusal(registry.client, candidate, holder)
-    if refusal is not None and not force:
-        raise UsageError(f"{ref} was not promoted to {alias!r}: {refusal}; --force promotes it all the same")
-    registry.client.set_registered_model_alias(candidate.name, alias, str(candidate.version))
+    try:
+        holder = give_alias(registry.client, candidate, alias, force=force)
+    except PromotionRefused as error:
+        raise UsageError(f"{error}; --force promotes it all the same") from None
     before = f", until now version {holder.version}" if holder and holder.version != candidate.version else ""
     print(f"models:/{candidate.name}@{alias} is version {candidate.version}{before}")
 
@@ -163,6 +196,12 @@ def compare(
         return
     rows = [[key, *map(_text, values)] for key, values in (differing | measured).items()]
     _print_table(["", *refs], rows)
+
+
+def _base(version: "ModelVersion", adapter: Path) -> str:
+    """What an adapter belongs on: as its lineage pins it, else as its own config names it."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return redact(str(version.tags.get("base_model") or config.get("base_model_name_or_path")))
 
 
 def _rows(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

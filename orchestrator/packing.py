@@ -13,11 +13,11 @@ import json
 import platform
 import shutil
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from orchestrator.config import UsageError
-from orchestrator.model_card import Lineage, render
-from orchestrator.registry import folder_digest, link_tree
+from orchestrator.model_card import HUB, Lineage, render
+from orchestrator.registry import ADAPTER, folder_digest, link_tree
 
 _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 
@@ -44,8 +44,9 @@ def pack(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lin
     model = root / "model"
     link_tree(folder, model)
     if adapter is not None:
-        shutil.rmtree(model / "adapter", ignore_errors=True)
-        link_tree(adapter, model / "adapter")
+        shutil.rmtree(model / ADAPTER, ignore_errors=True)
+        link_tree(adapter, model / ADAPTER)
+        _name_base(model / ADAPTER, lineage.base_model)
     card = model / "README.md"
     card.unlink(missing_ok=True)  # a hard link: writing through it would change the export
     card.write_text(render(name, lineage, adapter=adapter is not None), encoding="utf-8")
@@ -54,6 +55,22 @@ def pack(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lin
     _write_environment(root)
     _write_mlmodel(root, lineage.base_model)
     return folder_digest(model)
+
+
+def _name_base(adapter: Path, base_model: str) -> None:
+    """Let the adapter's config name its base on the hub, pinned, instead of this machine's copy of it.
+
+    A folder's adapter keeps its path; so does one that was trained on another adapter's merged base, which no
+    name stands for.
+    """
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's own card names this machine's folders too
+    hub, path = HUB.fullmatch(base_model), adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if hub is None or PurePath(config.get("base_model_name_or_path") or "").name != hub["commit"]:
+        return
+    config |= {"base_model_name_or_path": hub["id"], "revision": hub["commit"]}
+    path.unlink()  # a hard link: writing through it would change the export
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_environment(root: Path) -> None:

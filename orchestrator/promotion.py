@@ -1,16 +1,46 @@
-"""Which of two registered versions is better, and whether one may take the other's alias."""
+"""Whether a registered version may have an alias: what it was trained against, and how the holder did."""
 
 from typing import TYPE_CHECKING
 
-from orchestrator.registry import short
+from orchestrator.config import METRICS, UsageError
+from orchestrator.mlflow_client import metric_key
+from orchestrator.registry import short, versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-METRIC_PREFIX, REFERENCE_PREFIX = "metric.", "reference."
+METRIC_PREFIX, REFERENCE_PREFIX, PIN_PREFIX = "metric.", "reference.", "pin."
 PRIMARY_TAG, EVAL_DIGEST_TAG = "references.primary", "data.eval_digest"
-ACCURACY = "eval/accuracy"
+JUDGED_BY_TAG, LOSS_DIGEST_TAG = "evaluation.metric", "loss.digest"
+SAMPLING_DIGEST_TAG = "evaluation.sampling_digest"
+ACCURACY, _LOSS = "eval/accuracy", "eval/loss"
+NO_PRIMARY = "none"
+
+# Every held-out metric depends on the pairs and on the primary reference; these depend on more.
+_OF_THE_LOSS = (_LOSS, "eval/rewards/margins")
+_OF_SAMPLES = ("eval/reward", "eval/reward_at_kl", "eval/margin_at_kl")
+
+
+class PromotionRefused(UsageError):
+    """A version may not have an alias; the message has the numbers."""
+
+
+def give_alias(
+    client: "MlflowClient", version: "ModelVersion", alias: str, *, force: bool = False
+) -> "ModelVersion | None":
+    """Give the version an alias, unless the version that holds it is better; returns the holder until now.
+
+    Raises PromotionRefused where `promotion_refusal` has a reason, which `force` passes over.
+    """
+    holder = {a: v for v in versions(client, version.name) for a in v.aliases}.get(alias)
+    refusal = None if force else promotion_refusal(client, version, holder)
+    if refusal is not None:
+        raise PromotionRefused(
+            f"models:/{version.name}/{version.version} was not promoted to {alias!r}: {refusal}"
+        )
+    client.set_registered_model_alias(version.name, alias, str(version.version))
+    return holder
 
 
 def metrics(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]:
@@ -31,36 +61,72 @@ def metrics(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]
 
 
 def promotion_refusal(
-    client: "MlflowClient", candidate: "ModelVersion", champion: "ModelVersion | None"
+    client: "MlflowClient", candidate: "ModelVersion", holder: "ModelVersion | None"
 ) -> str | None:
-    """Why the candidate should not take the champion's alias, with the numbers; None when it may.
+    """Why the candidate should not take the holder's alias, with the numbers; None when it may.
 
-    Accuracies are comparable only against the same primary reference and on the same held-out pairs.
+    Judged by the candidate's own `evaluation.metric`; where neither version has it, by eval/accuracy or else
+    eval/loss. What was measured on other pairs, against another primary reference, or (where the metric
+    depends on them) with another loss or other samples is not comparable.
     """
-    named = f"version {candidate.version}"
-    if (
-        not any(tag.startswith(REFERENCE_PREFIX) for tag in candidate.tags)
-        and PRIMARY_TAG not in candidate.tags
-    ):
-        return f"{named} does not say which references it was trained against"
-    new = metrics(client, candidate).get(ACCURACY)
-    if champion is None or champion.version == candidate.version:
+    if (unknown := _unknown_references(candidate)) is not None:
+        return unknown
+    if holder is None or holder.version == candidate.version:
         return None
-    for tag, what in ((PRIMARY_TAG, "primary reference"), (EVAL_DIGEST_TAG, "held-out pairs")):
-        ours, theirs = _comparable(candidate, tag), _comparable(champion, tag)
+    both = f"version {candidate.version} and version {holder.version}, which holds it,"
+    new, old = metrics(client, candidate), metrics(client, holder)
+    asked = (candidate.tags.get(JUDGED_BY_TAG), ACCURACY, _LOSS)
+    metric = next((m for m in asked if m in METRICS and (m in new or m in old)), None)
+    if metric is None:
+        return f"neither {both.replace(' and ', ' nor ')} was evaluated on held-out pairs"
+    for tag, what in _basis(metric).items():
+        ours, theirs = _comparable(candidate, tag), _comparable(holder, tag)
         if ours != theirs:
             return (
-                f"{named} and the champion, version {champion.version}, were evaluated with different {what} "
-                f"({short(ours)} and {short(theirs)}), so their {ACCURACY} cannot be compared"
+                f"{both} were evaluated with different {what} ({short(ours)} and {short(theirs)}), "
+                f"so their {metric} cannot be compared"
             )
-    old = metrics(client, champion).get(ACCURACY)
-    if old is not None and (new is None or new < old):
-        shown = "none" if new is None else f"{new:.4f}"
-        return f"{ACCURACY} of {named} is {shown}, the champion's, version {champion.version}, is {old:.4f}"
+    if metric in new and metric in old and not _worse(new[metric], old[metric], metric):
+        return None
+    values = [f"{found[metric]:.4f}" if metric in found else "none" for found in (new, old)]
+    return (
+        f"{metric} of version {candidate.version} is {values[0]}, that of version {holder.version}, "
+        f"which holds it, is {values[1]}"
+    )
+
+
+def _worse(new: float, old: float, metric: str) -> bool:
+    """An equal one is not worse; what is not a number is."""
+    return not (new >= old if METRICS[metric] == "max" else new <= old)
+
+
+def _unknown_references(version: "ModelVersion") -> str | None:
+    """Why it is not known which references the version was trained against; None where it is."""
+    tags = version.tags
+    if PRIMARY_TAG not in tags:
+        return f"version {version.version} does not say which references it was trained against"
+    primary = tags[PRIMARY_TAG]
+    named = {key.removeprefix(PIN_PREFIX) for key in tags if key.startswith(PIN_PREFIX)}
+    named |= {metric_key(primary)} - {NO_PRIMARY}
+    missing = sorted(name for name in named if not tags.get(f"{REFERENCE_PREFIX}{name}"))
+    if missing:
+        return f"version {version.version} has no fingerprint of its reference {', '.join(missing)}"
     return None
+
+
+def _basis(metric: str) -> dict[str, str]:
+    """Tags whose values must agree for two versions' metric to be comparable, and what they stand for."""
+    basis = {PRIMARY_TAG: "primary reference", EVAL_DIGEST_TAG: "held-out pairs"}
+    if metric in _OF_THE_LOSS:
+        basis[LOSS_DIGEST_TAG] = "loss or references"
+    if metric in _OF_SAMPLES:
+        basis[SAMPLING_DIGEST_TAG] = "samples or reward"
+    return basis
 
 
 def _comparable(version: "ModelVersion", tag: str) -> str | None:
     """The digest behind a tag; for the primary reference, its fingerprint rather than the name it went by."""
     value: str | None = version.tags.get(tag)
-    return version.tags.get(f"{REFERENCE_PREFIX}{value}", value) if tag == PRIMARY_TAG else value
+    if tag == PRIMARY_TAG and value is not None:
+        return version.tags.get(f"{REFERENCE_PREFIX}{metric_key(value)}", value)
+    return value

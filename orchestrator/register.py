@@ -1,7 +1,11 @@
 """Registering a trained policy: packed, uploaded, loaded back, compared; only then does a version count."""
 
+import hashlib
+import json
+import logging
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +15,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.config import RunFailed, UsageError
-from orchestrator.mlflow_client import connect, first_line, metric_key, redact
+from orchestrator.mlflow_client import URI_VARIABLE, connect, first_line, metric_key, redact, without_secrets
 from orchestrator.model_card import Lineage
 from orchestrator.packing import pack, refuse_unfit
-from orchestrator.promotion import EVAL_DIGEST_TAG, METRIC_PREFIX, PRIMARY_TAG, REFERENCE_PREFIX
+from orchestrator.promotion import (
+    EVAL_DIGEST_TAG,
+    JUDGED_BY_TAG,
+    LOSS_DIGEST_TAG,
+    METRIC_PREFIX,
+    NO_PRIMARY,
+    PIN_PREFIX,
+    PRIMARY_TAG,
+    REFERENCE_PREFIX,
+    SAMPLING_DIGEST_TAG,
+    PromotionRefused,
+    give_alias,
+)
 from orchestrator.registry import (
+    ADAPTER,
+    ADAPTER_DIGEST_TAG,
     DIGEST_TAG,
     STATE_TAG,
     VERIFIED,
@@ -30,6 +48,8 @@ from orchestrator.registry import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
 
 EXPORT_TAG = "polyref.export"
 _PROBE_ROWS, _PROBE_TOKENS = 4, 16
@@ -54,8 +74,16 @@ class Probe:
     """What the model in hand computed in."""
 
     @classmethod
-    def of(cls, model: "torch.nn.Module", sequences: Sequence[Sequence[int]]) -> "Probe":
+    def of(
+        cls,
+        model: "torch.nn.Module",
+        sequences: Sequence[Sequence[int]],
+        *,
+        logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> "Probe":
         """Run the model in hand (adapter on) over the first tokens of a few sequences.
+
+        `logits` runs it where a plain call does not, as with a model in shards: (R, T) ids -> (R, T, V).
 
         Raises ValueError when all sequences are empty.
         """
@@ -65,7 +93,7 @@ class Probe:
         length = min(_PROBE_TOKENS, *(len(s) for s in chosen))
         parameter = next(model.parameters())
         rows = torch.tensor([list(map(int, s[:length])) for s in chosen])
-        return cls(rows, _logits(model, rows), parameter.dtype)
+        return cls(rows, _logits(model, rows) if logits is None else logits(rows), parameter.dtype)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, for a registration by another process."""
@@ -100,7 +128,10 @@ def register(
     """Make the exported `folder` (with LoRA: the merged model, and `adapter` alone) a version of `name`.
 
     Called again for the same run and the same weights it finishes what was cut short, and makes no second
-    version. Raises UsageError when the server does not answer or the folder is not whole; RegistryError when
+    version. `alias` is given as `models promote` gives it: where that would refuse, the version stays
+    without, and a warning says why and how to give it all the same.
+
+    Raises UsageError when the server does not answer or the folder is not whole; RegistryError when
     what comes back from the registry is not what was trained: that version is deleted.
     """
     refuse_unfit(folder, adapter)
@@ -118,11 +149,23 @@ def register(
                 EXPORT_TAG: export,
                 DIGEST_TAG: pack(root, name, folder, adapter, lineage),
             }
+            if adapter is not None:
+                tags[ADAPTER_DIGEST_TAG] = folder_digest(root / "model" / ADAPTER)
             version = _upload(client, name, root, run_id, tags, same[0] if same else None)
         done = [_verified(client, version, tracking_uri, probe)]
     if alias is not None:
-        client.set_registered_model_alias(name, alias, str(done[0].version))
+        _ask_for_alias(client, done[0], alias, tracking_uri)
     return resolve_version(client, done[0], tracking_uri)
+
+
+def _ask_for_alias(client: "MlflowClient", version: "ModelVersion", alias: str, tracking_uri: str) -> None:
+    try:
+        give_alias(client, version, alias)
+    except PromotionRefused as error:
+        command = f"polyref models promote {version.name}/{version.version} --alias {alias} --force"
+        if os.environ.get(URI_VARIABLE) != tracking_uri:
+            command += f" --tracking-uri {redact(tracking_uri)}"
+        log.warning("%s. It is registered without; `%s` gives it all the same", error, command)
 
 
 def verify(folder: Path, probe: Probe) -> None:
@@ -216,19 +259,37 @@ def _verified(
 
 def _tags(lineage: Lineage) -> dict[str, str]:
     tags = {f"{REFERENCE_PREFIX}{name}": r.fingerprint for name, r in lineage.references.items()}
-    tags |= {f"pin.{name}": r.model for name, r in lineage.references.items()}
+    tags |= {f"{PIN_PREFIX}{name}": r.model for name, r in lineage.references.items()}
     tags |= {
         f"{METRIC_PREFIX}{name}": repr(float(value))
         for name, value in lineage.after.items()
         if value is not None
     }
     tags |= {
-        PRIMARY_TAG: lineage.primary or "none",
+        PRIMARY_TAG: lineage.primary or NO_PRIMARY,
         "data.digest": lineage.data_digest,
         EVAL_DIGEST_TAG: lineage.eval_digest or "none",
         "base_model": lineage.base_model,
         "loss.preset": lineage.preset,
+        LOSS_DIGEST_TAG: _digest([lineage.loss, [r.fingerprint for r in lineage.references.values()]]),
+        **_judged(lineage),
         **lineage.code,
         **lineage.search,
     }
     return {metric_key(key): redact(value) for key, value in tags.items()}
+
+
+def _judged(lineage: Lineage) -> dict[str, str]:
+    """What the run was judged by, and a digest of how its samples were drawn and rewarded."""
+    evaluation = lineage.config.get("evaluation") or {}
+    tags = {JUDGED_BY_TAG: evaluation["metric"]} if evaluation.get("metric") else {}
+    if evaluation.get("sampling"):
+        tags[SAMPLING_DIGEST_TAG] = _digest(
+            [evaluation["sampling"], lineage.config.get("training", {}).get("seed")]
+        )
+    return tags
+
+
+def _digest(settings: object) -> str:
+    text = json.dumps(without_secrets(settings), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

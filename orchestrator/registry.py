@@ -2,7 +2,7 @@
 
 A version's folder, as `orchestrator.register` writes it and `models.load` reads it, is a transformers folder
 (safetensors, config, tokenizer, model card) with the adapter alone in its subfolder `adapter`. Models that
-other programs registered with MLflow's transformers flavour are read too.
+other programs registered are read too: MLflow's transformers flavour, transformers and PEFT folders.
 """
 
 import hashlib
@@ -10,20 +10,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import UsageError, did_you_mean
-from orchestrator.mlflow_client import connect, first_line
+from orchestrator.mlflow_client import connect, first_line, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-STATE_TAG, DIGEST_TAG = "polyref.state", "polyref.digest"
+STATE_TAG, DIGEST_TAG, ADAPTER_DIGEST_TAG = "polyref.state", "polyref.digest", "polyref.adapter_digest"
 VERIFYING, VERIFIED = "verifying", "verified"
+ADAPTER = "adapter"
+"""The subfolder of a version's folder that holds the adapter alone."""
 _REF = re.compile(r"(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))?")
 
 
@@ -143,30 +146,14 @@ def names(client: "MlflowClient") -> list[str]:
             return sorted(found)
 
 
-def fetch(model: ResolvedModel, to: Path) -> None:
-    """Copy the model's folder to `to`, checked against the digest it was registered with.
-
-    Raises UsageError when `to` holds something or the files are not those registered.
-    """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{to} is not an empty folder: give --to a new one")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-    try:
-        shutil.copytree(model.folder, part, dirs_exist_ok=True)
-        check_digest(part, model.digest, model.uri_pinned)
-        part.chmod(0o755)
-        os.replace(part, to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def check_digest(folder: Path, expected: str | None, uri: str) -> None:
     """Raise DamagedError unless the folder's files are those registered; None checks nothing."""
     if expected is not None and (actual := folder_digest(folder)) != expected:
+        downloaded = folder.is_relative_to(cache_folder())
+        remedy = f"remove {folder} and get it again" if downloaded else "register the model again"
         raise DamagedError(
             f"the files of {uri} are not those that were registered (digest {short(actual)}, "
-            f"registered {short(expected)}): they were changed or damaged since; register the model again"
+            f"registered {short(expected)}): they were changed or damaged since; {remedy}"
         )
 
 
@@ -227,37 +214,67 @@ def short(digest: str | None) -> str:
     return "unknown" if digest is None else digest[:12]
 
 
+def adapter_alone(
+    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
+) -> ResolvedModel | None:
+    """The adapter in a version of polyref's, had without the merged model; None where there is none."""
+    digest = version.tags.get(ADAPTER_DIGEST_TAG)
+    if digest is None:
+        return None
+    cache = cache or cache_folder()
+    folder = _local(client, version, tracking_uri, cache, f"model/{ADAPTER}", digest)
+    return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
+
+
 def _local_root(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, cache: Path) -> Path:
-    """The version's artifact folder: where it lies when that is on this machine, else downloaded once."""
-    import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
+    return _local(client, version, tracking_uri, cache, "", version.tags.get(DIGEST_TAG))
+
+
+def _local(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    tracking_uri: str,
+    cache: Path,
+    part: str,
+    digest: str | None,
+) -> Path:
+    """The version's artifacts (`part` of them): where they lie when that is on this machine, else downloaded.
+
+    A download is checked before it counts; one that was finished is not made again.
+    """
     from mlflow.utils.file_utils import local_file_uri_to_path
     from mlflow.utils.uri import is_local_uri
 
     source = client.get_model_version_download_uri(version.name, str(version.version))
-    if is_local_uri(source) and (local := Path(local_file_uri_to_path(source))).is_dir():
+    if is_local_uri(source) and (local := Path(local_file_uri_to_path(source)) / part).is_dir():
         return local
-    identity = f"{tracking_uri} {source} {version.tags.get(DIGEST_TAG)}"
-    target = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    source = f"{source.rstrip('/')}/{part}" if part else source
+    target = cache / hashlib.sha256(f"{tracking_uri} {source} {digest}".encode()).hexdigest()[:24]
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as part:
-        try:
-            whole = Path(
-                mlflow.artifacts.download_artifacts(source, dst_path=part, tracking_uri=tracking_uri)
-            )
-        except (MlflowException, OSError) as error:
-            raise UsageError(
-                f"the files of models:/{version.name}/{version.version} cannot be had from {source}: "
-                f"{first_line(error)}; check that the artifact store is reachable from here"
-            ) from error
-        if DIGEST_TAG in version.tags:
-            check_digest(
-                whole / "model", version.tags[DIGEST_TAG], f"models:/{version.name}/{version.version}"
-            )
+    where = f"models:/{version.name}/{version.version}"
+    with _downloaded(source, tracking_uri, where, cache) as whole:
+        check_digest(whole if part else whole / "model", digest, where)
         _move(whole, target)
     return target
+
+
+@contextmanager
+def _downloaded(source: str, tracking_uri: str, where: str, cache: Path) -> Iterator[Path]:
+    """A copy of an artifact folder, gone afterwards unless it was moved."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        try:
+            whole = mlflow.artifacts.download_artifacts(source, dst_path=scratch, tracking_uri=tracking_uri)
+        except (MlflowException, OSError) as error:
+            raise UsageError(
+                f"the files of {where} cannot be had from {redact(source)}: "
+                f"{first_line(error)}; check that the artifact store is reachable from here"
+            ) from error
+        yield Path(whole)
 
 
 def _move(folder: Path, target: Path) -> None:
@@ -270,14 +287,17 @@ def _move(folder: Path, target: Path) -> None:
 
 
 def _transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Path:
-    if (root / "config.json").is_file():
+    """The folder under `root` that transformers loads, or of an adapter alone the one that peft loads."""
+    if (root / "config.json").is_file() or (root / "adapter_config.json").is_file():
         return root
-    model, tokenizer = root / "model", root / "components" / "tokenizer"
-    where = f"models:/{version.name}/{version.version}"
-    if (root / "peft").is_dir():
-        raise UsageError(f"{where} holds an adapter in MLflow's own form: register the merged model instead")
-    if not (model / "config.json").is_file():
-        raise UsageError(f"{where} holds no transformers model: register a causal language model's folder")
+    model, adapter, tokenizer = root / "model", root / "peft", root / "components" / "tokenizer"
+    if (adapter / "adapter_config.json").is_file():  # the base that MLflow put beside it lacks weights
+        model = adapter
+    elif not (model / "config.json").is_file():
+        where = f"models:/{version.name}/{version.version}"
+        raise UsageError(
+            f"{where} holds no transformers model and no adapter: register a causal language model's folder"
+        )
     if (model / "tokenizer_config.json").is_file() or not tokenizer.is_dir():
         return model
     # MLflow's own layout keeps the tokenizer apart; transformers wants both in one folder.

@@ -8,18 +8,24 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from orchestrator.mlflow_client import connect, tracking_uri
+from orchestrator.mlflow_client import connect
 from orchestrator.register import Probe
 from orchestrator.tracking import Tracker
 from tests import tiny
 from tests.registry.policies import ROWS, Exported
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+
+
 @pytest.fixture(scope="session")
 def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables: making it takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("store")
-    connect(tracking_uri(None, str(folder)))
+    connect(f"sqlite:///{folder / 'mlflow.db'}")
     return folder / "mlflow.db"
 
 
@@ -27,7 +33,7 @@ def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uri(store_template: Path, tmp_path: Path) -> str:
     """A fresh MLflow store of this test's own."""
     shutil.copy(store_template, tmp_path / "mlflow.db")
-    return tracking_uri(None, str(tmp_path))
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 @pytest.fixture(scope="session")

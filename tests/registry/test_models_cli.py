@@ -1,13 +1,16 @@
 """`polyref models ...` as users type it, on a pipe."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -18,11 +21,6 @@ from orchestrator.promotion import promotion_refusal
 from orchestrator.register import register
 from orchestrator.tracking import Tracker
 from tests.registry.policies import Exported, lineage
-
-
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 def _models(uri: str, *arguments: str) -> Result:
@@ -99,8 +97,10 @@ def test_promote_refuses_the_worse_with_the_numbers(uri: str, tmp_path: Path) ->
     assert first.exit_code == 0
     assert first.stdout == "models:/sentiment@champion is version 1\n"
     message = _refused(uri, "promote", "sentiment/2")
-    assert "eval/accuracy of version 2 is 0.6500, the champion's, version 1, is 0.7000" in message
-    assert "--force" in message
+    assert (
+        "models:/sentiment/2 was not promoted to 'champion': eval/accuracy of version 2 is 0.6500" in message
+    )
+    assert "that of version 1, which holds it, is 0.7000; --force promotes it all the same" in message
     assert _champion(uri) == 1
     assert "until now version 1" in _models(uri, "promote", "sentiment/3").stdout
     assert _models(uri, "promote", "sentiment@champion").exit_code == 0  # as it is already
@@ -119,7 +119,8 @@ def _champion(uri: str) -> int:
     [
         ({"reference.base": "e" * 40}, 0.9, r"different primary reference \(e{12} and f{12}\)"),
         ({"data.eval_digest": "b" * 40}, 0.9, r"different held-out pairs \(b{12} and a{12}\)"),
-        ({}, None, "of version 2 is none, the champion's, version 1, is 0.7000"),
+        ({}, None, "of version 2 is none, that of version 1, which holds it, is 0.7000"),
+        ({"metric.eval/accuracy": "nan"}, 0.9, "of version 2 is nan, that of version 1"),
     ],
 )
 def test_promote_refuses_what_cannot_be_compared(
@@ -140,10 +141,73 @@ def test_promote_refuses_unknown_references(uri: str, tmp_path: Path) -> None:
     assert _models(uri, "promote", "theirs/1", "--force").exit_code == 0
 
 
+def test_promote_refuses_a_reference_without_fingerprint(uri: str, tmp_path: Path) -> None:
+    _version(uri, tmp_path, 0.7, **{"pin.base": "tiny/base@0123abc", "pin.movie": "models:/movie-sft/4"})
+    assert "version 1 has no fingerprint of its reference movie" in _refused(uri, "promote", "sentiment/1")
+    _version(uri, tmp_path, 0.7, **{"references.primary": "start"})
+    assert "has no fingerprint of its reference start" in _refused(uri, "promote", "sentiment/2")
+    _version(uri, tmp_path, 0.7, **{"references.primary": "none"})  # a loss without references
+    assert _models(uri, "promote", "sentiment/3").exit_code == 0
+
+
+NLL, LOSS, REWARD = "eval/label_nll", "eval/loss", "eval/reward"
+
+
+@pytest.mark.parametrize(
+    ("metric", "holder", "candidate", "refusal"),
+    [
+        (NLL, {NLL: 0.6}, {NLL: 0.5}, None),  # less is better
+        (NLL, {NLL: 0.6}, {NLL: 0.6}, None),
+        (NLL, {NLL: 0.5}, {NLL: 0.6}, "eval/label_nll of version 2 is 0.6000, that of version 1"),
+        (NLL, {}, {NLL: 0.6}, "eval/label_nll of version 2 is 0.6000, that of version 1, .* is none"),
+        (REWARD, {REWARD: 1.0}, {REWARD: 2.0}, None),
+        (None, {}, {}, "neither version 2 nor version 1, which holds it, was evaluated"),
+        (None, {"eval/entropy": 1.0}, {"eval/entropy": 2.0}, "was evaluated on held-out pairs"),
+        (None, {LOSS: 0.7}, {LOSS: 0.6}, None),  # a loss without pairs has no accuracy
+        (None, {LOSS: 0.6}, {LOSS: 0.7}, "eval/loss of version 2 is 0.7000"),
+    ],
+)
+def test_versions_are_judged_by_the_candidates_own_metric(
+    uri: str,
+    tmp_path: Path,
+    metric: str | None,
+    holder: dict[str, float],
+    candidate: dict[str, float],
+    refusal: str | None,
+) -> None:
+    judged = {"evaluation.metric": metric} if metric else {}
+    for measured in (holder, candidate):
+        values = {f"metric.{name}": str(value) for name, value in measured.items()}
+        _version(uri, tmp_path, None, **judged, **values)
+    assert _models(uri, "promote", "sentiment/1").exit_code == 0
+    if refusal is None:
+        assert _models(uri, "promote", "sentiment/2").exit_code == 0
+    else:
+        assert re.search(refusal, _refused(uri, "promote", "sentiment/2"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "digest", "what"),
+    [
+        (LOSS, "loss.digest", "loss or references"),
+        (REWARD, "evaluation.sampling_digest", "samples or reward"),
+    ],
+)
+def test_a_metric_that_depends_on_more_is_compared_among_equals(
+    uri: str, tmp_path: Path, metric: str, digest: str, what: str
+) -> None:
+    tags = {"evaluation.metric": metric, f"metric.{metric}": "0.5"}
+    for value in ("a" * 64, "b" * 64, "a" * 64):
+        _version(uri, tmp_path, 0.7, **tags, **{digest: value})
+    assert _models(uri, "promote", "sentiment/1").exit_code == 0
+    assert f"different {what} ({'b' * 12} and {'a' * 12})" in _refused(uri, "promote", "sentiment/2")
+    assert _models(uri, "promote", "sentiment/3").exit_code == 0
+
+
 def test_a_renamed_reference_is_the_same_reference(uri: str, tmp_path: Path) -> None:
     """Names are a run file's own; the fingerprint says which model it was."""
     _version(uri, tmp_path, 0.7)
-    _version(uri, tmp_path, 0.8, **{"references.primary": "start", "reference.start": "f" * 40})
+    _version(uri, tmp_path, 0.8, **{"references.primary": "start (1)", "reference.start _1_": "f" * 40})
     client = connect(uri)
     champion, candidate = (client.get_model_version("sentiment", number) for number in ("1", "2"))
     assert promotion_refusal(client, candidate, champion) is None
@@ -183,6 +247,19 @@ def test_get_hands_over_the_checked_folder(uri: str, run_id: str, policy: Export
     AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").is_file()
     assert "not an empty folder" in _refused(uri, "get", "sentiment@best", "--to", str(tmp_path / "mine"))
+
+    assert _models(uri, "get", "sentiment@best", "--to", str(tmp_path / "merged"), "--merge").exit_code == 0
+    whole = {p.name for p in (tmp_path / "mine").iterdir()}
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == whole - {"adapter"}
+    result = _models(uri, "get", "sentiment@best", "--to", str(tmp_path / "lora"), "--adapter")
+    assert "checked against its digest" in result.stdout
+    assert "an adapter for tiny/base@0123abc" in result.stdout
+    base = AutoModelForCausalLM.from_pretrained(policy.base)
+    found = PeftModel.from_pretrained(base, tmp_path / "lora")(input_ids=policy.probe.rows).logits
+    torch.testing.assert_close(found, policy.probe.logits, rtol=0, atol=1e-6)
+    both = _refused(uri, "get", "sentiment@best", "--to", str(tmp_path / "x"), "--merge", "--adapter")
+    assert "choose one" in both
+
     (registered.folder / "generation_config.json").unlink()
     message = _refused(uri, "get", "sentiment@best", "--to", str(tmp_path / "other"))
     assert "are not those that were registered" in message

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,6 +113,51 @@ def test_lineage_is_on_the_version_and_holds_no_secret(uri: str, run_id: str, po
     everything = b"".join(p.read_bytes() for p in registered.folder.parent.rglob("*") if p.is_file())
     assert b"hunter2" not in everything
     assert "hunter2" not in str(version.tags)
+
+
+def test_an_alias_is_given_by_the_same_checks_as_promote(
+    uri: str, run_id: str, policy: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged = {"evaluation": {"metric": "eval/label_nll"}}
+    first = _register(uri, run_id, policy, alias="champion", lineage=lineage(config=judged))
+    client = connect(uri)
+    assert client.get_model_version("sentiment", "1").tags["evaluation.metric"] == "eval/label_nll"
+    place = client.get_run(run_id).info.experiment_id
+    worse = lineage(config=judged, after={"eval/accuracy": 0.9, "eval/label_nll": 0.7})
+    assert caplog.records == []
+    second = _register(uri, client.create_run(place).info.run_id, policy, alias="champion", lineage=worse)
+    assert second.version == 2
+    assert resolve("models:/sentiment@champion", uri) == first
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        "models:/sentiment/2 was not promoted to 'champion': eval/label_nll of version 2 is 0.7000, that of "
+        "version 1, which holds it, is 0.6100. It is registered without; `polyref models promote sentiment/2 "
+        f"--alias champion --force --tracking-uri {uri}` gives it all the same"
+    )
+    better = lineage(config=judged, after={"eval/label_nll": 0.5})
+    _register(uri, client.create_run(place).info.run_id, policy, alias="champion", lineage=better)
+    assert resolve("models:/sentiment@champion", uri).version == 3
+
+
+def test_the_adapter_names_its_base_as_others_find_it(uri: str, run_id: str, policy: Exported) -> None:
+    config = policy.adapter / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    snapshot = "/home/me/.cache/huggingface/hub/models--tiny--base/snapshots/0123abc"
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": snapshot}))
+    registered = _register(uri, run_id, policy)
+    for path in (registered.folder / "adapter").iterdir():
+        assert b"/home/me" not in path.read_bytes()
+    found = PeftConfig.from_pretrained(registered.folder / "adapter")
+    assert (found.base_model_name_or_path, found.revision) == ("tiny/base", "0123abc")
+    assert json.loads(config.read_text())["base_model_name_or_path"] == snapshot  # the export is as it was
+
+
+def test_an_adapter_on_another_adapters_merged_base_claims_no_base_on_the_hub(
+    uri: str, run_id: str, policy: Exported
+) -> None:
+    registered = _register(uri, run_id, policy)  # its base is not the snapshot that the lineage pins
+    found = PeftConfig.from_pretrained(registered.folder / "adapter")
+    assert (found.base_model_name_or_path, found.revision) == (str(policy.base), None)
 
 
 def _spoil(path: Path) -> None:

@@ -1,17 +1,22 @@
 """What a `models:/` URI stands for."""
 
+import json
 import shutil
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.config import ModelError
 from orchestrator.config import UsageError
+from orchestrator.getting import fetch, fetch_merged, is_adapter
 from orchestrator.mlflow_client import connect
 from orchestrator.register import register
-from orchestrator.registry import DamagedError, ResolvedModel, fetch, resolve
+from orchestrator.registry import DamagedError, ResolvedModel, resolve
+from tests import tiny
 from tests.registry.policies import Exported, lineage
 
 
@@ -106,10 +111,55 @@ def test_plain_transformers_folders_and_what_is_no_model(
     client.create_model_version("raw", (tmp_path / "nothing").as_uri())
     with pytest.raises(UsageError, match="models:/raw/2 holds no transformers model"):
         resolve("models:/raw/2", uri)
-    (tmp_path / "lora" / "peft").mkdir(parents=True)
-    client.create_model_version("raw", (tmp_path / "lora").as_uri())
-    with pytest.raises(UsageError, match="register the merged model instead"):
-        resolve("models:/raw/3", uri)
+
+
+def _theirs(uri: str, folder: Path) -> str:
+    """A version that another program registered: files, no tags."""
+    client = connect(uri)
+    if not client.search_registered_models("name='theirs'"):
+        client.create_registered_model("theirs")
+    return f"models:/theirs/{client.create_model_version('theirs', folder.as_uri()).version}"
+
+
+@pytest.mark.parametrize("layout", ["plain", "mlflow"])
+def test_an_adapter_that_others_registered_is_merged_into_its_base(
+    uri: str, exported: Exported, tmp_path: Path, layout: str
+) -> None:
+    lora = tmp_path / "theirs" if layout == "plain" else tmp_path / "theirs" / "peft"
+    shutil.copytree(exported.adapter, lora)
+    if layout == "mlflow":
+        AutoTokenizer.from_pretrained(exported.merged).save_pretrained(
+            tmp_path / "theirs" / "components" / "tokenizer"
+        )
+    model = resolve(_theirs(uri, tmp_path / "theirs"), uri, cache=tmp_path / "cache")
+    assert is_adapter(model.folder)
+    fetch(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(exported.base)
+    assert PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+    fetch_merged(model, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        logits = merged(input_ids=exported.probe.rows).logits
+    torch.testing.assert_close(logits, exported.probe.logits, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("ab")["input_ids"]
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_an_adapter_whose_base_has_moved(uri: str, exported: Exported, tmp_path: Path) -> None:
+    shutil.copytree(exported.adapter, tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone/base"
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
+    half = AutoModelForCausalLM.from_pretrained(exported.base, dtype=torch.bfloat16)
+    tiny.save(tmp_path / "base", half, tiny.byte_tokenizer())
+    model = resolve(_theirs(uri, tmp_path / "theirs"), uri)
+    with pytest.raises(ModelError, match="give base: <model>"):
+        fetch_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    fetch_merged(model, tmp_path / "merged", base=str(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16  # its base's
 
 
 def test_files_that_are_gone(uri: str, registered: ResolvedModel, tmp_path: Path) -> None:

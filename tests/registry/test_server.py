@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config import UsageError
+from orchestrator.getting import fetch
 from orchestrator.mlflow_client import connect
 from orchestrator.register import register
-from orchestrator.registry import fetch, resolve
+from orchestrator.registry import resolve
 from orchestrator.tracking import Tracker
 from tests.registry.policies import Exported, lineage
 

@@ -269,6 +269,20 @@ def test_where_mlflow_is(uri: str | None, storage: str, expected: str) -> None:
     assert tracking_uri(uri, storage) == expected
 
 
+def test_the_environment_names_the_server_where_the_run_file_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert tracking_uri(None, "runs") == "http://mlflow.example:5000"
+    assert tracking_uri(None, "s3://bucket/runs") == "http://mlflow.example:5000"
+    assert tracking_uri("http://other.example", "runs") == "http://other.example"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UsageError, match=r"^\$MLFLOW_TRACKING_URI './mlruns' is a folder"):
+        tracking_uri(None, "runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert tracking_uri(None, "/data/runs") == "sqlite:////data/runs/mlflow.db"
+
+
 def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tracking_uri(None, "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -280,7 +294,7 @@ def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("./mlruns", "runs", "is a folder, which MLflow no longer writes: use sqlite"),
         ("file:///data/mlruns", "runs", "is a folder"),
-        (None, "s3://bucket/runs", "no sqlite file can live: set tracking.uri"),
+        (None, "s3://bucket/runs", "no sqlite file can live: set tracking.uri .or MLFLOW_TRACKING_URI"),
     ],
 )
 def test_where_mlflow_cannot_be(uri: str | None, storage: str, message: str) -> None:
