@@ -1,16 +1,22 @@
-"""Checkpoints: the trained weights, the optimizer, and where the run stands. safetensors and JSON only."""
+"""Checkpoints: the trained weights, the optimizer, and where the run stands. safetensors and JSON only.
+
+Weights and moments are whole in the files, whatever shards they lived in: each rank writes every n-th of
+them. So a checkpoint goes on under another strategy and another number of workers, and no rank ever holds more
+than its share of it.
+"""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from models.parallel import Parallel
 
-WEIGHTS, OPTIMIZER, PROGRESS = "policy.safetensors", "optimizer.safetensors", "progress.json"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,6 @@ class Progress:
         phi_star: the resolved dispersion constant, where the run asked for `auto`.
         identity: fingerprints and pinned versions the weights were trained with; must match on resume.
         schedule: the learning-rate schedule's state.
-        optimizer: what the optimizer's state has besides tensors.
         metrics: the last held-out metrics.
     """
 
@@ -33,17 +38,22 @@ class Progress:
     step: int = 0
     phi_star: float | None = None
     schedule: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
-    """Write a checkpoint into an empty folder; whoever keeps the folder makes it appear at once."""
+    """Write this rank's part of a checkpoint into a folder; whoever keeps it brings the parts together.
+
+    Every rank calls it: a weight in shards is put together by all.
+    """
+    mine: dict[str, Tensor] = {}
+    for index, (name, state) in enumerate(parallel.saved()):
+        if index % parallel.world_size == parallel.rank:
+            mine |= {f"{name}/{what}": tensor.cpu().contiguous() for what, tensor in state.items()}
     folder = Path(folder)
-    save_file(parallel.model_state(), folder / WEIGHTS)
-    tensors, rest = parallel.optimizer_state()
-    save_file(tensors, folder / OPTIMIZER)
-    (folder / PROGRESS).write_text(json.dumps(asdict(replace(progress, optimizer=rest)), indent=1))
+    save_file(mine, folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors")
+    if parallel.rank == 0:
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +71,19 @@ class Best:
 
 
 def save_best(file: Path, parallel: Parallel, best: Best) -> None:
-    """Write the trained weights alone with what they gave, replacing the file in one move."""
+    """Write the trained weights alone with what they gave, replacing the file in one move.
+
+    Every rank calls it, rank 0 writes.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, state in parallel.saved(moments=False):
+        if parallel.rank == 0:
+            weights[name] = state["weight"].cpu().contiguous()
+    if parallel.rank != 0:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
-    save_file(parallel.model_state(), part, {"best": json.dumps(asdict(best))})
+    save_file(weights, part, {"best": json.dumps(asdict(best))})
     part.replace(file)
 
 
@@ -78,8 +97,9 @@ def best_in(file: Path, metric: str) -> Best | None:
 
 
 def load_best(file: Path, parallel: Parallel) -> None:
-    """Put back the weights that `save_best` wrote."""
-    parallel.load_model_state(load_file(file))
+    """Put back the weights that `save_best` wrote, on every rank."""
+    with safe_open(file, framework="pt") as weights:
+        parallel.restore(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
 
 
 def step_of(folder: Path) -> int:
@@ -92,9 +112,7 @@ def newest(folder: Path) -> Path | None:
     for candidate in sorted(folder.glob("checkpoint_*/"), reverse=True):
         try:
             json.loads((candidate / PROGRESS).read_text())
-            for name in (WEIGHTS, OPTIMIZER):
-                with safe_open(candidate / name, framework="pt"):
-                    pass
+            _States(candidate)
         except (OSError, ValueError, SafetensorError):  # cut short when the run was killed
             continue
         return candidate
@@ -125,6 +143,31 @@ def load(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) ->
             k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)
         )
         raise RuntimeError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}")
-    parallel.load_model_state(load_file(folder / WEIGHTS))
-    parallel.load_optimizer_state(load_file(folder / OPTIMIZER), progress.optimizer)
+    states = _States(folder)
+    parallel.restore(states.read, states.names)
     return progress
+
+
+class _States:
+    """The weights of a checkpoint with their moments, each read when it is asked for.
+
+    Raises OSError or SafetensorError where the checkpoint is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        parts = sorted(folder.glob("state-*-of-*.safetensors"))
+        if not parts or len(parts) != int(parts[0].stem.rpartition("-")[2]):
+            raise FileNotFoundError(f"{folder} has {len(parts)} of its parts")
+        self._files: dict[str, dict[str, Any]] = {}
+        for part in parts:
+            file = safe_open(part, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (no dictionary)
+                name, _, what = key.rpartition("/")
+                self._files.setdefault(name, {})[what] = file
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        return {what: file.get_tensor(f"{name}/{what}") for what, file in self._files[name].items()}

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import ray
 
@@ -30,6 +32,7 @@ _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What a worker needs to reach a hub or a server as the driver does.
 _PASSED_ON = (
     "DS_ACCELERATOR",
+    "TORCH_EXTENSIONS_DIR",
     "HF_HOME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -47,6 +50,10 @@ _SECRET = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
+_NODE_TYPE = "ray.io/node-group"
+"""The label that Ray gives a node with the name of its type in the cluster file."""
+_UNLIMITED = 64
+"""Nodes of a type without a limit that are counted with."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
@@ -123,8 +130,21 @@ def secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def nodes() -> list[dict[str, float]]:
-    """Total resources of every node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Total resources of every node that is alive, and of those that the autoscaler may still start."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    started = Counter(node.get("Labels", {}).get(_NODE_TYPE) for node in alive)
+    return [node["Resources"] for node in alive] + [
+        dict(kind.resources)
+        for kind in _node_types()
+        for _ in range((_UNLIMITED if kind.max_count == -1 else kind.max_count) - started[kind.name])
+    ]
+
+
+def _node_types() -> Sequence[Any]:
+    """What the autoscaler says it may start, but for one's own machines, whose size it cannot know."""
+    # Where Ray Train and Ray Data look it up too; there is no public way.
+    config = ray._private.state.state.get_cluster_config()
+    return [kind for kind in config.node_group_configs if kind.resources] if config is not None else []
 
 
 def _start_timeout(minutes: float) -> dict[str, str]:

@@ -139,9 +139,32 @@ class ParallelConfig(Settings):
     """How many policy workers, what each asks of the cluster, and how they share the policy."""
 
     workers: int = Field(default=1, ge=1)
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        default="ddp", description="a whole policy per worker; shards by FSDP2; ZeRO by DeepSpeed"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        default=None,
+        description="deepspeed shards the optimizer (1), gradients too (2, the default), weights too (3)",
+    )
+    offload: bool = Field(default=False, description="keep what is sharded in main memory (fsdp, deepspeed)")
     resources: Resources = Resources()
     max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
+
+    @model_validator(mode="after")
+    def _settings_suit_the_strategy(self) -> "ParallelConfig":
+        if self.zero_stage is not None and self.strategy != "deepspeed":
+            raise ValueError(
+                f"zero_stage is DeepSpeed's, and strategy is {self.strategy}: set strategy: deepspeed, "
+                "or leave zero_stage out"
+            )
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload needs sharded states: set strategy: fsdp or deepspeed")
+        return self
+
+    @property
+    def stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+        return self.zero_stage or 2
 
 
 class RewardConfig(Settings):

@@ -52,6 +52,7 @@ class Feed:
         order: all reference names, the primary first.
         client: asks all references; those scored in process answer from their store alone.
         score_start: rows -> scores of the policy's own start, for what those stores miss.
+        on_any_rank: whether a flag is set on any rank that must run a forward pass when this one does.
         shared_rows: whether the policy computes a prompt once for both responses.
     """
 
@@ -62,6 +63,7 @@ class Feed:
         order: Sequence[str],
         client: ReferenceClient,
         score_start: Callable[[Rows], SequenceScores],
+        on_any_rank: Callable[[bool], bool],
         rank: int,
         world_size: int,
         tokens_per_microbatch: int,
@@ -73,7 +75,7 @@ class Feed:
         self.part = part
         self._order = tuple(order)
         self.client = client
-        self._score_start = score_start
+        self._score_start, self._on_any_rank = score_start, on_any_rank
         self._rank, self._world_size = rank, world_size
         self._budget = tokens_per_microbatch
         self._shared_rows, self._pad_id, self._device = shared_rows, pad_id, device
@@ -139,21 +141,28 @@ class Feed:
         self, scores: dict[str, ReferenceArrays], indices: np.ndarray
     ) -> dict[str, ReferenceArrays]:
         """The scores with what in-process references miss computed here, and saved for the next time."""
-        for name, arrays in scores.items():
-            missing = np.flatnonzero(arrays.missing)
-            if not len(missing):
-                continue
-            parts = split(indices[missing], self._lengths, world_size=1, tokens_per_microbatch=self._budget)[
-                0
-            ]
-            place = {int(row): at for at, row in enumerate(indices)}
-            for part in parts:
-                found = _arrays(self._score_start(self._rows(part)), paired=self.part.paired)
-                self.client.record(name, part, found)
+        place = {int(row): at for at, row in enumerate(indices)}
+        for name in (name for name in self._order if name in scores and name in self.client.in_process):
+            arrays = scores[name]
+            for rows in self._parts(indices):
+                part = np.array([row for row in rows if arrays.missing[place[int(row)]]], dtype=np.int64)
+                if not self._on_any_rank(len(part) > 0):
+                    continue
+                found = self._score_start(self._rows(part))
+                if not len(part):
+                    continue
+                computed = _arrays(found, paired=self.part.paired)
+                self.client.record(name, part, computed)
                 at = [place[int(row)] for row in part]
-                for column, values in zip(_columns(arrays), _columns(found), strict=True):
+                for column, values in zip(_columns(arrays), _columns(computed), strict=True):
                     column[at] = values
         return scores
+
+    def _parts(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Rows in micro-batches; one of no rows where there are none, so that ranks stay in step."""
+        if not len(indices):
+            return [indices]
+        return split(indices, self._lengths, world_size=1, tokens_per_microbatch=self._budget)[0]
 
     def _rows(self, indices: np.ndarray) -> Rows:
         pairs = [self.part.policy[int(index)] for index in indices]

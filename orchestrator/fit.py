@@ -11,27 +11,27 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.checkpoint import set_aside_torn_list
-from orchestrator.cluster import own_ctrl_c, secrets
-from orchestrator.config import RunFailed
+from orchestrator.cluster import nodes, own_ctrl_c, secrets
+from orchestrator.config import RunConfig, RunFailed
 from orchestrator.entry import work
-from orchestrator.placement import worker_bundle
+from orchestrator.placement import Kind, worker_bundle
 from orchestrator.session import CHECKPOINTS
 from orchestrator.worker import WorkerSetup
 
 
-def run_workers(setup: WorkerSetup, *, gpus: bool, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """What `train_worker` returned; Ray Train restarts workers from the last checkpoint when one is lost.
 
     Raises:
         RunFailed: a worker raised, or was lost too often.
     """
     config = setup.config
-    bundle = worker_bundle(config.parallel.resources, gpus=gpus)
+    bundle = worker_bundle(config.parallel.resources, Kind.of(nodes()))
     set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
     trainer = TorchTrainer(
         work,
         train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
-        torch_config=TorchConfig(backend="nccl" if bundle.get("GPU", 0) > 0 else "gloo"),
+        torch_config=TorchConfig(backend=_backend(config, gpu=bundle.get("GPU", 0) > 0)),
         scaling_config=ScalingConfig(
             num_workers=config.parallel.workers,
             use_gpu=bundle.get("GPU", 0) > 0,
@@ -55,6 +55,12 @@ def run_workers(setup: WorkerSetup, *, gpus: bool, callbacks: Sequence[Any] = ()
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise RunFailed(_reason(error)) from error
+
+
+def _backend(config: RunConfig, *, gpu: bool) -> str:
+    if not gpu:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if config.parallel.offload else "nccl"  # offloaded shards meet on the CPU
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:

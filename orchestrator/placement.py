@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from orchestrator.config import Resources, RunConfig, UsageError
 
+REFERENCE_ROLE, TRAINER_ROLE = "polyref_reference", "polyref_trainer"
+"""Custom resources that a cluster file gives to the nodes meant for references and for workers. Where some
+node has one, what belongs there asks for a crumb of it."""
+CRUMB = 0.001
+
 REPLICA_CPU = 0.1
 WORKER_CPU = 0.75
 TRIAL_CPU = 0.1
@@ -23,70 +28,95 @@ class Need:
     bundle: Mapping[str, float]
 
 
-def has_gpus(nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether any node offers a GPU."""
-    return any(node.get("GPU", 0) > 0 for node in nodes)
+Node = Mapping[str, float]
+"""Total resources of a node that is there or that an autoscaler may start."""
 
 
-def replica_bundle(resources: Resources, *, gpus: bool) -> dict[str, float]:
+@dataclass(frozen=True)
+class Kind:
+    """What requests of unsaid size depend on: whether there are GPUs, and nodes kept for one role.
+
+    Attributes:
+        gpus: whether any node has one.
+        roles: those of REFERENCE_ROLE and TRAINER_ROLE that some node has.
+    """
+
+    gpus: bool = False
+    roles: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node]) -> "Kind":
+        """Of a cluster of these nodes."""
+        offered = {name for node in nodes for name, amount in node.items() if amount > 0}
+        return cls("GPU" in offered, frozenset(offered & {REFERENCE_ROLE, TRAINER_ROLE}))
+
+    @property
+    def device_type(self) -> str:
+        """What models run on here."""
+        return "cuda" if self.gpus else "cpu"
+
+
+def replica_bundle(resources: Resources, kind: Kind) -> dict[str, float]:
     """What one replica of a reference asks for; a whole GPU by default where the cluster has GPUs."""
-    return _bundle(resources, cpu=1 if gpus else REPLICA_CPU, gpu=1 if gpus else 0)
+    return _bundle(resources, kind, cpu=REPLICA_CPU, role=REFERENCE_ROLE)
 
 
-def worker_bundle(resources: Resources, *, gpus: bool) -> dict[str, float]:
+def worker_bundle(resources: Resources, kind: Kind) -> dict[str, float]:
     """What one policy worker asks for; a whole GPU by default where the cluster has GPUs."""
-    return _bundle(resources, cpu=1 if gpus else WORKER_CPU, gpu=1 if gpus else 0)
+    return _bundle(resources, kind, cpu=WORKER_CPU, role=TRAINER_ROLE)
 
 
-def _bundle(resources: Resources, *, cpu: float, gpu: float) -> dict[str, float]:
+def _bundle(resources: Resources, kind: Kind, *, cpu: float, role: str) -> dict[str, float]:
+    default_cpu, default_gpu = (1.0, 1.0) if kind.gpus else (cpu, 0.0)
     bundle = {
-        "CPU": cpu if resources.cpu is None else resources.cpu,
-        "GPU": gpu if resources.gpu is None else resources.gpu,
+        "CPU": default_cpu if resources.cpu is None else resources.cpu,
+        "GPU": default_gpu if resources.gpu is None else resources.gpu,
+        **({role: CRUMB} if role in kind.roles else {}),
         **resources.custom,
     }
     return {name: amount for name, amount in bundle.items() if amount > 0}
 
 
-def reference_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
+def reference_needs(config: RunConfig, kind: Kind) -> list[Need]:
     """Bundles of the served references and of a reward model; those scored in process need none."""
     needs = [
-        Need(f"reference {name}", reference.replicas, replica_bundle(reference.resources, gpus=gpus))
+        Need(f"reference {name}", reference.replicas, replica_bundle(reference.resources, kind))
         for name, reference in config.references.models.items()
         if not reference.in_process
     ]
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.model:
-        needs.append(Need("reward model", 1, replica_bundle(reward.resources, gpus=gpus)))
+        needs.append(Need("reward model", 1, replica_bundle(reward.resources, kind)))
     return needs
 
 
-def worker_needs(config: RunConfig, *, gpus: bool) -> list[Need]:
+def worker_needs(config: RunConfig, kind: Kind) -> list[Need]:
     """Bundles of the policy's workers."""
-    bundle = worker_bundle(config.parallel.resources, gpus=gpus)
+    bundle = worker_bundle(config.parallel.resources, kind)
     return [Need("worker", config.parallel.workers, bundle)]
 
 
-def refuse_impossible(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+def refuse_impossible(config: RunConfig, nodes: Sequence[Node]) -> None:
     """Check a run against the nodes' total resources.
 
     Raises:
         UsageError: with the arithmetic, e.g. "needs 3 GPUs: 2 references + 1 worker; the cluster has 2".
     """
-    gpus = has_gpus(nodes)
-    references, workers = reference_needs(config, gpus=gpus), worker_needs(config, gpus=gpus)
+    kind = Kind.of(nodes)
+    references, workers = reference_needs(config, kind), worker_needs(config, kind)
     stages = [references + workers] if config.references.mode == "live" else [references, workers]
     for stage in stages:
         _refuse_if_short(stage, nodes)
         _refuse_if_scattered(stage, nodes)
 
 
-def trial_bundles(config: RunConfig, *, gpus: bool) -> list[dict[str, float]]:
+def trial_bundles(config: RunConfig, kind: Kind) -> list[dict[str, float]]:
     """What one trial asks for: its only worker's bundle, or its driver's and then its workers'."""
-    workers = [worker_bundle(config.parallel.resources, gpus=gpus)] * config.parallel.workers
+    workers = [worker_bundle(config.parallel.resources, kind)] * config.parallel.workers
     return workers if len(workers) == 1 else [{"CPU": TRIAL_CPU}, *workers]
 
 
-def trial_slots(config: RunConfig, nodes: Sequence[Mapping[str, float]], *, routers: float) -> int:
+def trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: float) -> int:
     """How many trials run at once beside the references, which are placed first.
 
     Args:
@@ -98,13 +128,13 @@ def trial_slots(config: RunConfig, nodes: Sequence[Mapping[str, float]], *, rout
         UsageError: not even one fits; with the arithmetic.
     """
     refuse_impossible(config, nodes)
-    gpus, free = has_gpus(nodes), [defaultdict(float, node) for node in nodes]
-    served = reference_needs(config, gpus=gpus)
+    kind, free = Kind.of(nodes), [defaultdict(float, node) for node in nodes]
+    served = reference_needs(config, kind)
     if config.references.mode == "precompute":  # they have gone by then, all but a judge of samples
         served = [need for need in served if not need.role.startswith("reference")]
     beside = [("reference", need.bundle) for need in served for _ in range(need.count)]
     _place([("routers", {"CPU": routers}), *beside], free)
-    trial = [("trial", bundle) for bundle in trial_bundles(config, gpus=gpus)]
+    trial = [("trial", bundle) for bundle in trial_bundles(config, kind)]
     if not all(bundle for _, bundle in trial):
         raise UsageError("a trial asks for nothing; set parallel.resources.cpu or .gpu to more than 0")
     slots = 0
@@ -120,7 +150,7 @@ def trial_slots(config: RunConfig, nodes: Sequence[Mapping[str, float]], *, rout
     return slots
 
 
-def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
+def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
     for resource in sorted({name for need in needs for name in need.bundle}):
         terms = [(need, need.count * need.bundle[resource]) for need in needs if resource in need.bundle]
         wanted, offered = sum(amount for _, amount in terms), sum(node.get(resource, 0) for node in nodes)
@@ -132,7 +162,7 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]
             )
 
 
-def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> None:
+def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
     """Enough in total, but no node with room for a whole bundle, is refused too.
 
     The scarce first: what asks for GPUs or custom resources is placed before what asks for cores alone, and
@@ -170,8 +200,16 @@ def _scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
     return custom, bundle.get("GPU", 0), bundle.get("CPU", 0)
 
 
-def _offers(nodes: Sequence[Mapping[str, float]]) -> str:
-    return "; ".join(", ".join(f"{a:g} {r}" for r, a in _plain(node).items()) for node in nodes)
+def _offers(nodes: Sequence[Node]) -> str:
+    """`1 CPU; 4 x 8 CPU, 1 GPU (polyref_trainer)`."""
+    counts = Counter(_offer(node) for node in nodes)
+    return "; ".join(offer if count == 1 else f"{count} x {offer}" for offer, count in counts.items())
+
+
+def _offer(node: Node) -> str:
+    amounts = ", ".join(f"{node[name]:g} {name}" for name in ("CPU", "GPU") if node.get(name)) or "nothing"
+    roles = [role for role in (REFERENCE_ROLE, TRAINER_ROLE) if node.get(role)]
+    return f"{amounts} ({', '.join(roles)})" if roles else amounts
 
 
 def _together(bundles: Sequence[Bundle]) -> str:
@@ -179,10 +217,6 @@ def _together(bundles: Sequence[Bundle]) -> str:
     for _, bundle in bundles:
         total.update(bundle)
     return ", ".join(f"{amount:g} {resource}" for resource, amount in total.items())
-
-
-def _plain(node: Mapping[str, float]) -> dict[str, float]:
-    return {name: amount for name, amount in node.items() if name in ("CPU", "GPU")}
 
 
 def _amount(count: float, resource: str) -> str:

@@ -2,18 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from models.adapters import adapter_off, find_adapter, merge
 from models.config import ModelConfig, ModelError
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
-from models.parallel import Parallel, prepare
+from models.parallel import Parallel, prepare, shards, trained_weights
 from models.rows import Rows
 from orchestrator.config import RunConfig
 from orchestrator.register import Probe
@@ -28,6 +31,7 @@ class Policy:
 
     Attributes:
         parallel: scorer, optimizer and communication.
+        start: loads the policy's start anew, trainable, on the CPU.
         tokenizer: the policy's own.
         precision: dtype of matrix products.
         sharing_refused: why a prompt is computed once per response instead of once per pair, if it is.
@@ -36,6 +40,7 @@ class Policy:
     """
 
     parallel: Parallel
+    start: Callable[[], PreTrainedModel | PeftModel]
     tokenizer: Any
     precision: torch.dtype
     sharing_refused: str | None
@@ -67,20 +72,21 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     Args:
         config: the run file.
         start: the policy's start, pinned; it is located on this node.
-        device: this worker's.
+        device: this worker's. Weights that are to be sharded are read into main memory, and only the shards
+            come here.
         local_workers: workers on this machine, which share its cores.
     """
     if device.type == "cpu":
         torch.set_num_threads(max(1, _cores() // local_workers))
-    training = config.training
+    training, parallel = config.training, config.parallel
+    # Decided by what the policy runs on, wherever it is loaded.
+    settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
+    in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers)
     try:
         located = locate(start)
-        model = load_model(
-            located,
-            config.policy,
-            device=device,
-            trainable=True,
-            seed=training.seed,
+        load = partial(load_model, located, settings, trainable=True, seed=training.seed)
+        model = load(
+            device=torch.device("cpu") if in_shards else device,
             activation_checkpointing=training.gradient_checkpointing,
         )
     except ModelError as error:
@@ -89,16 +95,19 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     refused = (
         "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
     )
-    parallel = prepare(
-        scorer,
-        strategy=config.parallel.strategy,
-        device=device,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-    )
     precision = _precision(training.precision, device)
     return Policy(
-        parallel=parallel,
+        parallel=prepare(
+            scorer,
+            strategy=parallel.strategy,
+            zero_stage=parallel.stage,
+            offload=parallel.offload,
+            precision=precision,
+            device=device,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+        ),
+        start=partial(load, device=torch.device("cpu")),
         tokenizer=load_tokenizer(located, config.policy),
         precision=precision,
         sharing_refused=refused,
@@ -110,20 +119,46 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
 def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int]]) -> None:
     """Write the trained policy, all or nothing: `model/`, with LoRA also `adapter/`, `probe.safetensors`.
 
+    Every rank calls it, rank 0 writes.
+
     `model/` loads in transformers as it is (LoRA merged); the probe holds the logits of the policy in hand on
     a few token rows, for comparison with whatever is loaded back later. Merging changes the policy in place:
     this is the last thing done with it.
     """
+    device = policy.parallel.device
+    policy.scorer.eval()
+    probe = Probe.of(
+        policy.scorer.model, probes, logits=lambda rows: policy.scorer.logits(rows.to(device)).float().cpu()
+    )
+    model = _whole(policy)
+    if model is None:
+        return
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    model = policy.scorer.model
-    Probe.of(model, probes).save(part / "probe.safetensors")
+    probe.save(part / "probe.safetensors")
     if find_adapter(model) is not None:
         export(model, policy.tokenizer, part / "adapter")
     export(merge(model), policy.tokenizer, part / "model")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def _whole(policy: Policy) -> PreTrainedModel | PeftModel | None:
+    """The trained model in one piece, on rank 0 alone.
+
+    Shards are put together one weight at a time, into a copy of the start: that is all the memory it takes.
+    """
+    parallel = policy.parallel
+    if not parallel.sharded:
+        return policy.scorer.model if parallel.rank == 0 else None
+    model = policy.start() if parallel.rank == 0 else None
+    weights = {} if model is None else trained_weights(model)
+    with torch.no_grad():
+        for name, state in parallel.saved(moments=False):
+            if model is not None:
+                weights[name.removeprefix("model.")].copy_(state["weight"])
+    return model
 
 
 def _cores() -> int:

@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from models.config import ModelConfig, ModelError
-from orchestrator.cluster import secrets
+from orchestrator.cluster import nodes, secrets
 from orchestrator.config import RewardConfig, RunFailed, UsageError, did_you_mean
-from orchestrator.placement import replica_bundle
+from orchestrator.placement import Kind, replica_bundle
 
 FIELD = "evaluation.sampling.reward"
 BATCH_TEXTS = 16
@@ -36,12 +36,11 @@ class Judge(Protocol):
         ...
 
 
-def start_judge(config: RewardConfig, *, gpus: bool, start_timeout_s: float) -> Judge:
+def start_judge(config: RewardConfig, *, start_timeout_s: float) -> Judge:
     """The judge of a run file, ready to be asked.
 
     Args:
         config: the run file's section.
-        gpus: whether the cluster has GPUs; a reward model then asks for one unless told otherwise.
         start_timeout_s: how long a reward model may wait for a place; loading it is not counted.
 
     Raises:
@@ -50,7 +49,7 @@ def start_judge(config: RewardConfig, *, gpus: bool, start_timeout_s: float) -> 
     """
     if config.function is not None:
         return load_function(config.function)
-    bundle = replica_bundle(config.resources, gpus=gpus)
+    bundle = replica_bundle(config.resources, Kind.of(nodes()))
     needs = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
     num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
     actor = (

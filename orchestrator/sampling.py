@@ -4,6 +4,7 @@ log pi(y|x) - log ref(y|x) of a response y drawn from the policy is an unbiased 
 KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is what is reported.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from models.config import ModelError
 from models.logprobs import causal_model
-from models.rows import Prompted, Rows, build_rows
+from models.rows import Prompted, build_rows
 from orchestrator.config import SamplingConfig
 from orchestrator.feed import Part
 from orchestrator.policy import Policy
@@ -69,6 +70,7 @@ class Sampler:
         self._new_tokens = config.max_new_tokens
         self._names = [name for name in names if _same_ids(part.policy, part.references[name])]
         self._served = [name for name in self._names if name not in in_process]
+        self._in_process = [name for name in self._names if name in in_process]
         self._model = causal_model(policy.scorer.model)
         self._ends = _ends(self._model, policy.tokenizer)
         self._refuse_too_long()
@@ -111,20 +113,25 @@ class Sampler:
             prompts, at = self._prompts[start : start + CHUNK], slice(start, start + CHUNK)
             responses = self._write(prompts, [self._seed, step, start])
             self._client.ask_samples(start, _groups(prompts, responses), self._served)
-            rows = self._rows(prompts, responses)
-            logps[start] = self._log_probs(rows)
-            for name in self._names:
-                if name not in self._served:
-                    column[f"eval/kl/{name}"][at] = logps[start] - _numpy(
-                        self._policy.score_start(rows).logps
-                    )
+            logps[start], own_start = self._log_probs(prompts, responses)
+            for name in self._in_process:
+                column[f"eval/kl/{name}"][at] = logps[start] - own_start
             if self._judge is not None:
                 column["eval/reward"][at] = self._judge.score(*self._texts(prompts, responses))
             column["eval/samples/length"][at] = [len(response) for response in responses]
         for start in mine:
             for name, scores in self._client.collect_samples(start).items():
                 column[f"eval/kl/{name}"][start : start + CHUNK] = logps[start] - scores.logps
+        self._keep_in_step(step, done=len(mine))
         return torch.from_numpy(table)
+
+    def _keep_in_step(self, step: int, *, done: int) -> None:
+        """Where a forward pass is a collective of all ranks, run it for nothing as often as others do."""
+        if self._policy.parallel.sharded:
+            chunks = math.ceil(len(self._prompts) / CHUNK)
+            for _ in range(math.ceil(chunks / self._world_size) - done):
+                prompts = self._prompts[:CHUNK]
+                self._log_probs(prompts, self._write(prompts, [self._seed, step, 0]))
 
     def _write(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
         """A response to each prompt, drawn from the policy's distribution as it is."""
@@ -144,10 +151,11 @@ class Sampler:
             use_cache=True,
         )
         with _own_defaults_off(self._model), _seeded(seed, device), self._autocast():
-            out = self._model.generate(
+            out = self._policy.scorer.generate(
                 torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
                 generation_config=config,
+                synced_gpus=self._policy.parallel.sharded,
             )
         return [self._ended(row) for row in out[:, width:].cpu().numpy().astype(np.int32)]
 
@@ -156,14 +164,15 @@ class Sampler:
         ends = np.flatnonzero(np.isin(response, self._ends))
         return response[: ends[0] + 1] if len(ends) else response
 
-    def _log_probs(self, rows: Rows) -> np.ndarray:
-        with self._autocast():
-            return _numpy(self._policy.scorer(rows).logps)
-
-    def _rows(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Rows:
+    def _log_probs(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the responses under the policy, and under its start where a reference is that."""
         groups = [Prompted(p, [r]) for p, r in zip(prompts, responses, strict=True)]
-        rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id)
-        return rows.to(self._policy.parallel.device)
+        rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
+        with self._autocast():
+            logps = _numpy(self._policy.scorer(rows).logps)
+        return logps, _numpy(self._policy.score_start(rows).logps) if self._in_process else None
 
     def _texts(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[list[str], list[str]]:
         before = [self._decoded(prompt) for prompt in prompts]

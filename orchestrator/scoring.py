@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from orchestrator.cluster import secrets
+from orchestrator.cluster import nodes, secrets
 from orchestrator.config import RunConfig
 from orchestrator.feed import Part
-from orchestrator.placement import replica_bundle
+from orchestrator.placement import Kind, replica_bundle
 from orchestrator.prepare import Prepared
 from orchestrator.progress import Meter
 from orchestrator.references.messages import ReferenceSpec
@@ -24,11 +24,10 @@ GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
 def serve(prepared: Prepared) -> ReferenceService:
     """Routers for all references; those scored in process have a store and no replicas."""
     config = prepared.config
-    gpus = prepared.policy.device_type == "cuda"
-    specs = []
+    specs, kind = [], Kind.of(nodes())
     for name in config.references.ordered:
         settings, model = config.references.models[name], prepared.references[name]
-        bundle = replica_bundle(settings.resources, gpus=gpus)
+        bundle = replica_bundle(settings.resources, kind)
         num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
         specs.append(
             ReferenceSpec(
@@ -48,13 +47,13 @@ def serve(prepared: Prepared) -> ReferenceService:
 
 
 @contextmanager
-def judging(config: RunConfig, *, gpus: bool) -> Iterator[Judge | None]:
+def judging(config: RunConfig) -> Iterator[Judge | None]:
     """What rewards sampled responses while inside, where the run has a reward."""
     sampling = config.evaluation.sampling
     if sampling is None or sampling.reward is None:
         yield None
         return
-    judge = start_judge(sampling.reward, gpus=gpus, start_timeout_s=60 * config.placement.wait_minutes)
+    judge = start_judge(sampling.reward, start_timeout_s=60 * config.placement.wait_minutes)
     try:
         yield judge
     finally:

@@ -22,12 +22,12 @@ from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
 from orchestrator import proposals, report, sweep_plots
-from orchestrator.cluster import own_ctrl_c, secrets
+from orchestrator.cluster import nodes, own_ctrl_c, secrets
 from orchestrator.config import RunFailed, UsageError
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
 from orchestrator.mlflow_client import first_line, without_secrets
-from orchestrator.placement import trial_bundles
+from orchestrator.placement import Kind, trial_bundles
 from orchestrator.prepare import Prepared
 from orchestrator.promoting import alias_of, best_trial, promote
 from orchestrator.record import RunRecord
@@ -90,7 +90,6 @@ class Searching:
         self.scheduler, self.total = scheduler, total
         self.sweep, self.base, self.prepared, self.record = sweep, prepared.config, prepared, record
         self.space, self.trials, self.folder, self.console = space, trials, folder, console
-        self.gpus = prepared.policy.device_type == "cuda"
         self.tracker = _parent(sweep, prepared, record, folder)
         self._entropies: np.ndarray | None = None
 
@@ -103,7 +102,7 @@ class Searching:
         """
         status = "FAILED"
         try:
-            with serve(self.prepared) as service, judging(self.base, gpus=self.gpus) as judge:
+            with serve(self.prepared) as service, judging(self.base) as judge:
                 search = self._search(service)
                 limits = self._try(search, service, judge, slots, neighbours) if search.waiting() else None
                 self.report()
@@ -212,7 +211,7 @@ class Searching:
         return ray_tune.Tuner(
             ray_tune.with_resources(
                 ray_tune.with_parameters(run_trial, shared=shared),
-                PlacementGroupFactory(trial_bundles(self.base, gpus=self.gpus)[:1]),
+                PlacementGroupFactory(trial_bundles(self.base, Kind.of(nodes()))[:1]),
             ),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,
@@ -245,7 +244,7 @@ class Searching:
             tracking_uri=self.prepared.tracking_uri,
             judge=judge,
             secrets=secrets(os.environ),
-            gpus=self.gpus,
+            gpus=self.prepared.policy.device_type == "cuda",
             neighbours=neighbours,
             total=self.total,
         )

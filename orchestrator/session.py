@@ -18,7 +18,7 @@ from orchestrator import checkpoint
 CHECKPOINTS = "checkpoints"
 
 Write = Callable[[Path], None]
-"""Writes a checkpoint into an empty folder."""
+"""Writes a checkpoint, or this rank's part of one, into an empty folder."""
 
 
 class Session(Protocol):
@@ -31,7 +31,7 @@ class Session(Protocol):
     device: torch.device
 
     def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
-        """Every rank: hand in held-out metrics and, with `write`, a checkpoint that rank 0 writes."""
+        """Every rank: hand in held-out metrics and, with `write`, this rank's part of a checkpoint."""
 
     def checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder of the checkpoint to go on from, if there is one."""
@@ -54,7 +54,7 @@ class Group:
         """Train's report is a barrier, with or without a checkpoint."""
         import ray.train
 
-        if write is None or self.rank != 0:
+        if write is None:
             ray.train.report(dict(metrics))
             return
         with tempfile.TemporaryDirectory() as part:

@@ -19,7 +19,7 @@ from orchestrator.fit import run_workers
 from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.model_card import Lineage, Reference
-from orchestrator.placement import has_gpus, refuse_impossible
+from orchestrator.placement import Kind, refuse_impossible
 from orchestrator.prepare import Prepared, prepare, with_resolved_paths
 from orchestrator.progress import following_steps, plain_console
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
@@ -105,7 +105,7 @@ def _placed(prepared: Prepared) -> Prepared:
     """The run on the cluster that is connected, or a refusal with the arithmetic."""
     cluster = nodes()
     refuse_impossible(prepared.config, cluster)
-    return prepared.on("cuda" if has_gpus(cluster) else "cpu")
+    return prepared.on(Kind.of(cluster).device_type)
 
 
 def _open(prepared: Prepared, *, fresh: bool = False) -> RunRecord:
@@ -149,7 +149,7 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
 
 
 def _judging(prepared: Prepared) -> AbstractContextManager[Judge | None]:
-    return judging(prepared.config, gpus=prepared.policy.device_type == "cuda")
+    return judging(prepared.config)
 
 
 def train_on_cluster(
@@ -177,7 +177,7 @@ def train_on_cluster(
         with following_steps(config.folder, total, console):
             setup = _worker_setup(prepared, service, tracker, judge)
             try:
-                result = run_workers(setup, gpus=prepared.policy.device_type == "cuda")
+                result = run_workers(setup)
             except RunFailed as error:
                 kept = "Checkpoints are kept: the same command goes on from the last one"
                 raise RunFailed(f"{error}. {kept}") from error

@@ -46,7 +46,7 @@ class Shared:
         tracking_uri: the MLflow server.
         judge: what rewards sampled responses, if a reward is set.
         secrets: environment of the trials' processes.
-        gpus: whether the cluster has any.
+        gpus: whether models run on them here.
         neighbours: trials that run side by side on a machine.
         total: optimizer steps of a trial.
     """
@@ -183,7 +183,7 @@ def _group(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
     position = path.stat().st_size if path.exists() else 0
     sign, best = 1 if METRICS[evaluation.metric] == "max" else -1, dict[str, float]()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run_workers, setup, gpus=shared.gpus)
+        running = pool.submit(run_workers, setup)
         while True:
             ended = not wait([running], timeout=0.5).not_done
             position, lines = new_lines(path, position)

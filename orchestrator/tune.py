@@ -17,7 +17,7 @@ from orchestrator import points
 from orchestrator.cluster import connected, nodes
 from orchestrator.config import ReferenceConfig, RunConfig, UsageError
 from orchestrator.mlflow_client import without_secrets
-from orchestrator.placement import has_gpus, trial_bundles, trial_slots
+from orchestrator.placement import Kind, trial_bundles, trial_slots
 from orchestrator.prepare import Prepared, with_resolved_paths
 from orchestrator.progress import plain_console
 from orchestrator.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run
@@ -81,7 +81,7 @@ def tune(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False)
             return done.record
         with connected(wait_minutes=base.placement.wait_minutes):
             slots = _slots(sweep, base)
-            search = searching("cuda" if has_gpus(nodes()) else "cpu")
+            search = searching(Kind.of(nodes()).device_type)
             if retry_failed:
                 _retry(search.trials)
             return search.run(slots, _neighbours(sweep, space, slots))
@@ -103,7 +103,7 @@ def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
     with connected(wait_minutes=base.placement.wait_minutes):
         slots = _slots(sweep, base)
         console.print(f"{slots} trial(s) at a time beside the references, each {_asks(base)}\n")
-        with serve(prepared.on("cuda" if has_gpus(nodes()) else "cpu")) as service:
+        with serve(prepared.on(Kind.of(nodes()).device_type)) as service:
             console.print(_forwards_table(service, prepared))
 
 
@@ -206,7 +206,7 @@ def _trials_text(sweep: SweepConfig, space: Space) -> str:
 
 
 def _asks(base: RunConfig) -> str:
-    bundles = trial_bundles(base, gpus=has_gpus(nodes()))
+    bundles = trial_bundles(base, Kind.of(nodes()))
     return " + ".join(
         ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
     )

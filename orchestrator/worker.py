@@ -151,7 +151,7 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         elif evaluated:
             session.report(metrics)
     run.close()
-    if rank == 0 and setup.export:
+    if setup.export:
         if run.best is not None:
             checkpoint.load_best(Path(setup.folder) / BEST, policy.parallel)
         probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
@@ -277,8 +277,7 @@ class _Run:
         if self.best is not None and sign * value <= sign * self.best.value:
             return
         self.best = Best(metric=evaluation.metric, step=step, metrics=metrics)
-        if self._journal is not None:  # rank 0
-            checkpoint.save_best(Path(self._setup.folder) / BEST, self._policy.parallel, self.best)
+        checkpoint.save_best(Path(self._setup.folder) / BEST, self._policy.parallel, self.best)
 
     def describe(self, failure: NonFiniteLoss, step: int) -> str:
         """Which step and pairs a loss was lost at, and what to do."""
@@ -315,6 +314,7 @@ def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_si
             in_process=[n for n, r in setup.config.references.models.items() if r.in_process],
         ),
         score_start=policy.score_start,
+        on_any_rank=policy.parallel.on_any_rank,
         rank=rank,
         world_size=world_size,
         tokens_per_microbatch=setup.config.training.tokens_per_microbatch,

@@ -86,7 +86,7 @@ class ReferenceClient:
             raise ValueError(f"routers for {sorted(routers)}, but token tables for {sorted(tables)}")
         self.stall_seconds = 0.0
         """Time spent in `collect`, waiting, since the beginning."""
-        self._routers, self._tables, self._in_process = dict(routers), dict(tables), frozenset(in_process)
+        self._routers, self._tables, self.in_process = dict(routers), dict(tables), frozenset(in_process)
         self._asked: dict[Any, dict[str, _Asked]] = {}
         self._samples: dict[Any, dict[str, Any]] = {}
         self._recording: list[tuple[str, Any]] = []
@@ -160,7 +160,7 @@ class ReferenceClient:
         groups = pair_groups(self._tables[name], indices)
         request = ScoreRequest.pack(groups)
         router = self._routers[name]
-        local = name in self._in_process
+        local = name in self.in_process
         answer = router.lookup.remote(request.keys) if local else router.score.remote(request)
         starts = request.group_offsets[:-1]
         paired = np.diff(request.group_offsets) == 2

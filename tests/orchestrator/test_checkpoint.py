@@ -56,9 +56,12 @@ def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -
     assert newest(tmp_path) is None
     checkpoint(tmp_path / "checkpoint_1")
     checkpoint(tmp_path / "checkpoint_2")
-    weights = tmp_path / "checkpoint_2" / "optimizer.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    state = tmp_path / "checkpoint_2" / "state-00000-of-00001.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
     (tmp_path / "checkpoint_3").mkdir()
+    checkpoint(tmp_path / "checkpoint_4")
+    part = tmp_path / "checkpoint_4" / state.name
+    part.rename(part.with_name("state-00000-of-00002.safetensors"))  # the other rank's was not written
     assert newest(tmp_path) == tmp_path / "checkpoint_1"
 
 

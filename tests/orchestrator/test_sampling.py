@@ -34,6 +34,7 @@ END, OTHER_END = WORDS.eos_token_id, 7
 def policy_of(model: PreTrainedModel) -> Policy:
     return Policy(
         parallel=prepare(Scorer(model.train()), device=CPU, learning_rate=1e-3),
+        start=lambda: model,
         tokenizer=WORDS,
         precision=torch.float32,
         sharing_refused=None,

@@ -99,9 +99,8 @@ def test_full_training_without_references_exports_what_was_trained(run_of: Any) 
     start = AutoModelForCausalLM.from_pretrained(run.policy.model)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
     assert all(moved)
-    checkpoint = max((run.folder / "checkpoints").glob("checkpoint_*/policy.safetensors"))
-    kept = load_file(checkpoint)
-    found = {f"model.{name}": weight for name, weight in exported(run.folder).items()}
+    kept = load_file(max((run.folder / "checkpoints").glob("checkpoint_*/state-*.safetensors")))
+    found = {f"model.{name}/weight": weight for name, weight in exported(run.folder).items()}
     assert all(torch.equal(kept[name], found[name]) for name in found)
     assert (
         not list(run.folder.rglob("*.bin")) + list(run.folder.rglob("*.pt")) + list(run.folder.rglob("*.pkl"))
