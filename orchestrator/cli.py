@@ -11,7 +11,7 @@ import typer
 
 from losses.settings import LossError
 from models.config import ModelError
-from orchestrator import models_cli
+from orchestrator import mailbox, models_cli
 from orchestrator.config import RunFailed, UsageError, load_run, run_schema
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
@@ -110,6 +110,27 @@ def check(run: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def submit(
+    command: Annotated[list[str], typer.Argument(help="What would follow polyref here, after --.")],
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's job server; default: RAY_ADDRESS, or port 8265 here.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log, and exit as the job does.")] = True,
+    env: Annotated[
+        list[str] | None, typer.Option(help="Name of a variable that the job gets from here; repeatable.")
+    ] = None,
+    secret: Annotated[
+        list[str] | None, typer.Option(help="The same for what must not be shown or logged; repeatable.")
+    ] = None,
+    code: Annotated[bool, typer.Option(help="Send this polyref, instead of using the nodes'.")] = False,
+) -> None:
+    """Run a command as a job on a cluster: polyref submit -- train run.yaml loss.beta=0.2."""
+    from orchestrator.submit import submit as submit_job
+
+    sys.exit(submit_job(command, address=address, wait=wait, env=env or (), secret=secret or (), code=code))
+
+
+@app.command()
 def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] = "run") -> None:
     """Print the JSON Schema of the run file or of the sweep file, for editors."""
     if of not in ("run", "sweep"):
@@ -135,6 +156,7 @@ def main() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
     _quiet_libraries()
     try:
+        mailbox.take()
         app()
     except (UsageError, DataError, ModelError, LossError, SpaceError) as error:
         _complain(str(error), code=2)

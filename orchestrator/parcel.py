@@ -1,0 +1,236 @@
+"""What a submitted job needs of this machine's files, and nothing else: no runs, caches or data by accident.
+
+Relative paths are this machine's and are packed; absolute paths and URIs are the cluster's and are left
+alone. Models are never packed.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
+from orchestrator.sweep import load_sweep
+
+LIMIT_MB = 50
+PACKAGES = ("losses", "models", "preferences", "tune_spaces", "orchestrator")
+_OF_RUN, _OF_SWEEP, _OF_REGISTRY = ("train", "score", "check"), ("tune",), ("models",)
+_DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+# Ray would leave out what these name; nothing but what is needed is here anyway.
+_LEFT_OUT = (".gitignore", ".rayignore", ".git", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A command for the cluster and the files that it needs.
+
+    Attributes:
+        name: of the run, the search or the command, for the job's id.
+        command: what follows `polyref`, with paths as they are in the parcel.
+        files: by their path in the parcel, where they lie here.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    files: dict[str, Path]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        """Copy the files into an empty folder."""
+        for name, source in self.files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def pack(command: Sequence[str], *, code: bool = False) -> Parcel:
+    """Check a command as far as that needs no cluster, and collect what it needs from the working folder.
+
+    Args:
+        command: `train run.yaml loss.beta=0.2`, or any other that makes sense as a job.
+        code: send polyref's own packages too, instead of using those installed on the nodes.
+
+    Raises:
+        UsageError: with the usual message about the file, or one about what cannot be sent.
+    """
+    verb, arguments = (command[0], list(command[1:])) if command else ("", [])
+    known = (*_OF_RUN, *_OF_SWEEP, *_OF_REGISTRY)
+    if verb not in known:
+        raise UsageError(
+            f"{verb or 'nothing'} cannot be submitted{did_you_mean(verb, known)}; "
+            "e.g. polyref submit -- train run.yaml"
+        )
+    for argument in arguments:
+        if _PASSWORD_IN_URL.search(argument):
+            raise UsageError(
+                f"{argument.partition('=')[0]} has a password in it, which a job's description would show; "
+                "leave it out of the URL and give it with --secret, e.g. --secret MLFLOW_TRACKING_PASSWORD"
+            )
+    files = _code() if code else {}
+    if verb in _OF_REGISTRY:
+        return _within_limit(Parcel(verb, tuple(command), files))
+    place, file = _file_among(verb, arguments)
+    overrides = [a for i, a in enumerate(arguments) if i != place and "=" in a and not a.startswith("-")]
+    needed = [("the file", file)]
+    if verb in _OF_SWEEP:
+        sweep = load_sweep(file, overrides)
+        name, run, field = sweep.name, sweep.base, "run.storage_path"
+        needed += _run_of_sweep(file, overrides)
+    else:
+        run = load_run(file, overrides)
+        name, field = run.name, "storage_path"
+    _refuse_lost_results(run, field)
+    for what, path in [*needed, *_sources(run)]:
+        files |= _files_at(what, path)
+    arguments[place] = _within(Path(file), "the file").as_posix()
+    return _within_limit(Parcel(name, (verb, *arguments), files))
+
+
+def _file_among(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
+    """The run or sweep file: the first argument that is neither option, override nor an option's number."""
+    for place, argument in enumerate(arguments):
+        number = argument.replace(".", "", 1).isdigit()
+        if not argument.startswith("-") and "=" not in argument and not number:
+            return place, argument
+    kind = "sweep" if verb in _OF_SWEEP else "run"
+    raise UsageError(f"{verb} needs a {kind} file, e.g. polyref submit -- {verb} {kind}.yaml")
+
+
+def _run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
+    early = [text for text in overrides if text.startswith("run=")]
+    run = override(read_yaml(file), early)["run"]
+    if not isinstance(run, str):
+        return []
+    if Path(run).expanduser().is_absolute():
+        raise UsageError(f"{file}: run: {run} is not in the parcel of a job; name it relative to {file}")
+    return [(f"{file}: run", os.path.relpath(Path(file).parent / run))]
+
+
+def _refuse_lost_results(run: RunConfig, field: str) -> None:
+    storage, uri = run.storage_path, run.tracking.uri
+    if "://" not in storage and not Path(storage).is_absolute():
+        where = "in a home folder" if storage.startswith("~") else "relative"
+        raise UsageError(
+            f"storage_path {storage} is {where}, and a job's working folder is thrown away with the job; "
+            f"give a path that all nodes share, e.g. {field}=/shared/polyref/runs"
+        )
+    if uri is not None and _PASSWORD_IN_URL.search(uri):
+        raise UsageError(
+            "tracking.uri has a password in it, which a job's files would show; leave it out and give it "
+            "with --secret MLFLOW_TRACKING_USERNAME --secret MLFLOW_TRACKING_PASSWORD"
+        )
+    local = uri is not None and re.match(r"sqlite:///(?!/)|(?!\w+:)(?!/)", uri)
+    if local:
+        raise UsageError(
+            f"tracking.uri {uri} is relative, and a job's working folder is thrown away with the job; leave "
+            "it out for the cluster's registry, or name a server"
+        )
+
+
+def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Relative paths of the run file that are this machine's, with the field that names them."""
+    for field, source in (("data.train", run.data.train), ("data.eval", run.data.eval)):
+        if source is not None and _is_ours(source):
+            if Path(source).exists():
+                yield field, source
+            elif _DATA_NAME.search(source):
+                raise UsageError(f"{field}: {source}: there is no such file here, so that it cannot be sent")
+    settings: dict[str, Any] = {"policy": run.policy}
+    settings |= {f"references.models.{name}": model for name, model in run.references.models.items()}
+    for field, model in settings.items():
+        for part in ("model", "base"):
+            _refuse_model(f"{field}.{part}", getattr(model, part))
+        template = model.chat_template
+        if template is not None and "{" not in template and _is_ours(template) and Path(template).exists():
+            yield f"{field}.chat_template", template
+    reward = run.evaluation.sampling and run.evaluation.sampling.reward
+    if reward and reward.model:
+        _refuse_model("evaluation.sampling.reward.model", reward.model)
+    if reward and reward.function:
+        module = reward.function.partition(":")[0]
+        top = Path(module.partition(".")[0])
+        if top.name not in PACKAGES:
+            here = [path for path in (top, top.with_suffix(".py")) if path.exists()]
+            yield from (("evaluation.sampling.reward.function", str(path)) for path in here)
+
+
+def _refuse_model(field: str, name: str | None) -> None:
+    if name is not None and "://" not in name and not name.startswith("models:/"):
+        path = Path(name).expanduser()
+        if path.exists() and (_is_ours(name) or name.startswith("~")):
+            raise UsageError(
+                f"{field}: {name} is on this machine, and models are not sent with a job; copy it to storage "
+                f"that all nodes share and name it there, e.g. {field}=/shared/polyref/models/{path.name}, "
+                "or give a hub id or models:/name@alias"
+            )
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a path is this machine's, not the cluster's."""
+    return "://" not in path and not path.startswith(("/", "~"))
+
+
+def _within(path: Path, what: str) -> Path:
+    """The path from the working folder, which is what the job's working folder will be like."""
+    try:
+        return Path(os.path.abspath(path.expanduser())).relative_to(Path.cwd())
+    except ValueError:
+        raise UsageError(
+            f"{what}: {path} is not in the folder you submit from ({Path.cwd()}); submit from a folder that "
+            "holds all of a job's files, or put them on storage that all nodes share"
+        ) from None
+
+
+def _files_at(what: str, path: str) -> dict[str, Path]:
+    """A file, or all files of a folder, by their path in the parcel."""
+    root = _within(Path(path), what)
+    if not root.is_dir():
+        return {root.as_posix(): Path(path).expanduser()}
+    return {
+        (Path(folder) / name).as_posix(): Path(folder) / name
+        for folder, _, names in _walk(root)
+        for name in names
+        if name not in _LEFT_OUT
+    }
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+        yield folder, folders, sorted(names)
+
+
+def _code() -> dict[str, Path]:
+    """The packages that this very program runs."""
+    home = Path(__file__).parents[1]
+    return {
+        (Path(folder) / name).relative_to(home).as_posix(): Path(folder) / name
+        for package in PACKAGES
+        for folder, _, names in _walk(home / package)
+        for name in names
+    }
+
+
+def _within_limit(parcel: Parcel) -> Parcel:
+    if parcel.size > LIMIT_MB * 10**6:
+        largest = sorted(parcel.files.items(), key=lambda item: -item[1].stat().st_size)[:5]
+        shown = ", ".join(f"{megabytes(path.stat().st_size)} {name}" for name, path in largest)
+        raise UsageError(
+            f"the job's files are {megabytes(parcel.size)}, and at most {LIMIT_MB} MB are sent with a job; "
+            f"the largest: {shown}. Put them on storage that all nodes share and name that path, e.g. "
+            "data.train=/shared/polyref/data/train.jsonl"
+        )
+    return parcel
+
+
+def megabytes(size: int) -> str:
+    """`1.2 MB`."""
+    return f"{size / 1e6:.1f} MB"

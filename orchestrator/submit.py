@@ -1,0 +1,236 @@
+"""`polyref submit`: a command as a job on a cluster, through Ray's job API.
+
+The job runs in a folder that has the files the command needs (see `orchestrator.parcel`), with polyref as the
+nodes have it installed. Its log is streamed, and its exit code is the command's.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from orchestrator import mailbox
+from orchestrator.cluster import secrets as known_secrets
+from orchestrator.config import RunFailed, UsageError
+from orchestrator.parcel import Parcel, megabytes, pack
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+PATIENCE_S = 300.0
+"""How long a cluster that does not answer is asked again for the log of a job."""
+_RETRY_S = 1.0
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OURS = (mailbox.BOX, mailbox.NAMES)
+
+
+def submit(
+    command: Sequence[str],
+    *,
+    address: str | None = None,
+    wait: bool = True,
+    env: Sequence[str] = (),
+    secret: Sequence[str] = (),
+    code: bool = False,
+) -> int:
+    """Submit a command and follow it; the exit code for this process.
+
+    Args:
+        command: what would follow `polyref` here: `train run.yaml loss.beta=0.2`.
+        address: of the job server; default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then port 8265 here.
+        wait: stream the log until the job ends, and return its exit code; else print its id and return 0.
+        env: names of environment variables whose values here the job gets. The cluster shows them.
+        secret: names of those that must not be shown or logged.
+        code: send polyref's own packages too.
+
+    Raises:
+        UsageError: the command, an option or the address is wrong; nothing was submitted.
+        RunFailed: the cluster was lost.
+    """
+    parcel = pack(command, code=code)
+    variables, hidden = _values(env, "env"), _values(secret, "secret")
+    _refuse_shown_secrets(variables)
+    say = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
+    client, headers = connect(address)
+    server = client.get_address()
+    if hidden:
+        variables[mailbox.BOX] = mailbox.put(hidden, server=server, headers=headers)
+    job = _submitted(client, parcel, variables, code=code)
+    sent = ", ".join(parcel.files) if len(parcel.files) <= 8 else f"{len(parcel.files)} files"
+    say(f"{job}: {sent or 'no files'} ({megabytes(parcel.size)}) to {server}")
+    if not wait:
+        say(f"follow it: ray job logs --follow {job}; stop it: ray job stop {job}")
+        sys.stdout.write(f"{job}\n")
+        return 0
+    try:
+        details = asyncio.run(_followed(client, job))
+    except KeyboardInterrupt:
+        say(f"\n{job} runs on; follow it: ray job logs --follow {job}; stop it: ray job stop {job}")
+        return 130
+    return _outcome(job, details, say)
+
+
+def connect(address: str | None) -> tuple[Any, dict[str, str]]:
+    """A client of the cluster's job server, and the headers that its token makes.
+
+    Raises:
+        UsageError: nothing answers there, or the token is missing or wrong.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    where = given if given not in (None, "", "local") else DEFAULT_ADDRESS
+    token = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        os.environ.update(_unproxied(where))
+        with _environment(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
+            return JobSubmissionClient(where, headers=dict(headers)), headers
+    except AuthenticationError as error:
+        have = "the token here is another" if token else "there is no token here"
+        raise UsageError(
+            f"the cluster at {where} asks for a token, and {have}; copy the cluster's ~/.ray/auth_token to "
+            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except Exception as error:  # Ray, requests and gRPC raise what they like
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"no job server answers at {where}: {first} Give --address or RAY_ADDRESS; a cluster started by "
+            "`ray up` is reached through `ray dashboard cluster.yaml`, left running, at " + DEFAULT_ADDRESS
+        ) from error
+
+
+def _token() -> str | None:
+    """The cluster's token where Ray itself looks for it, whether or not RAY_AUTH_MODE says so."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _unproxied(address: str) -> dict[str, str]:
+    """A proxy cannot reach what is forwarded to this machine."""
+    if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        return {}
+    return {
+        name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost,::1"]))
+        for name in ("NO_PROXY", "no_proxy")
+    }
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _values(names: Sequence[str], option: str) -> dict[str, str]:
+    values = {}
+    for name in names:
+        if not _NAME.fullmatch(name) or name in _OURS:
+            raise UsageError(
+                f"--{option} takes the name of a variable, not {name.partition('=')[0]!r} and a value; set "
+                f"it here and give its name: --{option} HF_TOKEN"
+            )
+        if name not in os.environ:
+            raise UsageError(f"--{option} {name}: there is no such variable here; export it first")
+        values[name] = os.environ[name]
+    return values
+
+
+def _refuse_shown_secrets(variables: Mapping[str, str]) -> None:
+    secret = known_secrets(variables)
+    for name, value in variables.items():
+        if name in secret or _SECRET_NAME.search(name) or re.search(r"://[^/@\s]+@", value):
+            raise UsageError(
+                f"--env {name} looks like a secret, and the cluster shows and logs what --env sends; "
+                f"use --secret {name}"
+            )
+
+
+def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, code: bool) -> str:
+    program = ("python", "-m", "orchestrator") if code else ("polyref",)
+    with tempfile.TemporaryDirectory(prefix="polyref-") as folder:
+        parcel.write(Path(folder))
+        try:
+            with _environment(
+                RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_unproxied(client.get_address())
+            ):
+                return str(
+                    client.submit_job(
+                        entrypoint=shlex.join([*program, *parcel.command]),
+                        submission_id=f"{parcel.name}-{uuid.uuid4().hex[:8]}",
+                        runtime_env={"env_vars": dict(variables)}
+                        | ({"working_dir": folder} if parcel.files else {}),
+                    )
+                )
+        except Exception as error:  # Ray, requests and gRPC raise what they like
+            first = str(error).strip().splitlines()[0]
+            raise RunFailed(f"the cluster did not take the job: {first}") from error
+
+
+async def _followed(client: Any, job: str) -> Any:
+    """Write the job's log to standard output until it ends; its details then.
+
+    A connection that breaks, as tunnels do, is made again; the log goes on where it was.
+    """
+    written, last_heard = 0, time.monotonic()
+    while True:
+        try:
+            read = 0
+            async for text in client.tail_job_logs(job):
+                new = text[max(0, written - read) :]
+                read += len(text)
+                written = max(written, read)
+                sys.stdout.write(new)
+                sys.stdout.flush()
+                last_heard = time.monotonic()
+            details = await asyncio.to_thread(client.get_job_info, job)
+            last_heard = time.monotonic()
+            if details.status.is_terminal():
+                return details
+        except Exception as error:  # Ray, aiohttp and requests raise what they like
+            if time.monotonic() - last_heard > PATIENCE_S:
+                raise RunFailed(
+                    f"the cluster has not answered for {PATIENCE_S / 60:g} minutes, {job} may run on; "
+                    f"follow it once it answers: ray job logs --follow {job}"
+                ) from error
+        await asyncio.sleep(_RETRY_S)
+
+
+def _outcome(job: str, details: Any, say: Any) -> int:
+    """What the job's end means for this process's exit code."""
+    code = details.driver_exit_code
+    if details.status.value == "SUCCEEDED":
+        return 0
+    if details.status.value == "STOPPED":
+        raise RunFailed(f"{job} was stopped; submitted again, it goes on from its last checkpoint")
+    if code is None:
+        raise RunFailed(f"{job} did not start: {details.message or details.error_type or 'no reason given'}")
+    if code == 127:
+        say(f"{job}: polyref is not on the PATH of the cluster's head; install it there, or use --code")
+    return int(code) if code > 0 else 128 - int(code)

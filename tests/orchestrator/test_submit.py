@@ -1,0 +1,430 @@
+"""Jobs: what is sent, what is refused before; on a real head with a token logs, exit codes and secrets."""
+
+import base64
+import contextlib
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from orchestrator import mailbox
+from orchestrator.config import RunFailed, UsageError
+from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
+from orchestrator.submit import connect, submit
+
+BIN = Path(sys.executable).parent
+TOKEN = "0123456789abcdef" * 4
+PASSWORD = "hunter2-" + os.urandom(4).hex()
+ROWS = [{"prompt": f"Film {n} is ", "chosen": "good.", "rejected": "dull!"} for n in range(8)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run file, a sweep, data, and much that is none of a job's business."""
+    here = tmp_path / "project"
+    for name in ("data", "runs/old", ".venv", ".git", "sweeps", "data/.ipynb_checkpoints"):
+        (here / name).mkdir(parents=True)
+        (here / name / "more.bin").write_bytes(b"x" * 100)
+    (here / "data" / "more.bin").unlink()
+    (here / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (here / "template.jinja").write_text("{{ messages }}")
+    (here / "judge.py").write_text("def score(prompts, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.chdir(here)
+    write(here / "run.yaml")
+    sweep = {"name": "search", "run": "../run.yaml", "spaces": ["losses"], "search": {"trials": 2}}
+    (here / "sweeps" / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return here
+
+
+def write(path: Path, **sections: Any) -> Path:
+    run: dict[str, Any] = {
+        "name": "job",
+        "policy": {"model": "someone/model", "adapter": {"r": 4}, "chat_template": "template.jinja"},
+        "references": {"primary": "start", "models": {"start": {"model": "policy"}}},
+        "data": {"train": "data/train.jsonl", "eval_fraction": 0.25},
+        "loss": {"preset": "dpo"},
+        "evaluation": {"sampling": {"reward": {"function": "judge:score"}}},
+        "storage_path": "/shared/polyref/runs",
+    }
+    path.write_text(yaml.safe_dump({**run, **sections}))
+    return path
+
+
+def test_a_parcel_holds_what_the_run_names_and_nothing_else(folder: Path) -> None:
+    parcel = pack(["train", "run.yaml", "loss.beta=0.2", "--fresh"])
+    assert sorted(parcel.files) == ["data/train.jsonl", "judge.py", "run.yaml", "template.jinja"]
+    assert parcel.command == ("train", "run.yaml", "loss.beta=0.2", "--fresh")
+    assert parcel.name == "job"
+    parcel.write(target := folder / "sent")
+    for name in parcel.files:
+        assert (target / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_override_says_what_is_sent(folder: Path) -> None:
+    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=/shared/data.jsonl"]).files
+    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=s3://bucket/data.jsonl"]).files
+    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=someone/pairs"]).files
+
+
+def test_a_sweep_brings_its_run_file(folder: Path) -> None:
+    parcel = pack(["tune", "--samples", "3", "sweeps/sweep.yaml", "search.trials=3"])
+    assert {"run.yaml", "sweeps/sweep.yaml", "data/train.jsonl"} <= set(parcel.files)
+    assert parcel.name == "search"
+    other = write(folder / "other.yaml")
+    parcel = pack(["tune", "sweeps/sweep.yaml", f"run=../{other.name}"])
+    assert "other.yaml" in parcel.files
+    assert "run.yaml" not in parcel.files
+
+
+def test_an_absolute_path_to_a_file_in_the_folder_is_found_in_the_parcel(folder: Path) -> None:
+    assert pack(["check", str(folder / "run.yaml")]).command == ("check", "run.yaml")
+
+
+def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) -> None:
+    (folder / "data" / ".gitignore").write_text("*\n")
+    (folder / "data" / "deep").mkdir()
+    (folder / "data" / "deep" / "more.jsonl").write_text("{}\n")
+    files = pack(["train", "run.yaml", "data.train=data"]).files
+    assert {name for name in files if name.startswith("data")} == {"data/train.jsonl", "data/deep/more.jsonl"}
+
+
+def test_code_is_sent_when_asked_for(folder: Path) -> None:
+    files = pack(["check", "run.yaml"], code=True).files
+    assert {f"{package}/__init__.py" for package in PACKAGES} <= set(files)
+    assert not [name for name in files if "__pycache__" in name]
+    assert "cli.py" in {Path(name).name for name in files}
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([], "e.g. polyref submit -- train run.yaml"),
+        (["trian", "run.yaml"], "did you mean 'train'"),
+        (["demo"], "demo cannot be submitted"),
+        (["train"], "needs a run file"),
+        (["train", "none.yaml"], "no such file"),
+        (["train", "run.yaml", "loss.beta=-1"], "beta must be > 0"),
+        (["tune", "sweeps/sweep.yaml", "search.trils=3"], "did you mean 'trials'"),
+        (["train", "run.yaml", "storage_path=./runs"], "storage_path=/shared/polyref/runs"),
+        (["tune", "sweeps/sweep.yaml", "run.storage_path=runs"], "run.storage_path=/shared/polyref/runs"),
+        (["train", "run.yaml", "storage_path=~/runs"], "in a home folder"),
+        (
+            ["train", "run.yaml", "tracking.uri=sqlite:///mlflow.db"],
+            "leave it out for the cluster's registry",
+        ),
+        (["train", "run.yaml", "tracking.uri=http://me:secret@host"], "--secret MLFLOW_TRACKING_PASSWORD"),
+        (["train", "run.yaml", "data.train=data/none.jsonl"], "data/none.jsonl: there is no such file here"),
+        (["train", "run.yaml", "data.train=../train.jsonl"], "is not in the folder you submit from"),
+        (["train", "run.yaml", "policy.model=./data"], "policy.model=/shared/polyref/models/data"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
+    folder: Path, command: list[str], said: str
+) -> None:
+    (folder.parent / "train.jsonl").write_text("")
+    with pytest.raises(UsageError) as refused:
+        submit(command, address="http://127.0.0.1:9")
+    assert said in str(refused.value)
+    assert "secret@" not in str(refused.value)
+
+
+def test_too_much_is_refused_with_the_largest_files(folder: Path) -> None:
+    with open(folder / "data" / "huge.jsonl", "wb") as file:
+        file.truncate(LIMIT_MB * 10**6)
+    with pytest.raises(UsageError, match=r"largest: 50\.0 MB data/huge\.jsonl") as refused:
+        pack(["train", "run.yaml", "data.train=data"])
+    assert "storage that all nodes share" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"env": ["NO_SUCH_NAME"]}, "no such variable here"),
+        ({"env": ["A=b"]}, "name of a variable"),
+        ({"env": ["HF_TOKEN"]}, "use --secret HF_TOKEN"),
+        ({"env": ["MLFLOW_TRACKING_USERNAME"]}, "use --secret MLFLOW_TRACKING_USERNAME"),
+        ({"env": ["WITH_PASSWORD_INSIDE"]}, "use --secret WITH_PASSWORD_INSIDE"),
+        ({"env": ["A_URL"]}, "use --secret A_URL"),
+        ({"secret": ["POLYREF_MAILBOX"]}, "name of a variable"),
+    ],
+)
+def test_secrets_are_no_plain_variables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
+) -> None:
+    for name in ("HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "WITH_PASSWORD_INSIDE", "POLYREF_MAILBOX"):
+        monkeypatch.setenv(name, PASSWORD)
+    monkeypatch.setenv("A_URL", f"postgresql://me:{PASSWORD}@host/db")
+    with pytest.raises(UsageError) as refused:
+        submit(["check", "run.yaml"], address="http://127.0.0.1:9", **options)
+    assert said in str(refused.value)
+    assert PASSWORD not in str(refused.value)
+
+
+def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:7")  # an address that is given comes first
+    with pytest.raises(UsageError, match=r"no job server answers at http://127\.0\.0\.1:9: .*ray dashboard"):
+        connect("http://127.0.0.1:9")
+
+
+# ---- on a real head ----
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head of its own with token authentication, at an address; it ends with its process group."""
+    place = tmp_path_factory.mktemp("head")
+    short = Path(f"/tmp/polyref-{os.getpid()}")  # sockets below it have names of at most 107 characters
+    (place / "token").write_text(TOKEN)
+    (place / "token").chmod(0o600)
+    ports = free_ports(4)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(place / "token"),
+        "RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S": "20",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"]
+    command += [f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
+    command += [f"--dashboard-agent-listen-port={ports[3]}", "--dashboard-host=127.0.0.1"]
+    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={short}", "--object-store-memory=100000000"]
+    with open(place / "log", "wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, cwd=place, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        until(lambda: answers(address), 60, lambda: (place / "log").read_text())
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        until(lambda: not list(running(short)), 20, lambda: str(list(running(short))))
+        subprocess.run(["rm", "-rf", short], check=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def answers(address: str) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"{address}/api/jobs/", headers=bearer(), timeout=5).status_code == 200
+    return False
+
+
+def bearer() -> dict[str, str]:
+    return {"Authorization": f"Bearer {TOKEN}"}
+
+
+def until(done: Callable[[], bool], seconds: float, why: Callable[[], str]) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, why()
+        time.sleep(0.2)
+
+
+def running(temp: Path) -> Iterator[int]:
+    """Processes of the head whose files are at `temp`."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(temp).encode() in path.read_bytes():
+                yield int(path.parent.name)
+
+
+@pytest.fixture(scope="module")
+def unclaimed(head: str) -> tuple[str, float]:
+    """Where secrets lie since when that nobody takes."""
+    box = mailbox.put({"A": PASSWORD}, server=head, headers=bearer())
+    assert left_at(head, box) == 200
+    return box, time.monotonic()
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user has it who copied the token: no RAY_AUTH_MODE set."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+def details(address: str) -> list[dict[str, Any]]:
+    answer = requests.get(f"{address}/api/jobs/", headers=bearer(), timeout=30)
+    return [job for job in answer.json() if job["submission_id"]]
+
+
+@pytest.mark.usefixtures("unclaimed")
+def test_a_missing_or_wrong_token_is_one_message(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with pytest.raises(UsageError, match="there is no token here; copy the cluster's"):
+        connect(head)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    with pytest.raises(UsageError, match="the token here is another; copy the cluster's"):
+        connect(head)
+
+
+@pytest.mark.usefixtures("token")
+def test_the_log_is_streamed_and_the_exit_code_is_the_jobs(
+    head: str, folder: Path, tiny_llama_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(
+        folder / "run.yaml",
+        policy={"model": str(tiny_llama_folder), "adapter": {"r": 4}},
+        data={"train": "data/train.jsonl", "eval_fraction": 0.25},
+        evaluation={},
+    )
+    rows = (folder / "data" / "train.jsonl").read_text()
+    (folder / "data" / "train.jsonl").write_text(rows + '{"prompt": "Film is "}\n')
+    code = submit(["score", "run.yaml", f"storage_path={folder.parent}/runs"], address=head)
+    printed = capfd.readouterr()
+    assert code == 2, printed.out + printed.err
+    assert "data/train.jsonl:9" in printed.out
+    assert "data/train.jsonl, run.yaml" in printed.err or "run.yaml, data/train.jsonl" in printed.err
+    assert details(head)[-1]["driver_exit_code"] == 2
+
+
+class Tracking(http.server.BaseHTTPRequestHandler):
+    """An MLflow server that only notes who comes."""
+
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        self.seen.append(self.headers.get("Authorization", ""))
+        self.send_response(403)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """No lines."""
+
+
+@pytest.fixture
+def tracking() -> Iterator[tuple[str, list[str]]]:
+    Tracking.seen = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tracking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", Tracking.seen
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("token", "folder")
+def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
+    head: str,
+    tracking: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    code = submit(
+        ["models", "list"],
+        address=head,
+        env=["MLFLOW_TRACKING_URI"],
+        secret=["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"],
+    )
+    printed = capfd.readouterr()
+    assert code in (1, 2), printed.out  # the server lets nobody in
+    password = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+    assert f"Basic {password}" in tracking[1], printed.out + printed.err
+    [job] = [job for job in details(head) if job["entrypoint"] == "polyref models list"]
+    assert job["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] == tracking[0]
+    box = job["runtime_env"]["env_vars"][mailbox.BOX]
+    for place in (json.dumps(job), printed.out, printed.err):
+        assert PASSWORD not in place
+    logs = Path(f"/tmp/polyref-{os.getpid()}")
+    found = subprocess.run(["grep", "-rIl", "--", PASSWORD, logs], capture_output=True, text=True)
+    assert found.stdout == ""
+    assert left_at(head, box) == 404  # taken out
+
+
+def left_at(head: str, box: str) -> int:
+    """What the server says of a package: 200 there, 404 gone."""
+    name = box.removeprefix("gcs://")
+    return requests.get(f"{head}/api/packages/gcs/{name}", headers=bearer(), timeout=30).status_code
+
+
+@pytest.mark.usefixtures("token", "folder")
+def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
+    head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", head)
+    assert submit(["check", "run.yaml"], wait=False) == 0
+    printed = capfd.readouterr()
+    job = printed.out.strip()
+    assert job.startswith("job-")
+    assert f"ray job logs --follow {job}" in printed.err
+    client, _ = connect(None)
+    client.stop_job(job)
+    until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
+
+
+@pytest.mark.usefixtures("token", "folder")
+def test_a_job_that_is_stopped_by_somebody_is_said_to_be(
+    head: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client, _ = connect(head)
+    before = {job["submission_id"] for job in details(head)}
+
+    def stop() -> None:
+        until(lambda: {job["submission_id"] for job in details(head)} > before, 60, lambda: "no job")
+        [job] = {job["submission_id"] for job in details(head)} - before
+        client.stop_job(job)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        with pytest.raises(RunFailed, match=r"job-\w+ was stopped"):
+            submit(["check", "run.yaml"], address=head)
+    finally:
+        thread.join()
+
+
+@pytest.mark.usefixtures("token", "folder")
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: str) -> None:
+    command = [sys.executable, "-m", "orchestrator", "submit", "--address", head, "--", "check", "run.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    log = ""
+    while "Running entrypoint" not in log:
+        assert (line := process.stdout.readline()), process.communicate()
+        log += line
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    job = said.split(":")[0]
+    assert f"{job} runs on; follow it: ray job logs --follow {job}; stop it: ray job stop {job}" in said
+    client, _ = connect(head)
+    assert not client.get_job_info(job).status.is_terminal()
+    client.stop_job(job)
+    until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
+
+
+def test_secrets_that_nobody_takes_are_forgotten(head: str, unclaimed: tuple[str, float]) -> None:
+    box, since = unclaimed
+    time.sleep(max(0.0, since + 25 - time.monotonic()))  # asking keeps it anew
+    assert left_at(head, box) == 404
