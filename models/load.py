@@ -126,7 +126,8 @@ def export(
 def _check_device(config: ModelConfig, device: torch.device, trainable: bool) -> None:
     if device.type != "cpu":
         return
-    if config.attention == "flex":
+    # With a GPU here, the model may be on its way there in shards; `models.parallel.prepare` looks again.
+    if config.attention == "flex" and not torch.cuda.is_available():
         raise ModelError(
             f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on "
             "a GPU"
@@ -134,8 +135,8 @@ def _check_device(config: ModelConfig, device: torch.device, trainable: bool) ->
     # After one forward pass in eval mode bitsandbytes' CPU kernels no longer pass gradients on.
     if trainable and config.quantization != "none":
         raise ModelError(
-            f"{config.model}: a quantised policy trains on a GPU only; set quantization: none, or run on a "
-            "GPU"
+            f"{config.model}: a quantised policy trains on a GPU only, and its weights cannot be split over "
+            "workers; set quantization: none, or run on a GPU with parallel.strategy: ddp"
         )
 
 

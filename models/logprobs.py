@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.config import ModelError
-from models.head import Head, head_of, max_entropy
+from models.head import Head, LinearHead, head_of, max_entropy
 from models.rows import Prompted, Rows, build_rows
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,23 @@ class Scorer(nn.Module):
         return _score(
             causal_model(self.model), self._head, rows, chunk_tokens=self.chunk_tokens, entropy=entropy
         )
+
+    @property
+    def head_weights(self) -> tuple[nn.Parameter, ...]:
+        """Weights that the scorer reads itself, outside the forward pass of the layer they belong to."""
+        return tuple(self._head.linear.parameters()) if isinstance(self._head, LinearHead) else ()
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """(R, T) token ids -> (R, T, V) the model's own logits."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, **settings: Any) -> Tensor:
+        """(R, T) prompts -> (R, T + new): what the model writes behind them, as `generate` is told."""
+        written: Tensor = causal_model(self.model).generate(ids, **settings)
+        return written
 
     def forward_flops(self, rows: Rows) -> float:
         """Floating-point operations of one forward pass over `rows`, an estimate for utilisation figures.
@@ -150,7 +167,9 @@ def _attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockMask:
 def _checked_head(model: PreTrainedModel) -> Head:
     """The head to use, after decoder and head have given the model's own log-probs on padded random rows."""
     name = model.name_or_path or type(model).__name__
-    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
+    flex = model.config._attn_implementation == "flex_attention"
+    # With a GPU here, the model may be on its way there in shards; `models.parallel.prepare` looks again.
+    if flex and model.device.type == "cpu" and not torch.cuda.is_available():
         raise ModelError(
             f"{name}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
         )

@@ -1,0 +1,131 @@
+"""Fully sharded data parallelism: torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277)."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.logprobs import Scorer, causal_model
+from models.replicated import Ranks, State, step_count, trained_weights
+
+
+class Sharded(Ranks):
+    """Every rank holds its part of each weight, gradient and moment.
+
+    Weights are put together a decoder layer at a time. The scorer is the root: embeddings, last norm and lm
+    head are whole while its forward and backward pass run, so the chunked head reads a plain weight. Each
+    micro-batch's gradients are reduced at once, because whole gradients are what does not fit.
+    """
+
+    sharded = True
+
+    def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        super().__init__(scorer, optimizer, device)
+        self._weights = trained_weights(scorer)
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """See `Parallel`."""
+        gradients = [_local(w.grad) for w in self._weights.values() if w.grad is not None]
+        squares = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
+        norm = self.all_reduce_sum(squares).sqrt()
+        if max_norm is not None:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale.to(gradient.device))
+        return norm
+
+    def step(self) -> None:
+        """See `Parallel`."""
+        self._reshard()
+        super().step()
+
+    def saved(self, *, moments: bool = True) -> Iterator[tuple[str, State]]:
+        """See `Parallel`."""
+        self._reshard()
+        return super().saved(moments=moments)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        # The scorer's own parameters are whole ones while it computes.
+        return self._weights
+
+    def _whole(self, weight: nn.Parameter, moments: bool) -> State:
+        state = super()._whole(weight, moments)
+        return {what: _gathered(value, self.device) for what, value in state.items()}
+
+    def _put_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        self._reshard()
+        self._share(weight, state["weight"])
+        if "step" in state:
+            self.optimizer.state[weight] = moments = {
+                "step": step_count(self.optimizer, state, self.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+            self._share(moments["exp_avg"], state["exp_avg"])
+            self._share(moments["exp_avg_sq"], state["exp_avg_sq"])
+
+    def _share(self, shard: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of a whole tensor."""
+        assert isinstance(shard, DTensor)
+        part = distribute_tensor(
+            whole.to(self.device), shard.device_mesh, shard.placements, src_data_rank=None
+        )
+        shard.to_local().copy_(part.to_local())
+
+    def _reshard(self) -> None:
+        """Give up whole weights that an evaluation left behind: they would outlive a change of the shards."""
+        assert isinstance(self.unwrapped, FSDPModule)
+        self.unwrapped.reshard()
+
+
+def shard(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
+    """Split the scorer's weights over the default process group, in place, and bring the parts to `device`.
+
+    Whole weights pass through `device` one decoder layer at a time. With `offload` the parts stay in main
+    memory, and AdamW steps there.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    layers = list(_layers(causal_model(scorer.model)))
+    for module in (*layers, scorer):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
+    for method in ("logits", "generate"):
+        register_fsdp_forward_method(scorer, method)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The decoder's layers: what lies in the uppermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _layers(child)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
+    """The whole of a sharded tensor, on `device`: shards in main memory have no collectives of their own."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there = DTensor.from_local(
+        tensor.to_local().to(device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return there.full_tensor()
