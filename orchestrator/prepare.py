@@ -1,6 +1,5 @@
 """What can be refused before a device is held: models found and pinned, data read and tokenised."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from orchestrator.mlflow_client import tracking_uri
 from orchestrator.record import RunRecord, pinned
 from orchestrator.registry import resolve
 from orchestrator.rewards import load_function
+from orchestrator.storage import refuse_unwritable
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
 
@@ -115,11 +115,11 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
     Raises:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
-    _refuse_unwritable(config)
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.function:
         load_function(reward.function)
     uri = tracking_uri(config.tracking.uri, config.storage_path)
+    refuse_unwritable(config.storage_path)
     policy = _find("policy", _policy_start(config), config, uri, before)
     references = {
         name: policy
@@ -136,22 +136,6 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
             parts[split], counts[split] = _part(loaded, policy, references, config)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
     return Prepared(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
-
-
-def _refuse_unwritable(config: RunConfig) -> None:
-    if "://" in config.storage_path:
-        raise UsageError(
-            f"storage_path {config.storage_path} is a URI, and runs are kept in a folder; name one that all "
-            "nodes share, such as a mounted bucket"
-        )
-    folder = Path(config.storage_path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(
-            f"storage_path {config.storage_path} cannot be written ({error.strerror}); name a folder that can"
-        ) from None
 
 
 def _policy_start(config: RunConfig) -> ModelConfig:

@@ -6,18 +6,18 @@ is refused, because its checkpoint would silently mean something else.
 
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from orchestrator.config import UsageError
+from orchestrator.storage import Mirror
 
+Kept = Path | Mirror
+"""A run's folder, or what stands for it where the run is kept on an object store."""
 RECORD = "run.json"
 # How a run is spread, watched and stored may change between restarts; what it computes may not.
 MAY_CHANGE = (
@@ -64,27 +64,32 @@ class RunRecord:
     registered: str | None = None
     finished: bool = False
 
-    def write(self, folder: Path) -> None:
+    def write(self, kept: Kept) -> None:
         """Replace the record in one move."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{RECORD}.{os.getpid()}"
+        mirror = _mirror(kept)
+        mirror.folder.mkdir(parents=True, exist_ok=True)
+        temporary = mirror.folder / f".{RECORD}.{os.getpid()}"
         temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.replace(folder / RECORD)
+        temporary.replace(mirror.folder / RECORD)
+        mirror.push(RECORD)
 
 
-def read_record(folder: Path) -> RunRecord | None:
+def read_record(kept: Kept) -> RunRecord | None:
     """The record of a run that was started before, if there is one."""
-    path = folder / RECORD
+    mirror = _mirror(kept)
+    mirror.pull(RECORD)
+    path = mirror.folder / RECORD
     if not path.exists():
         return None
     try:
         return RunRecord(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path}: is not a run's record ({error}); start over with --fresh") from None
+        place = mirror.place(RECORD)
+        raise UsageError(f"{place}: is not a run's record ({error}); start over with --fresh") from None
 
 
 def open_record(
-    folder: Path, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE, more_to_do: bool = False
+    kept: Kept, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE, more_to_do: bool = False
 ) -> RunRecord:
     """The record to go on with: the one that is there if it is of the same run, else the new one, written.
 
@@ -93,20 +98,20 @@ def open_record(
     Raises:
         UsageError: a run of this name exists with other settings, data or references; lists them.
     """
-    old = read_record(folder)
+    old = read_record(kept)
     if old is None:
-        new.write(folder)
+        new.write(kept)
         return new
     changes = _changes(old.config, new.config, may_change) + _changes(old.identity, new.identity, ())
     if changes:
         listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise UsageError(
-            f"run {new.config['name']!r} in {folder} was started with other settings: {listed}. "
+            f"run {new.config['name']!r} in {kept} was started with other settings: {listed}. "
             "Give the run another name, take the change back, or start over with --fresh"
         )
     old.config, old.counts = new.config, new.counts
     old.finished = old.finished and not more_to_do
-    old.write(folder)
+    old.write(kept)
     return old
 
 
@@ -118,35 +123,22 @@ def pinned(record: RunRecord | None, field: str, model: str) -> str | None:
     return record.pins.get(field) if record and settings.get("model") == model else None
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the lock goes with the process, however it ends.
+def locked(kept: Kept) -> AbstractContextManager[None]:
+    """Hold a run for this process while inside; the lock goes with the process, however it ends.
 
     Raises:
         UsageError: another process is training this run.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"run {folder.name!r} in {folder} is being trained by another process; wait for it, or give this "
-            "run another name"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return _mirror(kept).held()
 
 
-def remove_run(folder: Path) -> None:
-    """Forget a run: its folder with record, checkpoints, metrics and plots. Scores are kept elsewhere."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+def remove_run(kept: Kept) -> None:
+    """Forget a run: its record, checkpoints, metrics and plots. Scores are kept elsewhere."""
+    _mirror(kept).remove()
+
+
+def _mirror(kept: Kept) -> Mirror:
+    return kept if isinstance(kept, Mirror) else Mirror(str(kept))
 
 
 def _changes(old: Any, new: Any, may_change: Collection[str], path: str = "") -> list[str]:

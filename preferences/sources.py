@@ -4,13 +4,17 @@ import csv
 import json
 import posixpath
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
+from fsspec.implementations.arrow import ArrowFSWrapper
 
+from preferences import buckets
 from preferences.config import FIELDS, DataConfig, did_you_mean
 from preferences.pairs import BadRow, DataError
 from preferences.rows import check_columns, column_of
@@ -25,6 +29,7 @@ FORMATS = (
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 LONGEST_CSV_CELL = 2**31 - 1
+_SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves
 
 
 def read_rows(source: str, config: DataConfig, *, split: str) -> Iterator[Placed]:
@@ -34,28 +39,58 @@ def read_rows(source: str, config: DataConfig, *, split: str) -> Iterator[Placed
     yielded as `BadRow`; what concerns the whole source raises `DataError`.
     """
     filesystem, path = _located(source)
-    if filesystem.isdir(path):
-        if any(filesystem.exists(posixpath.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-            yield from _saved_dataset(source, config, split)
+    with _reached(source):
+        if filesystem.isdir(path):
+            if any(filesystem.exists(posixpath.join(path, name)) for name in _SAVED):
+                yield from _saved_dataset(filesystem, path, source, config, split)
+            else:
+                for file in _data_files(filesystem, path, source, split):
+                    place = buckets.join(source, posixpath.relpath(file, path))
+                    yield from _file_rows(filesystem, file, place, config)
+        elif filesystem.exists(path):
+            yield from _file_rows(filesystem, path, source, config)
+        elif "://" not in source and _format(source) is None and HUB_ID.fullmatch(source):
+            yield from _hub_dataset(source, config, split)
         else:
-            for file in _data_files(filesystem, path, source, split):
-                yield from _file_rows(posixpath.join(source, posixpath.relpath(file, path)), config)
-    elif filesystem.exists(path):
-        yield from _file_rows(source, config)
-    elif "://" not in source and _format(source) is None and HUB_ID.fullmatch(source):
-        yield from _hub_dataset(source, config, split)
-    else:
-        raise DataError(f"{source}: there is no such file or folder; check data.train and data.eval")
+            raise DataError(
+                f"{_shown(source)}: there is no such file or folder; check data.train and data.eval"
+            )
 
 
 def _located(source: str) -> tuple[Any, str]:
+    """The filesystem of a source and the path in it: object stores by pyarrow, as runs are kept."""
+    if buckets.is_bucket(source):
+        with _reached(source):
+            store, path = buckets.opened(source)
+        return ArrowFSWrapper(store, skip_instance_cache=True), path
     try:
-        filesystem, path = fsspec.url_to_fs(source)
-    except (ValueError, ImportError) as error:
+        return fsspec.url_to_fs(source)
+    except ImportError as error:
         raise DataError(
-            f"{source}: cannot be opened ({error}); give a path, an fsspec URI or a hub id"
+            f"{_shown(source)}: a package that reads {source.partition('://')[0]}:// is missing ({error}); "
+            "pip install it where the command runs"
         ) from error
-    return filesystem, path
+    except ValueError as error:
+        raise DataError(
+            f"{_shown(source)}: cannot be opened ({error}); give a path, an fsspec URI or a hub id"
+        ) from error
+
+
+@contextmanager
+def _reached(source: str) -> Iterator[None]:
+    """Errors of the store behind a URI as one message with the remedy; those of a folder stay as they are."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        if "://" not in source:
+            raise
+        raise DataError(
+            f"{_shown(source)}: cannot be read ({buckets.reason(error)}); {buckets.remedy(source)}"
+        ) from error
+
+
+def _shown(source: str) -> str:
+    return buckets.without_options(source) if "://" in source else source
 
 
 def _format(path: str) -> str | None:
@@ -67,17 +102,25 @@ def _format(path: str) -> str | None:
     )
 
 
-def _file_rows(path: str, config: DataConfig) -> Iterator[Placed]:
-    kind = _format(path)
+def _file_rows(filesystem: Any, path: str, place: str, config: DataConfig) -> Iterator[Placed]:
+    """The rows of one file, called `place` in messages."""
+    kind, name = _format(path), _shown(place)
     if kind is None:
-        raise DataError(f"{path}: cannot tell the format from the name; name it as one of {FORMATS}")
-    with fsspec.open(path, "rb", compression="infer") as file:
+        raise DataError(f"{name}: cannot tell the format from the name; name it as one of {FORMATS}")
+    with _bytes(filesystem, path) as file:
         if kind == "parquet":
-            yield from _parquet(file, path, config)
+            yield from _parquet(file, name, config)
         elif kind == "json":
-            yield from _checked(_json(file, path), config)
+            yield from _checked(_json(file, name), config)
         else:
-            yield from _checked(_csv(file, path, "\t" if kind == "tsv" else ","), config)
+            yield from _checked(_csv(file, name, "\t" if kind == "tsv" else ","), config)
+
+
+def _bytes(filesystem: Any, path: str) -> AbstractContextManager[IO[bytes]]:
+    opened: AbstractContextManager[IO[bytes]] = fsspec.core.OpenFile(
+        filesystem, path, "rb", compression=fsspec.utils.infer_compression(path)
+    )
+    return opened
 
 
 def _checked(rows: Iterator[Placed], config: DataConfig) -> Iterator[Placed]:
@@ -216,10 +259,22 @@ def _parquet(file: IO[bytes], path: str, config: DataConfig) -> Iterator[Placed]
         raise DataError(f"{path}: cannot be read as Parquet ({error}); write the file again") from error
 
 
-def _saved_dataset(source: str, config: DataConfig, split: str) -> Iterator[Placed]:
+def _saved_dataset(
+    filesystem: Any, path: str, source: str, config: DataConfig, split: str
+) -> Iterator[Placed]:
+    """Mapped into memory where it lies in a folder; else from a copy that goes when it was read."""
+    if "://" not in source:
+        yield from _loaded_dataset(path, source, config, split)
+        return
+    with tempfile.TemporaryDirectory(prefix="polyref-") as copy:
+        filesystem.get(path.rstrip("/") + "/", f"{copy}/", recursive=True)
+        yield from _loaded_dataset(copy, _shown(source), config, split)
+
+
+def _loaded_dataset(folder: str, source: str, config: DataConfig, split: str) -> Iterator[Placed]:
     import datasets  # heavy, and needed for this kind of source only
 
-    loaded = datasets.load_from_disk(source)
+    loaded = datasets.load_from_disk(folder)
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(

@@ -1,0 +1,64 @@
+"""Object stores by URI, reached with pyarrow's own clients: S3, Google Cloud Storage and Azure.
+
+They find credentials as the provider's own tools do: in the environment, a profile, or the machine's role.
+"""
+
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow
+import pyarrow.fs
+
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+"""URI schemes of the object stores that need no further package."""
+
+_REMEDIES = {
+    "s3": "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), "
+    "and AWS_REGION or AWS_ENDPOINT_URL where the store is not AWS's own",
+    "gs": "credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account)",
+    "abfs": "credentials (AZURE_CLIENT_ID and AZURE_TENANT_ID, or the machine's identity), and that the URI "
+    "names the account: abfss://container@account.dfs.core.windows.net/path",
+}
+_GIVE_UP_AFTER_S = 60
+
+
+def is_bucket(place: str) -> bool:
+    """Whether it is the URI of an object store that `opened` opens."""
+    return place.partition("://")[0] in SCHEMES and "://" in place
+
+
+def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The object store and the path in it.
+
+    Raises:
+        OSError, ArrowException: the URI is malformed, or the bucket's region cannot be found out.
+    """
+    if urlsplit(uri).scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
+        # The default is a quarter of an hour, in which a machine without a network says nothing.
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GIVE_UP_AFTER_S}"
+    return pyarrow.fs.FileSystem.from_uri(uri)
+
+
+def join(place: str, *names: str) -> str:
+    """A place below a folder or URI; the URI's options (`?region=...`) stay at its end."""
+    base, mark, options = place.partition("?") if "://" in place else (place, "", "")
+    return "/".join([base.rstrip("/"), *names]) + mark + options
+
+
+def without_options(uri: str) -> str:
+    """The URI as it may be shown: neither options nor a key and secret."""
+    return re.sub(r"://[^/@]*:[^/@]*@", "://", uri.partition("?")[0])
+
+
+def reason(error: BaseException) -> str:
+    """What a store's client says, in one line without its request ids."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"(; Details: .*| \(Request ID:? .*| Detail: \[errno.*)$", "", lines[0])
+
+
+def remedy(uri: str) -> str:
+    """What to check when a store refuses or does not answer."""
+    scheme: Any = urlsplit(uri).scheme
+    kind = {"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme)
+    return f"check the name, the network, and {_REMEDIES.get(kind, 'credentials')}"
