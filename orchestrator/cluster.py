@@ -5,12 +5,17 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
+
+from orchestrator.config import UsageError
 
 NAMESPACE = "polyref"
 
@@ -62,7 +67,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def connected(*, wait_minutes: float = 10) -> Iterator[None]:
     """Inside, `ray` is connected to RAY_ADDRESS, to this machine's running cluster, or to a new local one.
 
-    A connection that was there before is left as it is.
+    A connection that was there before is left as it is. Raises UsageError where nothing answers at RAY_ADDRESS.
     """
     for name, value in (_DRIVER_ENVIRONMENT | _start_timeout(wait_minutes)).items():
         os.environ.setdefault(name, value)
@@ -70,12 +75,14 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    address = _address()
+    local = address == "local"
     if local:
         # Workers of a cluster of our own inherit this process's environment.
         for name, value in (_WORKER_ENVIRONMENT | _LOCAL_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
     ray.init(
+        address=address,
         namespace=NAMESPACE,
         logging_level=logging.ERROR,
         runtime_env=None if local else {"env_vars": worker_environment(os.environ)},
@@ -85,6 +92,35 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _address() -> str:
+    """RAY_ADDRESS; else the cluster that runs on this machine; else "local", a new one.
+
+    Tried first: Ray itself would try for minutes, also where a cluster that was killed left its address behind.
+    """
+    given = os.environ.get("RAY_ADDRESS") or "auto"
+    if given == "local":
+        return given
+    if given != "auto":
+        if not _answers(given):
+            raise UsageError(
+                f"no Ray answers at {given}, which RAY_ADDRESS names: start it (`ray up`, `ray start --head`), "
+                "correct the address, or unset it for a Ray of this machine's own"
+            )
+        return given
+    noted = get_ray_address_file(None)
+    started = Path(noted).read_text().strip() if os.path.exists(noted) else ""
+    return started if started and _answers(started) else "local"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -130,3 +130,20 @@ def test_reading_a_run_file_imports_neither_torch_nor_ray_nor_transformers() -> 
     code = f"import sys, orchestrator.config; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            {"zero_stage": 3},
+            r"parallel: .*zero_stage is DeepSpeed's, and strategy is ddp: set strategy: deepspeed",
+        ),
+        ({"offload": True}, r"parallel: .*offload needs sharded states: set strategy: fsdp or deepspeed"),
+        ({"strategy": "zero"}, r"parallel.strategy: .*'ddp', 'fsdp' or 'deepspeed'"),
+        ({"strategy": "deepspeed", "zero_stage": 4}, r"parallel.zero_stage: .*1, 2 or 3"),
+    ],
+)
+def test_a_strategy_takes_its_own_settings_alone(parallel: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_run(changed(parallel=parallel), source="run.yaml")

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.config import RunConfig, UsageError, parse_run
-from orchestrator.placement import refuse_impossible
+from orchestrator.placement import Kind, reference_needs, refuse_impossible, worker_needs
 
 
 def run(
@@ -70,3 +70,30 @@ def test_a_reference_scored_in_process_needs_nothing() -> None:
 def test_references_on_cores_leave_the_gpus_to_those_who_need_them() -> None:
     on_cores = {"a": {"model": "m", "resources": {"cpu": 8, "gpu": 0}}}
     refuse_impossible(run(references=on_cores), [{"CPU": 8, "GPU": 1}, {"CPU": 8}])
+
+
+HEAD = {"CPU": 8}
+REFERENCES = {"CPU": 8, "GPU": 1, "polyref_reference": 1}
+TRAINERS = {"CPU": 96, "GPU": 8, "polyref_trainer": 1}
+
+
+def test_each_asks_for_the_nodes_of_its_role_where_there_are_any() -> None:
+    config, kind = run(references=TWO, workers=8), Kind.of([HEAD, REFERENCES, TRAINERS])
+    wanted = {need.role: need.bundle for need in reference_needs(config, kind) + worker_needs(config, kind)}
+    assert wanted == {
+        "reference a": {"CPU": 1, "GPU": 1, "polyref_reference": 0.001},
+        "reference b": {"CPU": 1, "GPU": 1, "polyref_reference": 0.001},
+        "worker": {"CPU": 1, "GPU": 1, "polyref_trainer": 0.001},
+    }
+    refuse_impossible(config, [HEAD, REFERENCES, REFERENCES, TRAINERS])
+
+
+def test_room_on_nodes_of_another_role_does_not_count() -> None:
+    with pytest.raises(UsageError, match=r"8 CPU; 8 CPU, 1 GPU \(polyref_reference\); 2 x 96 CPU, 8 GPU"):
+        refuse_impossible(run(references=TWO, workers=8), [HEAD, REFERENCES, TRAINERS, TRAINERS])
+
+
+def test_where_one_role_has_nodes_of_its_own_the_other_takes_what_comes() -> None:
+    config = run(references=TWO, workers=8)
+    bundle = worker_needs(config, Kind.of([HEAD, REFERENCES, {"CPU": 96, "GPU": 8}]))[0].bundle
+    assert bundle == {"CPU": 1, "GPU": 1}

@@ -1,0 +1,44 @@
+"""Which Ray a command connects to: decided within seconds, also where a cluster is gone."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+
+from orchestrator import cluster
+from orchestrator.cluster import connected
+from orchestrator.config import UsageError
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_an_address_where_nothing_answers_is_refused(
+    closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
+    with (
+        pytest.raises(UsageError, match=rf"no Ray answers at 127.0.0.1:{closed_port}.*unset it"),
+        connected(),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_what_a_killed_cluster_left_behind_is_passed_over(
+    closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "ray_current_cluster"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "get_ray_address_file", lambda _: str(left))
+    assert cluster._address() == "local"
+    left.write_text(f"127.0.0.1:{closed_port}\n")
+    assert cluster._address() == "local"
+    with socket.create_server(("127.0.0.1", 0)) as alive:
+        left.write_text(f"127.0.0.1:{alive.getsockname()[1]}\n")
+        assert cluster._address() == left.read_text().strip()
