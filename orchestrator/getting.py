@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.config import UsageError
-from orchestrator.registry import ADAPTER, ResolvedModel, check_digest
+from orchestrator.registry import ADAPTER, ResolvedModel, cache_folder, check_digest
 
 
 def fetch(model: ResolvedModel, to: Path) -> None:
@@ -47,13 +47,9 @@ def is_adapter(folder: Path) -> bool:
 
 def _copy(model: ResolvedModel, part: Path) -> None:
     shutil.copytree(model.folder, part, dirs_exist_ok=True)
-    if model.digest is None:
-        return
-    try:
-        check_digest(part, model.digest, model.uri_pinned)
-    except UsageError:
-        check_digest(model.folder, model.digest, model.uri_pinned)  # its message says which copy is damaged
-        raise
+    downloaded = model.folder.is_relative_to(cache_folder())
+    remedy = f"remove {model.folder} and get it again" if downloaded else "register the model again"
+    check_digest(part, model.digest, model.uri_pinned, remedy=remedy)
 
 
 def _merge(folder: Path, part: Path, base: str | None) -> None:

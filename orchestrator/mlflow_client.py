@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,7 +96,9 @@ def connect(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for noisy in ("mlflow.store.db.utils", "alembic"):
+    if not sys.stderr.isatty():
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for noisy in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if uri.startswith("sqlite:///"):
@@ -104,21 +107,22 @@ def connect(uri: str) -> "MlflowClient":
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        raise UsageError(
-            f"the MLflow server {redact(uri)} does not answer: {first_line(error)}; {_remedy(error)}"
-        ) from error
+        raise UsageError(f"the MLflow server {redact(uri)} {_trouble(error)}") from error
     return client
 
 
-def _remedy(error: Exception) -> str:
-    """What to do about a server that takes no request."""
+def _trouble(error: Exception) -> str:
+    """What a server's refusal means, and what to do."""
     said = str(error).lower()
-    if "401" in said or "unauthorized" in said or "not authenticated" in said:
-        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+    if "error code 401" in said:
+        return "knows no such user: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or ..._TOKEN)"
     if "invalid host header" in said:
-        return "name the host in the server's --allowed-hosts"
+        return (
+            "does not answer to this name: start it with --allowed-hosts naming the host as it is used here"
+        )
     return (
-        f"check tracking.uri (or {URI_VARIABLE}) and that the server runs; without both it is a sqlite file"
+        f"does not answer: {first_line(error)}; check tracking.uri (or {URI_VARIABLE}) and that the server "
+        "runs, or leave both out for a sqlite file"
     )
 
 

@@ -146,11 +146,11 @@ def names(client: "MlflowClient") -> list[str]:
             return sorted(found)
 
 
-def check_digest(folder: Path, expected: str | None, uri: str) -> None:
+def check_digest(
+    folder: Path, expected: str | None, uri: str, *, remedy: str = "register the model again"
+) -> None:
     """Raise DamagedError unless the folder's files are those registered; None checks nothing."""
     if expected is not None and (actual := folder_digest(folder)) != expected:
-        downloaded = folder.is_relative_to(cache_folder())
-        remedy = f"remove {folder} and get it again" if downloaded else "register the model again"
         raise DamagedError(
             f"the files of {uri} are not those that were registered (digest {short(actual)}, "
             f"registered {short(expected)}): they were changed or damaged since; {remedy}"
