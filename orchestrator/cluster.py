@@ -41,6 +41,10 @@ _PASSED_ON = (
     "HF_HOME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_EC2_METADATA_DISABLED",
     "NO_PROXY",
     "no_proxy",
 )
@@ -54,6 +58,9 @@ _SECRET = (
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
 )
 _NODE_TYPE = "ray.io/node-group"
 """The label that Ray gives a node with the name of its type in the cluster file."""
@@ -67,7 +74,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def connected(*, wait_minutes: float = 10) -> Iterator[None]:
     """Inside, `ray` is connected to RAY_ADDRESS, to this machine's running cluster, or to a new local one.
 
-    A connection that was there before is left as it is. Raises UsageError where nothing answers at RAY_ADDRESS.
+    A connection that was there before is left as it is. Raises UsageError where RAY_ADDRESS does not answer.
     """
     for name, value in (_DRIVER_ENVIRONMENT | _start_timeout(wait_minutes)).items():
         os.environ.setdefault(name, value)
@@ -97,7 +104,7 @@ def connected(*, wait_minutes: float = 10) -> Iterator[None]:
 def _address() -> str:
     """RAY_ADDRESS; else the cluster that runs on this machine; else "local", a new one.
 
-    Tried first: Ray itself would try for minutes, also where a cluster that was killed left its address behind.
+    Tried first: Ray itself would try for minutes, also where a killed cluster left its address behind.
     """
     given = os.environ.get("RAY_ADDRESS") or "auto"
     if given == "local":
@@ -105,8 +112,8 @@ def _address() -> str:
     if given != "auto":
         if not _answers(given):
             raise UsageError(
-                f"no Ray answers at {given}, which RAY_ADDRESS names: start it (`ray up`, `ray start --head`), "
-                "correct the address, or unset it for a Ray of this machine's own"
+                f"no Ray answers at {given}, which RAY_ADDRESS names: start it (`ray up`, `ray start "
+                "--head`), correct the address, or unset it for a Ray of this machine's own"
             )
         return given
     noted = get_ray_address_file(None)
