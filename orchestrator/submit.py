@@ -6,6 +6,7 @@ nodes have it installed. Its log is streamed, and its exit code is the command's
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -89,6 +90,8 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(module).setLevel(logging.WARNING)  # what is sent is told by us
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     where = given if given not in (None, "", "local") else DEFAULT_ADDRESS
     token = _token()

@@ -411,7 +411,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
     assert process.stdout is not None
     log = ""
     while "Running entrypoint" not in log:
-        assert (line := process.stdout.readline()), process.communicate()
+        line = process.stdout.readline()
+        assert line, process.communicate()
         log += line
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
