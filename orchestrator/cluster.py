@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._common.utils import get_ray_address_file
 
+from orchestrator import mailbox
 from orchestrator.config import UsageError
 
 NAMESPACE = "polyref"
@@ -169,7 +170,8 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
-    return {name: environment[name] for name in _SECRET if name in environment}
+    names = (*_SECRET, *environment.get(mailbox.NAMES, "").split(","))
+    return {name: environment[name] for name in names if name in environment}
 
 
 def nodes() -> list[dict[str, float]]:

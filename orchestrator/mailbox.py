@@ -52,7 +52,7 @@ def take() -> None:
     name = os.environ.pop(BOX, None)
     if name is None:
         return
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     head = GcsClient(address=os.environ["RAY_ADDRESS"])
     content = head.internal_kv_get(name.encode(), None)

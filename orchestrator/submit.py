@@ -70,13 +70,13 @@ def submit(
     sent = ", ".join(parcel.files) if len(parcel.files) <= 8 else f"{len(parcel.files)} files"
     say(f"{job}: {sent or 'no files'} ({megabytes(parcel.size)}) to {server}")
     if not wait:
-        say(f"follow it: ray job logs --follow {job}; stop it: ray job stop {job}")
+        say(_how_to_follow(job, server, headers))
         sys.stdout.write(f"{job}\n")
         return 0
     try:
         details = asyncio.run(_followed(client, job))
     except KeyboardInterrupt:
-        say(f"\n{job} runs on; follow it: ray job logs --follow {job}; stop it: ray job stop {job}")
+        say(f"\n{job} runs on; {_how_to_follow(job, server, headers)}")
         return 130
     return _outcome(job, details, say)
 
@@ -90,8 +90,8 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for module in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(module).setLevel(logging.WARNING)  # what is sent is told by us
+    for module in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(module).setLevel(logging.WARNING)  # we tell what is sent ourselves
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     where = given if given not in (None, "", "local") else DEFAULT_ADDRESS
     token = _token()
@@ -219,10 +219,18 @@ async def _followed(client: Any, job: str) -> Any:
         except Exception as error:  # Ray, aiohttp and requests raise what they like
             if time.monotonic() - last_heard > PATIENCE_S:
                 raise RunFailed(
-                    f"the cluster has not answered for {PATIENCE_S / 60:g} minutes, {job} may run on; "
-                    f"follow it once it answers: ray job logs --follow {job}"
+                    f"the cluster has not answered for {PATIENCE_S / 60:g} minutes; {job} may run on: see "
+                    f"ray job logs --follow {job} once it answers"
                 ) from error
         await asyncio.sleep(_RETRY_S)
+
+
+def _how_to_follow(job: str, server: str, headers: Mapping[str, str]) -> str:
+    mode = "RAY_AUTH_MODE=token " if headers and "RAY_AUTH_MODE" not in os.environ else ""
+    return (
+        f"follow it: {mode}ray job logs --address {server} --follow {job}; "
+        f"stop it: {mode}ray job stop --address {server} {job}"
+    )
 
 
 def _outcome(job: str, details: Any, say: Any) -> int:

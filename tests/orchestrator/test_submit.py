@@ -20,6 +20,7 @@ import requests
 import yaml
 
 from orchestrator import mailbox
+from orchestrator.cluster import secrets
 from orchestrator.config import RunFailed, UsageError
 from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
 from orchestrator.submit import connect, submit
@@ -170,6 +171,11 @@ def test_secrets_are_no_plain_variables(
         submit(["check", "run.yaml"], address="http://127.0.0.1:9", **options)
     assert said in str(refused.value)
     assert PASSWORD not in str(refused.value)
+
+
+def test_workers_get_what_the_job_was_given() -> None:
+    given = {mailbox.NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
+    assert secrets(given) == {"JUDGE_KEY": "a", "HF_TOKEN": "b"}
 
 
 def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +383,7 @@ def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
     printed = capfd.readouterr()
     job = printed.out.strip()
     assert job.startswith("job-")
-    assert f"ray job logs --follow {job}" in printed.err
+    assert f"follow it: RAY_AUTH_MODE=token ray job logs --address {head} --follow {job}" in printed.err
     client, _ = connect(None)
     client.stop_job(job)
     until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
@@ -418,7 +424,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     job = said.split(":")[0]
-    assert f"{job} runs on; follow it: ray job logs --follow {job}; stop it: ray job stop {job}" in said
+    assert f"{job} runs on; follow it: RAY_AUTH_MODE=token ray job logs" in said
+    assert f"stop it: RAY_AUTH_MODE=token ray job stop --address {head} {job}" in said
     client, _ = connect(head)
     assert not client.get_job_info(job).status.is_terminal()
     client.stop_job(job)
