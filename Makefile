@@ -44,6 +44,9 @@ test-search: install  ## whole searches that are stopped, killed and go on, some
 test-strategies: install  ## whole runs with the policy in shards (FSDP2, DeepSpeed), some five minutes on 2 cores
 	$(TESTS) -m strategies tests/orchestrator
 
+test-cluster: install  ## ray up, jobs and an autoscaler on hosts made on this machine (root on Linux), ten minutes
+	tests/cluster/run.sh $(BIN)/python
+
 check: lint types floors  ## everything that reads the code without running it
 
 lint: install
