@@ -24,7 +24,7 @@ from rich.console import Console
 from orchestrator import mailbox
 from orchestrator.cluster import secrets as known_secrets
 from orchestrator.config import RunFailed, UsageError
-from orchestrator.parcel import Parcel, megabytes, pack
+from orchestrator.parcel import PACKAGES, Parcel, megabytes, pack
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
@@ -67,8 +67,7 @@ def submit(
     if hidden:
         variables[mailbox.BOX] = mailbox.put(hidden, server=server, headers=headers)
     job = _submitted(client, parcel, variables, code=code)
-    sent = ", ".join(parcel.files) if len(parcel.files) <= 8 else f"{len(parcel.files)} files"
-    say(f"{job}: {sent or 'no files'} ({megabytes(parcel.size)}) to {server}")
+    say(f"{job}: {_listing(parcel, code=code)} ({megabytes(parcel.size)}) to {server}")
     if not wait:
         say(_how_to_follow(job, server, headers))
         sys.stdout.write(f"{job}\n")
@@ -149,6 +148,12 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _listing(parcel: Parcel, *, code: bool) -> str:
+    files = [name for name in parcel.files if not code or name.partition("/")[0] not in PACKAGES]
+    shown = files if len(files) <= 8 else [*files[:7], f"{len(files) - 7} more files"]
+    return ", ".join([*shown, *(["polyref itself"] if code else [])]) or "no files"
 
 
 def _values(names: Sequence[str], option: str) -> dict[str, str]:

@@ -199,7 +199,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(place / "token"),
-        "RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S": "20",
+        "RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
@@ -213,7 +213,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{ports[1]}"
     try:
-        until(lambda: answers(address), 60, lambda: (place / "log").read_text())
+        until(lambda: answers(address), 120, lambda: (place / "log").read_text())
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -304,12 +304,13 @@ def test_the_log_is_streamed_and_the_exit_code_is_the_jobs(
     )
     rows = (folder / "data" / "train.jsonl").read_text()
     (folder / "data" / "train.jsonl").write_text(rows + '{"prompt": "Film is "}\n')
-    code = submit(["score", "run.yaml", f"storage_path={folder.parent}/runs"], address=head)
+    code = submit(["score", "run.yaml", f"storage_path={folder.parent}/runs"], address=head, code=True)
     printed = capfd.readouterr()
     assert code == 2, printed.out + printed.err
     assert "data/train.jsonl:9" in printed.out
-    assert "data/train.jsonl, run.yaml" in printed.err or "run.yaml, data/train.jsonl" in printed.err
-    assert details(head)[-1]["driver_exit_code"] == 2
+    assert "run.yaml, data/train.jsonl, polyref itself" in printed.err
+    [job] = [job for job in details(head) if job["driver_exit_code"] == 2]
+    assert job["entrypoint"].startswith("python -m orchestrator score run.yaml")
 
 
 class Tracking(http.server.BaseHTTPRequestHandler):
@@ -434,5 +435,5 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
 
 def test_secrets_that_nobody_takes_are_forgotten(head: str, unclaimed: tuple[str, float]) -> None:
     box, since = unclaimed
-    time.sleep(max(0.0, since + 25 - time.monotonic()))  # asking keeps it anew
+    time.sleep(max(0.0, since + 65 - time.monotonic()))  # asking keeps it anew
     assert left_at(head, box) == 404
