@@ -6,6 +6,8 @@ than its share of it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.parallel import Parallel
+from orchestrator.storage import Mirror
 
 PROGRESS = "progress.json"
 
@@ -117,6 +120,20 @@ def newest(folder: Path) -> Path | None:
             continue
         return candidate
     return None
+
+
+@contextmanager
+def newest_kept(mirror: Mirror, under: str) -> Iterator[Path | None]:
+    """The newest whole checkpoint of a run, for reading, wherever the run is kept."""
+    if not mirror.remote:
+        yield newest(mirror.folder / under)
+        return
+    for name in reversed(mirror.folders(under)):
+        with mirror.fetched(f"{under}/{name}") as copy:
+            if newest(copy.parent) is not None:
+                yield copy
+                return
+    yield None
 
 
 def set_aside_torn_list(folder: Path) -> None:

@@ -4,7 +4,6 @@ The controller has no use for torch, and importing it there would delay every st
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 
@@ -17,4 +16,4 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     from orchestrator.worker import train_worker
 
     setup = ray.get(settings["setup"])
-    return train_worker(setup, Group(Path(setup.folder)))
+    return train_worker(setup, Group(setup.folder))

@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig, RunFailed
 from orchestrator.entry import work
 from orchestrator.placement import Kind, worker_bundle
 from orchestrator.session import CHECKPOINTS
+from orchestrator.storage import is_uri
 from orchestrator.worker import WorkerSetup
 
 
@@ -27,7 +28,8 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[st
     """
     config = setup.config
     bundle = worker_bundle(config.parallel.resources, Kind.of(nodes()))
-    set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
+    if not is_uri(setup.folder):  # an object store replaces the list whole
+        set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
     trainer = TorchTrainer(
         work,
         train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},

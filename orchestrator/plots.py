@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FOLDER = "plots"
+"""Of a run's pictures, in its own folder."""
 _TRAINING, _HELD_OUT = "#0072B2", "#D55E00"
 COLOURS = (_TRAINING, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _HELD_OUT, "#000000")
 """The Okabe-Ito colours, told apart with any colour vision."""
@@ -52,7 +54,7 @@ def draw(run_folder: Path, to: Path | None = None) -> list[Path]:
     import matplotlib
 
     series = _collect(read_metrics(run_folder))
-    target = to or run_folder / "plots"
+    target = to or run_folder / FOLDER
     with matplotlib.rc_context(STYLE):
         figures = {
             "learning.png": _learning(series),

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from orchestrator import checkpoint
+from orchestrator.storage import Mirror
 
 CHECKPOINTS = "checkpoints"
 
@@ -38,9 +39,9 @@ class Session(Protocol):
 
 
 class Group:
-    """A worker of a Ray Train group, whose run lies in `folder`."""
+    """A worker of a Ray Train group, whose run is kept at a folder or URI."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, kept_at: str) -> None:
         import ray.train
         import ray.train.torch
 
@@ -48,7 +49,7 @@ class Group:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.local_workers = context.get_local_world_size()
         self.device = ray.train.torch.get_device()
-        self._folder = folder
+        self._kept_at = kept_at
 
     def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
         """Train's report is a barrier, with or without a checkpoint."""
@@ -68,7 +69,8 @@ class Group:
 
         stored = ray.train.get_checkpoint()
         if stored is None:
-            yield checkpoint.newest(self._folder / CHECKPOINTS)
+            with checkpoint.newest_kept(Mirror(self._kept_at, worker=self.rank), CHECKPOINTS) as newest:
+                yield newest
             return
         with stored.as_directory() as folder:
             yield Path(folder)

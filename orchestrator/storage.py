@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from orchestrator.cluster import secrets
 from orchestrator.config import RunConfig, UsageError
 from preferences import buckets
 
@@ -92,6 +91,8 @@ def refuse_unshared(storage_path: str) -> None:
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from orchestrator.cluster import secrets
 
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(alive) < 2:

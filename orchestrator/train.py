@@ -27,8 +27,9 @@ from orchestrator.references.service import ReferenceService
 from orchestrator.register import Probe, register
 from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
-from orchestrator.tracking import Tracker, code_tags, read_metrics
-from orchestrator.worker import EXPORT, WorkerSetup, total_steps
+from orchestrator.storage import Mirror, beacon, home, is_uri, refuse_unshared, working_folder
+from orchestrator.tracking import METRICS_FILE, Tracker, code_tags, read_metrics
+from orchestrator.worker import EXPORT, JOURNAL, WorkerSetup, total_steps
 
 
 def check(config: RunConfig) -> None:
@@ -62,9 +63,10 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
         RunFailed: training diverged, or the cluster was lost.
     """
     console = plain_console()
-    before = None if fresh else read_record(with_resolved_paths(config, base=Path.cwd()).folder)
+    mirror = Mirror(home(_resolved(config)))
+    before = None if fresh else read_record(mirror)
     prepared = prepared_run(config, console, before)
-    with locked(prepared.config.folder):
+    with locked(mirror):
         if before is not None and before.result:
             prepared = prepared.on(before.device_type)
             record = _open(prepared)
@@ -76,19 +78,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
                     train_on_cluster(prepared, record, service, judge, console)
         if not record.finished:
             finish(prepared, record)
-    _report(prepared.config, record, console)
+        _report(prepared.config, record, console)
+        mirror.discard()
     return record
 
 
 def prepared_run(config: RunConfig, console: Console, before: RunRecord | None = None) -> Prepared:
     """Everything that can be refused without a cluster, and a line on each split's rows."""
-    storage = config.storage_path
-    if JOB in os.environ and "://" not in storage and not Path(storage).expanduser().is_absolute():
-        raise UsageError(
-            f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
-            "with the job; give an absolute path that all nodes share"
-        )
-    prepared = prepare(with_resolved_paths(config, base=Path.cwd()), before)
+    prepared = prepare(_resolved(config), before)
     for split, counts in prepared.counts.items():
         text = f"{split}: {counts['pairs']} pairs"
         if counts["truncated"]:
@@ -101,10 +98,21 @@ def prepared_run(config: RunConfig, console: Console, before: RunRecord | None =
     return prepared
 
 
+def _resolved(config: RunConfig) -> RunConfig:
+    storage = config.storage_path
+    if JOB in os.environ and not is_uri(storage) and not Path(storage).expanduser().is_absolute():
+        raise UsageError(
+            f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
+            "with the job; give an absolute path that all nodes share, or the URI of an object store"
+        )
+    return with_resolved_paths(config, base=Path.cwd())
+
+
 def _placed(prepared: Prepared) -> Prepared:
     """The run on the cluster that is connected, or a refusal with the arithmetic."""
     cluster = nodes()
     refuse_impossible(prepared.config, cluster)
+    refuse_unshared(prepared.config.storage_path)
     return prepared.on(Kind.of(cluster).device_type)
 
 
@@ -112,10 +120,11 @@ def _open(prepared: Prepared, *, fresh: bool = False) -> RunRecord:
     """The run's record, begun or gone on with, once nothing is left that could refuse the run."""
     config = prepared.config
     connect_to_mlflow(prepared.tracking_uri)
+    mirror = Mirror(home(config))
     if fresh:
-        remove_run(config.folder)
+        remove_run(mirror)
     return open_record(
-        config.folder,
+        mirror,
         RunRecord(
             config=without_secrets(config.model_dump(mode="json")),
             device_type=prepared.policy.device_type,
@@ -128,7 +137,7 @@ def _open(prepared: Prepared, *, fresh: bool = False) -> RunRecord:
 
 def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
     """The one MLflow run of this training run, whatever the number of restarts."""
-    config = prepared.config
+    config, mirror = prepared.config, Mirror(home(prepared.config))
     fingerprints = {f"reference.{n}": m.fingerprint.digest for n, m in prepared.references.items()}
     pins = {f"pin.{field}": pin for field, pin in prepared.pins.items()}
     digests = {f"data.{split}_digest": digest for split, digest in prepared.digests.items()}
@@ -136,7 +145,7 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
         record.mlflow_run,
         name=config.name,
         uri=prepared.tracking_uri,
-        folder=config.folder,
+        folder=mirror.folder,
         experiment=config.tracking.experiment,
         params=record.config,
         tags={"loss.preset": config.preset} | fingerprints | pins | digests | code_tags(),
@@ -144,7 +153,7 @@ def _tracker(prepared: Prepared, record: RunRecord) -> Tracker:
         key=record.key,
     )
     record.mlflow_run = tracker.run_id
-    record.write(config.folder)
+    record.write(mirror)
     return tracker
 
 
@@ -161,7 +170,7 @@ def train_on_cluster(
         UsageError: the policy cannot be made as asked.
         RunFailed: training diverged, or the workers were lost too often.
     """
-    config, tracker = prepared.config, _tracker(prepared, record)
+    config, tracker, mirror = prepared.config, _tracker(prepared, record), Mirror(home(prepared.config))
     total = total_steps(config, len(prepared.train))
     with _failing_with(tracker):
         if prepared.held_out is not None:  # needed at once, for the evaluation before the first step
@@ -173,9 +182,14 @@ def train_on_cluster(
             warm(
                 service, served_tables(prepared.train, config), sampled=config.evaluation.sampling is not None
             )
+        refuse_unshared(config.storage_path)  # by nodes too that the autoscaler has started for references
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
-        with following_steps(config.folder, total, console):
-            setup = _worker_setup(prepared, service, tracker, judge)
+        with (
+            mirror.pulling(METRICS_FILE),
+            following_steps(mirror.folder, total, console),
+            beacon(config.storage_path) as seen,
+        ):
+            setup = _worker_setup(prepared, service, tracker, judge, seen)
             try:
                 result = run_workers(setup)
             except RunFailed as error:
@@ -188,11 +202,11 @@ def train_on_cluster(
         if result["status"] != "done":
             raise RunFailed(f"{result['reason']}. The last checkpoint is kept; a changed run needs --fresh")
     record.result = result | {"scores": stats}
-    record.write(config.folder)
+    record.write(mirror)
 
 
 def _worker_setup(
-    prepared: Prepared, service: ReferenceService, tracker: Tracker, judge: Judge | None
+    prepared: Prepared, service: ReferenceService, tracker: Tracker, judge: Judge | None, seen: str
 ) -> WorkerSetup:
     """What every worker of a run is given, its rows put where all nodes reach them."""
     return WorkerSetup(
@@ -203,7 +217,8 @@ def _worker_setup(
         routers={name: service.routers[name] for name in prepared.config.references.ordered},
         identity=prepared.identity,
         start_is=prepared.start_is,
-        folder=str(prepared.config.folder),
+        folder=home(prepared.config),
+        seen=seen,
         tracking_uri=prepared.tracking_uri,
         tracking_run=tracker.run_id,
         judge=judge,
@@ -225,16 +240,21 @@ def finish(prepared: Prepared, record: RunRecord, *, search: Mapping[str, str] |
 
     `search` says which search chose the run, if one did.
     """
-    config, folder, tracker = prepared.config, prepared.config.folder, _tracker(prepared, record)
+    config, mirror, tracker = prepared.config, Mirror(home(prepared.config)), _tracker(prepared, record)
+    folder = mirror.folder
+    mirror.pull(*JOURNAL)
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
     tracker.log_files(plots.draw(folder), under="plots")
     tracker.set_tags(_result_tags(record))
     if config.tracking.registered_model is not None:
+        mirror.pull(EXPORT)
         export = folder / EXPORT
         if not (export / "probe.safetensors").exists():
-            raise RunFailed(f"{export} is gone, so there is nothing to register: train again with --fresh")
+            raise RunFailed(
+                f"{mirror.place(EXPORT)} is gone, so there is nothing to register: train again with --fresh"
+            )
         version = register(
             prepared.tracking_uri,
             name=config.tracking.registered_model,
@@ -248,10 +268,13 @@ def finish(prepared: Prepared, record: RunRecord, *, search: Mapping[str, str] |
         record.registered = version.uri_pinned
     tracker.finish()
     record.finished = True
-    record.write(folder)
+    mirror.push(run_file.name, plots.FOLDER)
+    record.write(mirror)
 
 
 def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
+    mirror = Mirror(home(config))
+    mirror.pull(*JOURNAL)
     evaluations = _evaluations(config, record)
     for metric in dict.fromkeys((config.evaluation.metric, "eval/loss", "eval/accuracy", "eval/label_nll")):
         values = [line[metric] for line in evaluations if line.get(metric) is not None]
@@ -259,8 +282,8 @@ def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
     if record.result["sharing_refused"]:
         console.print(f"prompts were computed once per response: {record.result['sharing_refused']}")
-    console.print(f"plots: {config.folder / 'plots'}")
-    model = config.folder / EXPORT / "model"
+    console.print(f"plots: {mirror.place(plots.FOLDER)}")
+    model = mirror.place(EXPORT, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
 
 
@@ -310,5 +333,5 @@ def _lineage(prepared: Prepared, record: RunRecord, search: Mapping[str, str]) -
 
 def _evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
     """Lines of the held-out evaluations, up to the one whose weights were exported."""
-    lines = [line for line in read_metrics(config.folder) if "eval/loss" in line]
+    lines = [line for line in read_metrics(working_folder(home(config))) if "eval/loss" in line]
     return [line for line in lines if line["step"] <= record.result["exported_step"]]

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,15 @@ from orchestrator.rewards import Judge
 from orchestrator.sampling import Sampler
 from orchestrator.session import Session
 from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
-from orchestrator.tracking import Tracker
+from orchestrator.storage import Mirror, unshared, visible
+from orchestrator.tracking import METRICS_FILE, SCALES_FILE, Tracker
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2
 CALIBRATION_PAIRS = 2048
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 EXPORT, BEST = "export", "best.safetensors"
+JOURNAL = (METRICS_FILE, SCALES_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class WorkerSetup:
         routers: handles of the served references' routers by name.
         identity: fingerprints and digests that a checkpoint must share to be resumed.
         start_is: the reference that equals the policy's start, if one does.
-        folder: the run's folder.
+        folder: the run's folder, or its URI on an object store.
+        seen: a file in the storage that the command wrote; a worker that does not see it is elsewhere.
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
         judge: what rewards sampled responses, where a reward is set.
         export: whether the trained policy is exported; a search exports only the one it promotes.
@@ -76,6 +80,7 @@ class WorkerSetup:
     folder: str
     tracking_uri: str
     tracking_run: str
+    seen: str | None = None
     judge: Judge | None = None
     export: bool = True
     neighbours: int = 1
@@ -90,15 +95,21 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         a model cannot be used as asked, or the judge of samples fails.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
+    _refuse_elsewhere(setup)
+    mirror, writes = Mirror(setup.folder, worker=session.rank), session.rank == 0
+    mirror.pull(BEST, *(JOURNAL if writes else ()))
     try:
-        return _train(setup, session)
+        with mirror.pushing(*JOURNAL) if writes else nullcontext():
+            return _train(setup, session, mirror)
     except ModelError as error:  # the same on every rank
         return {"status": "refused", "reason": str(error)}
     except RunFailed as error:
         return {"status": "failed", "reason": str(error)}
+    finally:
+        mirror.discard()
 
 
-def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
+def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, Any]:
     config, rank, world_size = setup.config, session.rank, session.world_size
     sharing = session.local_workers * setup.neighbours
     policy = open_policy(config, setup.policy, device=session.device, local_workers=sharing)
@@ -118,9 +129,9 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         num_training_steps=total,
     )
     progress = _resume(setup, session, policy, schedule)
-    journal = _journal(setup, progress) if rank == 0 else None
+    journal = _journal(setup, mirror.folder, progress) if rank == 0 else None
     loss, progress = _calibrated(config, feeds["train"], progress)
-    run = _Run(setup, session, policy, feeds, plan, loss, journal)
+    run = _Run(setup, session, mirror, policy, feeds, plan, loss, journal)
     for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
         run.ask(step)
     if progress.step == 0 and "eval" in feeds:
@@ -140,12 +151,15 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         evaluated = "eval" in feeds and (last or taken % config.evaluation.every_steps == 0)
         if evaluated:
             progress = run.evaluate(progress, taken)
+        due = last or taken % config.training.save_every == 0
+        if due or evaluated:
+            run.keep_journal()
         metrics = {
             "step": taken,
             "total": total,
             **(run.judged_by(progress) if evaluated else {}),
         }
-        if last or taken % config.training.save_every == 0:
+        if due:
             progress = replace(progress, step=taken, schedule=schedule.state_dict())
             session.report(metrics, partial(checkpoint.save, parallel=policy.parallel, progress=progress))
         elif evaluated:
@@ -153,9 +167,12 @@ def _train(setup: WorkerSetup, session: Session) -> dict[str, Any]:
     run.close()
     if setup.export:
         if run.best is not None:
-            checkpoint.load_best(Path(setup.folder) / BEST, policy.parallel)
+            mirror.pull(BEST)
+            checkpoint.load_best(mirror.folder / BEST, policy.parallel)
         probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
-        export_policy(policy, Path(setup.folder) / EXPORT, probes=probes)
+        export_policy(policy, mirror.folder / EXPORT, probes=probes)
+        if rank == 0:
+            mirror.push(EXPORT)
     return {
         "status": "done",
         "step": total,
@@ -186,6 +203,7 @@ class _Run:
         self,
         setup: WorkerSetup,
         session: Session,
+        mirror: Mirror,
         policy: Policy,
         feeds: dict[str, Feed],
         plan: BatchPlan,
@@ -193,10 +211,10 @@ class _Run:
         journal: Tracker | None,
     ) -> None:
         self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
-        self._loss, self._journal = loss, journal
+        self._loss, self._journal, self._mirror = loss, journal, mirror
         evaluation = setup.config.evaluation
         kept = evaluation.keep == "best"
-        self.best = checkpoint.best_in(Path(setup.folder) / BEST, evaluation.metric) if kept else None
+        self.best = checkpoint.best_in(mirror.folder / BEST, evaluation.metric) if kept else None
         self._names = setup.config.references.ordered
         self._sampler = _sampler(setup, session, policy, feeds.get("eval"))
         self._told = Told(
@@ -277,7 +295,9 @@ class _Run:
         if self.best is not None and sign * value <= sign * self.best.value:
             return
         self.best = Best(metric=evaluation.metric, step=step, metrics=metrics)
-        checkpoint.save_best(Path(self._setup.folder) / BEST, self._policy.parallel, self.best)
+        checkpoint.save_best(self._mirror.folder / BEST, self._policy.parallel, self.best)
+        if self._journal is not None:  # rank 0, which wrote it
+            self._mirror.push(BEST)
 
     def describe(self, failure: NonFiniteLoss, step: int) -> str:
         """Which step and pairs a loss was lost at, and what to do."""
@@ -289,12 +309,18 @@ class _Run:
             "lower training.learning_rate or loss.beta, or look at these rows"
         )
 
+    def keep_journal(self) -> None:
+        """The metrics so far, before a checkpoint that goes on from them."""
+        if self._journal is not None:
+            self._mirror.push(*JOURNAL)
+
     def close(self) -> None:
         """Send the scores and metrics that are left."""
         for feed in self._feeds.values():
             feed.close()
         if self._journal is not None:
             self._journal.close()
+            self._mirror.push(*JOURNAL)
 
     def _indices(self, step: int) -> np.ndarray:
         epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
@@ -325,10 +351,18 @@ def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_si
     )
 
 
-def _journal(setup: WorkerSetup, progress: Progress) -> Tracker:
+def _refuse_elsewhere(setup: WorkerSetup) -> None:
+    """A node that came after the command had looked at all may have another folder of the same name."""
+    why = None if setup.seen is None else visible(setup.seen)
+    if why is not None:
+        node = ray.util.get_node_ip_address()
+        raise RuntimeError(unshared(setup.config.storage_path, node, why))
+
+
+def _journal(setup: WorkerSetup, folder: Path, progress: Progress) -> Tracker:
     """The run's metrics, without those that came after the checkpoint it goes on from."""
     after = progress.step or -1
-    return Tracker(setup.tracking_uri, setup.tracking_run, Path(setup.folder), resume_step=after)
+    return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=after)
 
 
 def _sampler(setup: WorkerSetup, session: Session, policy: Policy, feed: Feed | None) -> Sampler | None:
@@ -358,7 +392,9 @@ def _resume(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any)
     # The rate is this run's, not the checkpoint's: a search may go on from another trial's with a new one.
     rate = setup.config.training.learning_rate
     scaled = rate * schedule.lr_lambdas[0](progress.step)
-    schedule.load_state_dict(progress.schedule | {"base_lrs": [rate], "_last_lr": [scaled]})
+    groups = len(policy.parallel.optimizer.param_groups)  # another strategy may group weights otherwise
+    rates = {"base_lrs": [rate] * groups, "_last_lr": [scaled] * groups, "lr_lambdas": [None] * groups}
+    schedule.load_state_dict(progress.schedule | rates)
     policy.parallel.set_learning_rate(scaled)  # loading a schedule leaves the optimizer's
     return progress
 

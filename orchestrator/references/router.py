@@ -7,6 +7,7 @@ safe: Ray restarts a dead router and sends the open requests again.
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any
@@ -53,6 +54,7 @@ class Router:
         flush_scores: int = FLUSH_SCORES,
         flush_s: float = FLUSH_S,
     ) -> None:
+        os.environ.update(spec.environment)  # keys of the storage among them
         self._spec, self._storage_path = spec, storage_path
         self._linger_s, self._flush_scores, self._flush_s = linger_s, flush_scores, flush_s
         self._store: ScoreStore | None = None

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from orchestrator.references.messages import KEY_BYTES, Keys, Score, Scores, ScoringError
+from preferences import buckets
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,12 @@ class ScoreStore:
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
         self._fingerprint = fingerprint.encode()
         try:
-            self._files, root = pafs.FileSystem.from_uri(absolute(uri))
+            self._files, root = buckets.opened(absolute(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
             parts = self._read_all()
         except (OSError, pa.ArrowException) as error:
-            raise ScoringError(f"the score store under {uri} cannot be opened: {error}") from error
+            place = buckets.without_options(os.fspath(uri))
+            raise ScoringError(f"the score store under {place} cannot be opened: {error}") from error
         self._sorted_keys, self._sorted = _merge(parts)
         self._recent: dict[bytes, Score] = {}
         self._unsaved: dict[bytes, Score] = {}

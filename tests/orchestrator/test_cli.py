@@ -232,7 +232,7 @@ def test_conversations_need_a_chat_template(case: Case, tiny_gpt2_folder: Path, 
             ["http://127.0.0.1:1", "does not answer", "tracking.uri"],
         ),
         ({"tracking": {"uri": "file:./mlruns"}}, ["tracking.uri", "sqlite:///"]),
-        ({"storage_path": "s3://bucket/runs"}, ["storage_path", "s3://bucket/runs", "folder"]),
+        ({"storage_path": "s3://bucket/runs"}, ["storage_path", "s3://bucket/runs", "tracking.uri"]),
         (
             {"parallel": {"workers": 9, "resources": {"cpu": 1}}},
             ["needs 9.1 CPUs: 1 reference x 0.1 + 9 workers; the cluster has 4", "parallel.workers"],
