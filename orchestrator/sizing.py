@@ -1,0 +1,491 @@
+"""How much device memory a policy and its references take, under every strategy, before anything is loaded.
+
+Weights, gradients and AdamW's moments are counted exactly as `models.parallel` holds them: float32 each for
+what is trained, so 4 + 4 + 8 bytes a weight, split over N workers as ZeRO splits them (Rajbhandari et al.
+2020, arXiv:1910.02054, section 5 and figure 1): stage 1 the moments, stage 2 gradients too, stage 3 and FSDP
+weights too. DeepSpeed steps on masters of its own, 4 more bytes a weight, split in every stage. Activations
+are an upper bound counted over one decoder layer of attention and a gated MLP, in the manner of Korthikanti
+et al. 2022 (arXiv:2205.05198, section 4), with attention fused so that no tokens x tokens scores exist.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.config import LoraSettings, ModelConfig, ModelError
+from orchestrator.config import RunConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.locate import Located
+
+GIB = 2**30
+DEVICES = (24, 40, 80, 141)
+"""Device memories in GiB that people have."""
+FITS = 0.9
+"""Share of a device that may be planned for: CUDA's context and fragmentation take the rest."""
+MOST_WORKERS = 256
+CHUNK_TOKENS = 1024
+"""Response tokens whose logits exist at a time: `models.logprobs.Scorer`'s default."""
+REFERENCE_TOKENS = 16384
+"""Tokens that a replica on a GPU scores at a time."""
+_MARGIN = 1.15  # architectures differ: norms on queries and keys, nonlinearities in several steps
+_BUCKET_BYTES = 4 * 50_000_000  # DeepSpeed's gradient bucket, see models.zero
+_LIVE_WEIGHTS = 1_000_000_000  # weights that stage 3 keeps whole for their next use: DeepSpeed's default
+_MASTER, _MOMENTS = 4, 8  # float32 bytes
+_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.516}  # NF4 with doubly quantised scales: 4.127 bits a weight
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a decoder-only model decides memory: numbers of weights, and widths of its activations.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        intermediate: width of a token's MLP (of all the experts it is sent to).
+        attention: heads times head width.
+        vocabulary: rows of the lm head.
+        body: weights in all layers.
+        layer: weights in the largest layer.
+        root: weights outside the layers, a tied head once.
+        adapter: weights of a LoRA adapter.
+        lora: of them per rank, with one on every linear layer; 0 where that was not counted.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    attention: int
+    vocabulary: int
+    body: int
+    layer: int
+    root: int
+    adapter: int = 0
+    lora: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model without an adapter."""
+        return self.body + self.root
+
+    @classmethod
+    def of_numbers(
+        cls,
+        *,
+        layers: int,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        vocabulary: int,
+        head_width: int | None = None,
+        tied: bool = False,
+    ) -> "Shape":
+        """A Llama-like model from its config's numbers."""
+        query = heads * (head_width or hidden // heads)
+        key = kv_heads * (head_width or hidden // heads)
+        linear = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+        linear += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+        layer = sum(rows * columns for rows, columns in linear) + 2 * hidden
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            intermediate=intermediate,
+            attention=query,
+            vocabulary=vocabulary,
+            body=layers * layer,
+            layer=layer,
+            root=vocabulary * hidden * (1 if tied else 2) + hidden,
+            lora=layers * sum(rows + columns for rows, columns in linear),
+        )
+
+    def with_lora(self, rank: int) -> "Shape":
+        """The same model with a LoRA adapter of that rank on every linear layer; 0 for none."""
+        return replace(self, adapter=rank * self.lora)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A policy as it is trained: its shape, dtypes and micro-batches.
+
+    Attributes:
+        shape: of the model; with an adapter only that is trained.
+        frozen_bytes: of a frozen weight in a layer. Not used where every weight is trained.
+        outer_bytes: of a frozen weight outside the layers, which quantisation leaves alone.
+        compute_bytes: of an element of a matrix product.
+        tokens: of a micro-batch, padding included.
+        row_tokens: of its longest row.
+        checkpointing: whether layers' activations are computed again in the backward pass.
+        quantized: whether frozen weights are, which cannot be split.
+    """
+
+    shape: Shape
+    frozen_bytes: float = 2.0
+    outer_bytes: float = 2.0
+    compute_bytes: int = 2
+    tokens: int = 8192
+    row_tokens: int = 2048
+    checkpointing: bool = False
+    quantized: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight is trained."""
+        return self.shape.adapter == 0
+
+    @property
+    def trained(self) -> int:
+        """How many weights are trained."""
+        return self.shape.parameters if self.whole else self.shape.adapter
+
+    @property
+    def frozen(self) -> float:
+        """Bytes of all frozen weights."""
+        if self.whole:
+            return 0.0
+        return self.frozen_bytes * self.shape.body + self.outer_bytes * self.shape.root
+
+    @property
+    def layer_bytes(self) -> float:
+        """Bytes of the largest layer's weights, whole, with its part of the adapter."""
+        if self.whole:
+            return float(_MASTER * self.shape.layer)
+        return self.frozen_bytes * self.shape.layer + _MASTER * self.shape.adapter / self.shape.layers
+
+    @property
+    def root_bytes(self) -> float:
+        """Bytes of the weights outside the layers, whole."""
+        return (_MASTER if self.whole else self.outer_bytes) * self.shape.root
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to share a policy, as a run file's `parallel` names it."""
+
+    name: str
+    stage: int = 0
+    offload: bool = False
+
+    def __str__(self) -> str:
+        title = f"ZeRO-{self.stage}" if self.name == "deepspeed" else self.name
+        return f"{title}, offload" if self.offload else title
+
+
+STRATEGIES = (
+    Strategy("ddp"),
+    Strategy("fsdp"),
+    Strategy("fsdp", offload=True),
+    Strategy("deepspeed", 1),
+    Strategy("deepspeed", 2),
+    Strategy("deepspeed", 2, offload=True),
+    Strategy("deepspeed", 3),
+    Strategy("deepspeed", 3, offload=True),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one worker needs at its fullest moment; `host` in main memory, the rest on its device.
+
+    `working` is what comes and goes: the head's logits, weights that are whole for a while, casts of weights
+    that the backward pass needs, and communication buffers.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    activations: float
+    working: float
+    host: float = 0.0
+
+    @property
+    def device(self) -> float:
+        """All that lies on the device."""
+        return self.weights + self.gradients + self.moments + self.activations + self.working
+
+    def fits(self, gib: float) -> bool:
+        """Whether a device of that many GiB holds it, with room for CUDA itself."""
+        return self.device <= FITS * gib * GIB
+
+
+def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
+    """What each of `workers` needs under the strategy."""
+    trained, frozen = load.trained, load.frozen
+    weights, gradients, moments = (
+        _MASTER * trained + frozen,
+        float(_MASTER * trained),
+        float(_MOMENTS * trained),
+    )
+    working, host = _head(load) + _casts(load), 0.0
+    if strategy.name == "fsdp" and (workers > 1 or strategy.offload):
+        weights, gradients, moments = weights / workers, gradients / workers, moments / workers
+        working += _whole_for_a_while(load)
+        if strategy.offload:
+            weights, gradients, moments, host = 0.0, 0.0, 0.0, weights + gradients + moments
+    elif strategy.name == "deepspeed":
+        masters, moments = _MASTER * trained / workers, moments / workers
+        working += 2 * _BUCKET_BYTES
+        if strategy.stage >= 2:
+            gradients /= workers
+        if strategy.stage == 3:
+            weights /= workers
+            working += _live(load)
+        else:
+            working += 0.0 if strategy.offload else gradients / workers if strategy.stage == 1 else gradients
+        if strategy.offload:
+            host = masters + moments + (gradients if strategy.stage >= 2 else gradients / workers)
+            host += weights if strategy.stage == 3 else 0.0
+            weights = 0.0 if strategy.stage == 3 else weights
+            gradients = gradients if strategy.stage == 1 else 0.0
+            moments = 0.0
+        else:
+            moments += masters
+    return Memory(weights, gradients, moments, _activations(load), working, host)
+
+
+def fewest_workers(load: Load, strategy: Strategy, gib: float) -> int | None:
+    """The fewest workers (a power of two) whose devices of `gib` GiB hold the policy; None: not so."""
+    count = 1
+    while count <= MOST_WORKERS:
+        if memory(load, strategy, count).fits(gib):
+            return count
+        count *= 2
+    return None
+
+
+def possible(load: Load, strategy: Strategy) -> bool:
+    """Whether the policy can be trained so at all: quantised weights cannot be split."""
+    return not (load.quantized and (strategy.name == "fsdp" or strategy.stage == 3))
+
+
+def _activations(load: Load) -> float:
+    """What the backward pass keeps of the forward pass.
+
+    Per token and layer: both norms keep their float32 input and output (16 d bytes); every linear layer its
+    input, cast for each of the five that read one of width d where products are in half precision; attention
+    its q, k, v (k and v repeated for grouped queries), output, and that output again in the next layer's
+    layout; the MLP its gate before and behind the nonlinearity, its up projection, and their product. On top
+    of the sum comes a margin for what other architectures keep.
+    """
+    shape, size = load.shape, load.compute_bytes
+    inputs = 5 if size < _MASTER else 2
+    layer = (16 + inputs * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
+    residual = max(_MASTER if load.whole else load.outer_bytes, size) * shape.hidden
+    layers = shape.layers * residual + layer if load.checkpointing else shape.layers * layer
+    ends = 4 * _MASTER * shape.hidden  # embeddings, the last norm, the states that meet the head
+    mask = load.row_tokens * (1 + size)  # of rows that share their prompt: which token sees which
+    return float(_MARGIN * load.tokens * (layers + ends + mask))
+
+
+def _head(load: Load) -> float:
+    """A chunk's logits, log-probs, probabilities and gradient, and the head's own cast and gradient."""
+    shape, size = load.shape, load.compute_bytes
+    chunk = min(CHUNK_TOKENS, load.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER)
+    matrix = shape.vocabulary * shape.hidden
+    cast = matrix * size if (_MASTER if load.whole else load.outer_bytes) != size else 0
+    gradient = (
+        matrix * (_MASTER + size) if load.whole else 0
+    )  # its sum and a chunk's part, before it is added
+    return float(chunk + cast + gradient)
+
+
+def _casts(load: Load) -> float:
+    """Half-precision copies of layers' weights that autocast makes and the backward pass needs."""
+    bytes_in_memory = _MASTER if load.whole else load.frozen_bytes
+    if bytes_in_memory <= load.compute_bytes:
+        return 0.0
+    return float(load.compute_bytes * (load.shape.layer if load.checkpointing else load.shape.body))
+
+
+def _whole_for_a_while(load: Load) -> float:
+    """FSDP: a layer and the next one, the weights outside the layers, and their gradients, whole."""
+    gradients = 2 * _MASTER * load.shape.layer + _MASTER * load.shape.root if load.whole else 0
+    return 2 * load.layer_bytes + load.root_bytes + gradients
+
+
+def _live(load: Load) -> float:
+    """Stage 3: weights that DeepSpeed keeps whole for their next use, and a layer's gradients."""
+    share = min(1.0, _LIVE_WEIGHTS / load.shape.parameters)
+    everything = _MASTER * load.trained + load.frozen
+    gradients = _MASTER * load.shape.layer if load.whole else 0
+    return max(share * everything, 2 * load.layer_bytes + load.root_bytes) + gradients
+
+
+def replica(
+    shape: Shape, weight_bytes: float, outer_bytes: float, *, tokens: int = REFERENCE_TOKENS
+) -> Memory:
+    """What one copy of a frozen reference needs: its weights, and the widest moment of a forward pass."""
+    size = 4 if outer_bytes == _MASTER else 2
+    weights = weight_bytes * shape.body + outer_bytes * shape.root + _MASTER * shape.adapter
+    widest = 2 * _MASTER * shape.hidden + size * (4 * shape.attention + 3 * shape.intermediate)
+    chunk = min(CHUNK_TOKENS, tokens) * shape.vocabulary * (2 * size + 2 * _MASTER)
+    return Memory(weights, 0.0, 0.0, float(tokens * widest), float(chunk))
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A run's memory.
+
+    Attributes:
+        load: the policy as the run file trains it.
+        own: the run file's strategy.
+        workers: its workers.
+        references: one replica of each reference that is served, by name.
+    """
+
+    load: Load
+    own: Strategy
+    workers: int
+    references: Mapping[str, Memory]
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """All that could train this policy, the run's own among them."""
+        every = STRATEGIES if self.own in STRATEGIES else (*STRATEGIES, self.own)
+        return tuple(s for s in every if possible(self.load, s))
+
+    @property
+    def memory(self) -> Memory:
+        """What each worker of the run needs."""
+        return memory(self.load, self.own, self.workers)
+
+    @property
+    def other_checkpointing(self) -> Memory:
+        """The same with the other choice of `training.gradient_checkpointing`."""
+        other = replace(self.load, checkpointing=not self.load.checkpointing)
+        return memory(other, self.own, self.workers)
+
+
+def size(
+    config: RunConfig,
+    policy: "Located",
+    references: Mapping[str, "Located"],
+    *,
+    device_type: str = "cuda",
+) -> Sizing:
+    """A run's memory, from its models' configs alone.
+
+    Args:
+        config: the run file.
+        policy: where the policy's start lies.
+        references: where references lie, by name; those scored in process are left out.
+        device_type: what `dtype: auto` and `precision: auto` are decided for.
+
+    Raises:
+        ModelError: a config cannot be read, or its architecture is unknown.
+    """
+    precision = config.training.precision
+    half = precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
+    layer, outer = weight_bytes(config.policy, device_type)
+    load = Load(
+        shape=shape_of(policy, config.policy, lora=config.policy.adapter),
+        frozen_bytes=layer,
+        outer_bytes=outer,
+        compute_bytes=2 if half else 4,
+        tokens=config.training.tokens_per_microbatch,
+        # A prompt with two responses behind it, each pair of prompt and response within max_length.
+        row_tokens=min(config.training.tokens_per_microbatch, 2 * config.data.max_length),
+        checkpointing=config.training.gradient_checkpointing,
+        quantized=config.policy.quantization != "none",
+    )
+    parallel = config.parallel
+    stage = parallel.stage if parallel.strategy == "deepspeed" else 0
+    return Sizing(
+        load=load,
+        own=Strategy(parallel.strategy, stage, parallel.offload),
+        workers=parallel.workers,
+        references={
+            name: replica(shape_of(references[name], reference), *weight_bytes(reference, device_type))
+            for name, reference in config.references.models.items()
+            if not reference.in_process
+        },
+    )
+
+
+def weight_bytes(config: ModelConfig, device_type: str) -> tuple[float, float]:
+    """Bytes of a frozen weight in a layer and outside the layers."""
+    outer = _DTYPE_BYTES[config.dtype_on(device_type)]
+    return _QUANTIZED_BYTES.get(config.quantization, outer), outer
+
+
+def shape_of(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
+    """Count a located model's weights without reading any, with a new adapter where `lora` asks for one.
+
+    Raises ModelError where the config cannot be read or its architecture is unknown.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = located.base_path or located.path
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if place.suffix == ".gguf":
+        place, arguments["gguf_file"] = place.parent, place.name
+    try:
+        settings = AutoConfig.from_pretrained(place, **arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{config.model}: its weights cannot be counted: {error}") from error
+    adapter = _adapter(model, lora) if lora is not None else 0
+    if lora is None and located.kind == "adapter":
+        adapter = _held(located.path / "adapter_model.safetensors")
+    return replace(_counted(model), adapter=adapter)
+
+
+def _counted(model: "nn.Module") -> Shape:
+    from torch import nn
+
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_weights)
+    each = [_weights(layer) for layer in layers]
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    wide = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
+    wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    return Shape(
+        layers=len(each),
+        hidden=hidden,
+        intermediate=experts * wide,
+        attention=heads * (getattr(text, "head_dim", None) or hidden // heads),
+        vocabulary=text.vocab_size,
+        body=sum(each),
+        layer=max(each),
+        root=_weights(model) - sum(each),
+    )
+
+
+def _weights(module: "nn.Module") -> int:
+    """Weights of a module; a tied one once."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _adapter(model: Any, lora: LoraSettings) -> int:
+    import copy
+
+    import torch
+
+    from models.adapters import add_lora
+
+    with torch.device("meta"):
+        adapted = add_lora(copy.deepcopy(model), lora)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+def _held(file: Path) -> int:
+    """Weights in a safetensors file, by its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return sum(_product(shape) for shape in shapes)
+
+
+def _product(numbers: list[int]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total

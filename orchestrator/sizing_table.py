@@ -1,0 +1,126 @@
+"""Sizes as people read them: the table of `polyref check`, and those in the documentation."""
+
+from collections.abc import Sequence
+from math import ceil
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.sizing import (
+    DEVICES,
+    FITS,
+    GIB,
+    STRATEGIES,
+    Load,
+    Memory,
+    Shape,
+    Sizing,
+    Strategy,
+    fewest_workers,
+    memory,
+    replica,
+)
+
+MODELS = {
+    "0.135B": Shape.of_numbers(
+        layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocabulary=49152, tied=True
+    ),
+    "1.2B": Shape.of_numbers(
+        layers=16, hidden=2048, intermediate=8192, heads=32, kv_heads=8, vocabulary=128256, tied=True
+    ),
+    "8B": Shape.of_numbers(
+        layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256
+    ),
+    "70B": Shape.of_numbers(
+        layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocabulary=128256
+    ),
+}
+"""From the configs of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B and Llama-3.1-70B."""
+DOCUMENTED_WORKERS = 8
+_RANK = 16
+
+
+def table(sizing: Sizing) -> RenderableType:
+    """Every strategy's need for a run: what a worker holds, and how few workers do on common devices."""
+    load = sizing.load
+    drawn = Table(box=None, padding=(0, 2, 0, 0))
+    drawn.add_column("strategy")
+    for name in ("GiB", "main memory", *(f"{device} GiB" for device in DEVICES)):
+        drawn.add_column(name, justify="right")
+    for strategy in sizing.strategies:
+        need, own = memory(load, strategy, sizing.workers), strategy == sizing.own
+        cells = [f"{strategy} *" if own else str(strategy), gib(need.device), gib(need.host)]
+        cells += [_count(fewest_workers(load, strategy, device)) for device in DEVICES]
+        drawn.add_row(*cells, style="bold" if own else None)
+    trained = "all trained" if load.whole else f"and {load.trained / 1e6:.3g}M of LoRA that are trained"
+    head = (
+        f"policy: {load.shape.parameters / 1e9:.3g}B weights, {trained}. GiB that each of {sizing.workers} "
+        "worker(s) needs, and the fewest workers whose devices hold it:"
+    )
+    return Group(Text(head), drawn, *(Text(line) for line in _notes(sizing)))
+
+
+def _notes(sizing: Sizing) -> list[str]:
+    """What the table leaves out: the run's own parts, the other choice of checkpointing, and references."""
+    load, need = sizing.load, sizing.memory
+    parts = {
+        "weights": need.weights,
+        "gradients": need.gradients,
+        "AdamW": need.moments,
+        "activations": need.activations,
+        "logits, casts and buffers": need.working,
+    }
+    other = "false" if load.checkpointing else "true"
+    lines = [
+        f"* this run: {', '.join(f'{gib(value)} {name}' for name, value in parts.items())}; "
+        f"{gib(sizing.other_checkpointing.device)} in all with gradient_checkpointing: {other}"
+    ]
+    for name, one in sizing.references.items():
+        lines.append(f"reference {name}: {gib(one.device)} GiB a replica, {gib(one.weights)} of it weights")
+    lines.append(
+        f"estimates for {load.tokens} tokens a micro-batch; {1 - FITS:.0%} of a device is left to CUDA itself"
+    )
+    return lines
+
+
+def documented() -> str:
+    """The documentation's tables in Markdown: a run file's defaults, but `gradient_checkpointing: true`."""
+    loads = {
+        f"{name} {'LoRA' if rank else 'full'}": Load(shape.with_lora(rank), checkpointing=True)
+        for name, shape in MODELS.items()
+        for rank in (_RANK, 0)
+    }
+    fewest = [[str(s), *(_slashed(load, s) for load in loads.values())] for s in STRATEGIES]
+    needs = [
+        [str(s), *(_split(memory(load, s, DOCUMENTED_WORKERS)) for load in loads.values())]
+        for s in STRATEGIES
+    ]
+    references = [
+        [form, *(gib(replica(shape, inner, 2.0).device) for shape in MODELS.values())]
+        for form, inner in (("bfloat16", 2.0), ("8bit", 1.0), ("4bit", 0.516))
+    ]
+    tables = (("strategy", loads, fewest), ("strategy", loads, needs), ("reference", MODELS, references))
+    return "\n".join(_markdown([corner, *columns], rows) for corner, columns, rows in tables)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, rounded up to a tenth."""
+    return f"{ceil(10 * size / GIB) / 10:.1f}"
+
+
+def _slashed(load: Load, strategy: Strategy) -> str:
+    return " / ".join(_count(fewest_workers(load, strategy, device)) for device in DEVICES)
+
+
+def _split(need: Memory) -> str:
+    return gib(need.device) + (f" + {gib(need.host)}" if need.host else "")
+
+
+def _count(workers: int | None) -> str:
+    return "–" if workers is None else str(workers)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
