@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -44,18 +43,7 @@ class Sharded(Ranks):
                 gradient.mul_(scale.to(gradient.device))
         return norm
 
-    def step(self) -> None:
-        """See `Parallel`."""
-        self._reshard()
-        super().step()
-
-    def saved(self, *, moments: bool = True) -> Iterator[tuple[str, State]]:
-        """See `Parallel`."""
-        self._reshard()
-        return super().saved(moments=moments)
-
     def _trained(self) -> dict[str, nn.Parameter]:
-        # The scorer's own parameters are whole ones while it computes.
         return self._weights
 
     def _whole(self, weight: nn.Parameter, moments: bool) -> State:
@@ -63,7 +51,6 @@ class Sharded(Ranks):
         return {what: _gathered(value, self.device) for what, value in state.items()}
 
     def _put_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        self._reshard()
         self._share(weight, state["weight"])
         if "step" in state:
             self.optimizer.state[weight] = moments = {
@@ -82,11 +69,6 @@ class Sharded(Ranks):
         )
         shard.to_local().copy_(part.to_local())
 
-    def _reshard(self) -> None:
-        """Give up whole weights that an evaluation left behind: they would outlive a change of the shards."""
-        assert isinstance(self.unwrapped, FSDPModule)
-        self.unwrapped.reshard()
-
 
 def shard(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
     """Split the scorer's weights over the default process group, in place, and bring the parts to `device`.
@@ -98,7 +80,9 @@ def shard(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     layers = list(_layers(causal_model(scorer.model)))
     for module in (*layers, scorer):
-        fully_shard(module, mesh=mesh, offload_policy=policy)
+        # The root, too, is in parts between passes: a LoRA adapter that is switched off and on there, and
+        # weights that are put back, must meet the parts.
+        fully_shard(module, mesh=mesh, offload_policy=policy, reshard_after_forward=True)
     for method in ("logits", "generate"):
         register_fsdp_forward_method(scorer, method)
 

@@ -11,7 +11,7 @@ ReplayedHead  the model's own forward, its decoder answering with the given hidd
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,9 +89,13 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class ReplayedHead:
-    """Everything `model` does behind its decoder."""
+    """Everything `model` does behind its decoder.
+
+    `most` turns this rank's number of chunks into the number to run, the last of which may be empty.
+    """
 
     model: PreTrainedModel
+    most: Callable[[int], int] = int
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, d) -> (N, V) in the model's dtype, as `model(...)` would return them."""
@@ -117,7 +121,8 @@ class ReplayedHead:
         entropies: list[Tensor] = []
         # One chunk at least, so that a rank without tokens still gives every trained weight a (zero)
         # gradient.
-        for part in _chunks(max(targets.numel(), 1), chunk_tokens):
+        rounds = self.most(max(math.ceil(targets.numel() / chunk_tokens), 1))
+        for part in (slice(n * chunk_tokens, (n + 1) * chunk_tokens) for n in range(rounds)):
             chosen, spread = checkpoint(score, hidden[part], targets[part], use_reentrant=False)
             logps.append(chosen)
             entropies += [spread] if spread is not None else []

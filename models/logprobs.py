@@ -5,8 +5,9 @@ response token.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.config import ModelError
-from models.head import Head, LinearHead, head_of, max_entropy
+from models.head import Head, ReplayedHead, head_of, max_entropy
 from models.rows import Prompted, Rows, build_rows
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,22 @@ class Scorer(nn.Module):
         )
 
     @property
-    def head_weights(self) -> tuple[nn.Parameter, ...]:
-        """Weights that the scorer reads itself, outside the forward pass of the layer they belong to."""
-        return tuple(self._head.linear.parameters()) if isinstance(self._head, LinearHead) else ()
+    def head_weights(self) -> list[nn.Parameter]:
+        """Weights that are used behind the decoder, in an order that is the same on every rank."""
+        causal = causal_model(self.model)
+        inside = {id(weight) for weight in causal.get_decoder().parameters()}
+        outside = [weight for weight in causal.parameters() if id(weight) not in inside]
+        head = causal.get_output_embeddings()
+        tied = [] if head is None else [weight for weight in head.parameters() if id(weight) in inside]
+        return outside + tied
+
+    def keep_in_step(self, most: Callable[[int], int]) -> None:
+        """For where a forward pass of any module is a collective: have all ranks run as many.
+
+        `most` gives the largest of the ranks' numbers.
+        """
+        if isinstance(self._head, ReplayedHead):
+            self._head = replace(self._head, most=most)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

@@ -62,9 +62,11 @@ class Zero(Ranks):
         self._weights = trained_weights(scorer)
         self._engine = deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
         if stage == 3:
-            # No layer's forward pass gathers what the chunked head reads itself.
+            # Gathered once for the whole of the scorer's pass: no module's own gathers what the chunked head
+            # reads.
             for weight in scorer.head_weights:
                 deepspeed.zero.register_external_parameter(scorer, weight)
+            scorer.keep_in_step(self._most)
         self._zero = self._engine.optimizer
         self.module = self._engine
         self._start_moments()
@@ -142,6 +144,12 @@ class Zero(Ranks):
                 safe_set_local_optimizer_state(weight, self._part(weight, state[moment]), moment)
             else:
                 safe_set_full_optimizer_state(weight, state[moment], moment)
+
+    def _most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     @property
     def _partitions(self) -> list[Tensor]:
