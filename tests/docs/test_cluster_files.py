@@ -187,6 +187,22 @@ def test_only_loopback_and_private_addresses_are_bound_and_the_token_is_asked_fo
 
 
 @pytest.mark.parametrize("path", CLOUD_FILES, ids=of)
+def test_its_registry_is_started_as_mlflow_has_it(path: Path) -> None:
+    from mlflow.cli import cli
+
+    [line] = [line for line in read(path)["head_start_ray_commands"] if "mlflow" in line]
+    options = shlex.split(
+        line.partition('mlflow" server')[2].replace("$(hostname -I | cut -d' ' -f1)", "10.0.0.1")
+    )
+    with cli.commands["server"].make_context("server", options) as context:
+        given = context.params
+    assert (given["host"], given["port"], given["workers"]) == ("10.0.0.1", 5000, "1")
+    assert given["backend_store_uri"].startswith("sqlite:////shared/polyref/")
+    assert given["artifacts_destination"].startswith("/shared/polyref/")
+    assert given["serve_artifacts"]
+
+
+@pytest.mark.parametrize("path", CLOUD_FILES, ids=of)
 def test_what_is_to_be_filled_in_is_marked(path: Path) -> None:
     header, _, body = path.read_text().partition("cluster_name:")
     for mark in ("EDIT 1", "EDIT 2"):
@@ -230,6 +246,40 @@ def test_the_setup_of_a_node_installs_once_and_again_when_requirements_change(tm
     )
     assert "RAY_AUTH_MODE=token" in shell.stdout
     assert f"PATH={home}/polyref/.venv/bin:/bin" in shell.stdout
+
+
+def test_ray_starts_its_machines_on_a_simulated_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `ray up` asks of AWS and the head afterwards, against moto: roles, networks, instances."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "simulated")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: None)  # AWS is given half a minute to spread a new role
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        config = prepared(ROOT / "cluster.yaml")
+        ec2 = boto3.client("ec2", config["provider"]["region"])
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+        for kind in config["available_node_types"].values():
+            kind["node_config"]["ImageId"] = image
+        written = {name: dict(kind["resources"]) for name, kind in config["available_node_types"].items()}
+        config = AWSNodeProvider.bootstrap_config(
+            AWSNodeProvider.fillout_available_node_types_resources(config)
+        )
+        for name, resources in written.items():  # what we write is what AWS says of the instance types
+            assert config["available_node_types"][name]["resources"].items() >= resources.items()
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, kind in config["available_node_types"].items():
+            provider.create_node(kind["node_config"], {"ray-user-node-type": name}, 1)
+        launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+        spot = {i["InstanceType"]: i.get("InstanceLifecycle") == "spot" for i in launched}
+        assert spot == {"m6i.xlarge": False, "g6.2xlarge": False, "g6.12xlarge": True}
+        groups = ec2.describe_security_groups(GroupIds=[launched[0]["SecurityGroups"][0]["GroupId"]])
+        open_to_all = [rule for rule in groups["SecurityGroups"][0]["IpPermissions"] if rule["IpRanges"]]
+        assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
 
 
 # ---- Kubernetes ----
