@@ -27,6 +27,8 @@ from orchestrator.references.service import ReferenceService
 from orchestrator.register import Probe, register
 from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
+from orchestrator.sizing import size
+from orchestrator.sizing_table import table
 from orchestrator.storage import Mirror, beacon, home, is_uri, refuse_unshared, working_folder
 from orchestrator.tracking import METRICS_FILE, Tracker, code_tags, read_metrics
 from orchestrator.worker import EXPORT, JOURNAL, WorkerSetup, total_steps
@@ -37,8 +39,10 @@ def check(config: RunConfig) -> None:
     console = plain_console()
     prepared = prepared_run(config, console)
     connect_to_mlflow(prepared.tracking_uri)
+    located = {name: model.located for name, model in prepared.references.items()}
+    console.print(table(size(prepared.config, prepared.policy.located, located)))
     with connected(wait_minutes=config.placement.wait_minutes):
-        refuse_impossible(config, nodes())
+        _placed(prepared)
     console.print(f"{config.name}: nothing to refuse")
 
 
