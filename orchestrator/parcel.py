@@ -203,7 +203,12 @@ def _files_at(what: str, path: str) -> dict[str, Path]:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for folder, folders, names in os.walk(root):
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
         yield folder, folders, sorted(names)
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,7 +73,7 @@ def submit(
         sys.stdout.write(f"{job}\n")
         return 0
     try:
-        details = asyncio.run(_followed(client, job))
+        details = asyncio.run(_followed(client, job, say))
     except KeyboardInterrupt:
         say(f"\n{job} runs on; {_how_to_follow(job, server, headers)}")
         return 130
@@ -201,12 +201,12 @@ def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, cod
             raise RunFailed(f"the cluster did not take the job: {first}") from error
 
 
-async def _followed(client: Any, job: str) -> Any:
+async def _followed(client: Any, job: str, say: Callable[[str], None]) -> Any:
     """Write the job's log to standard output until it ends; its details then.
 
     A connection that breaks, as tunnels do, is made again; the log goes on where it was.
     """
-    written, last_heard = 0, time.monotonic()
+    written, last_heard, silent = 0, time.monotonic(), False
     while True:
         try:
             read = 0
@@ -216,7 +216,7 @@ async def _followed(client: Any, job: str) -> Any:
                 written = max(written, read)
                 sys.stdout.write(new)
                 sys.stdout.flush()
-                last_heard = time.monotonic()
+                last_heard, silent = time.monotonic(), False
             details = await asyncio.to_thread(client.get_job_info, job)
             last_heard = time.monotonic()
             if details.status.is_terminal():
@@ -227,6 +227,9 @@ async def _followed(client: Any, job: str) -> Any:
                     f"the cluster has not answered for {PATIENCE_S / 60:g} minutes; {job} may run on: see "
                     f"ray job logs --follow {job} once it answers"
                 ) from error
+            if not silent:
+                say(f"no answer from the cluster; asking again for {PATIENCE_S / 60:g} minutes")
+            silent = True
         await asyncio.sleep(_RETRY_S)
 
 
@@ -238,7 +241,7 @@ def _how_to_follow(job: str, server: str, headers: Mapping[str, str]) -> str:
     )
 
 
-def _outcome(job: str, details: Any, say: Any) -> int:
+def _outcome(job: str, details: Any, say: Callable[[str], None]) -> int:
     """What the job's end means for this process's exit code."""
     code = details.driver_exit_code
     if details.status.value == "SUCCEEDED":

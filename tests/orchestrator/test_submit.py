@@ -1,5 +1,6 @@
 """Jobs: what is sent, what is refused before; on a real head with a token logs, exit codes and secrets."""
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -11,19 +12,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import yaml
+from ray.job_submission import JobInfo, JobStatus
 
 from orchestrator import mailbox
 from orchestrator.cluster import secrets
 from orchestrator.config import RunFailed, UsageError
 from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
-from orchestrator.submit import connect, submit
+from orchestrator.submit import _followed, _outcome, connect, submit
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -97,8 +99,13 @@ def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) ->
     (folder / "data" / ".gitignore").write_text("*\n")
     (folder / "data" / "deep").mkdir()
     (folder / "data" / "deep" / "more.jsonl").write_text("{}\n")
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "linked.jsonl").write_text("{}\n")
+    (folder / "data" / "link").symlink_to(folder / "elsewhere")
+    (folder / "data" / "round").symlink_to(folder / "data")
     files = pack(["train", "run.yaml", "data.train=data"]).files
-    assert {name for name in files if name.startswith("data")} == {"data/train.jsonl", "data/deep/more.jsonl"}
+    names = {"data/train.jsonl", "data/deep/more.jsonl", "data/link/linked.jsonl"}
+    assert {name for name in files if name.startswith("data")} == names
 
 
 def test_code_is_sent_when_asked_for(folder: Path) -> None:
@@ -182,6 +189,51 @@ def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:7")  # an address that is given comes first
     with pytest.raises(UsageError, match=r"no job server answers at http://127\.0\.0\.1:9: .*ray dashboard"):
         connect("http://127.0.0.1:9")
+
+
+class Flaky:
+    """A job server whose connection breaks in the middle of the log, as often as it is told to."""
+
+    def __init__(self, breaks: int) -> None:
+        self.breaks = breaks
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "one\ntw"
+        if self.breaks:
+            self.breaks -= 1
+            raise ConnectionError("the tunnel broke")
+        yield "o\nthree\n"
+
+    def get_job_info(self, _: str) -> Any:
+        return JobInfo(JobStatus.SUCCEEDED, entrypoint="")
+
+
+def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    assert asyncio.run(_followed(Flaky(2), "job-1", said.append)).status == JobStatus.SUCCEEDED
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert set(said) == {"no answer from the cluster; asking again for 5 minutes"}
+
+
+def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.submit.PATIENCE_S", 0.0)
+    with pytest.raises(RunFailed, match="job-1 may run on: see ray job logs --follow job-1"):
+        asyncio.run(_followed(Flaky(10**6), "job-1", lambda _: None))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", 127, 127)],
+)
+def test_the_exit_code_is_as_a_shell_gives_it(status: str, code: int, expected: int) -> None:
+    said: list[str] = []
+    details = JobInfo(JobStatus(status), entrypoint="", driver_exit_code=code)
+    assert _outcome("job-1", details, said.append) == expected
+    assert bool(said) == (code == 127)
+    if status == "FAILED":
+        details = JobInfo(JobStatus.FAILED, entrypoint="", message="runtime_env setup failed")
+        with pytest.raises(RunFailed, match="did not start: runtime_env setup failed"):
+            _outcome("job-1", details, said.append)
 
 
 # ---- on a real head ----
