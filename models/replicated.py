@@ -4,6 +4,7 @@
 `models.zero` have those that split the model; `models.parallel.prepare` chooses.
 """
 
+import atexit
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -183,10 +184,16 @@ def step_count(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], de
 
 
 def group_of_one(device: torch.device) -> None:
-    """Make the default process group of this process alone, unless there is one."""
+    """Make the default process group of this process alone, unless there is one; it lasts as long as that."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_names(trained: Collection[str], names: Collection[str]) -> None:

@@ -1,6 +1,5 @@
 """One process, two gloo ranks: the same step; and state that goes out and comes back."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from models.adapters import adapter_off, add_lora, find_adapter
 from models.config import LoraSettings, ModelError
-from models.logprobs import Scorer
-from models.parallel import Parallel, Replicated, prepare
+from models.logprobs import Scorer, causal_model
+from models.parallel import Parallel, Replicated, prepare, shards
 from models.rows import Prompted, build_rows
 
 CPU = torch.device("cpu")
@@ -48,6 +47,14 @@ def accumulated(parallel: Parallel, microbatches: list[list[Prompted]], *, count
     return total
 
 
+def weights(parallel: Parallel) -> dict[str, torch.Tensor]:
+    return {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
+
+
+def saved(parallel: Parallel) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {what: v.clone() for what, v in state.items()} for name, state in parallel.saved()}
+
+
 def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torch.Tensor]:
     state = {}
     for step in range(2):
@@ -61,7 +68,7 @@ def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torc
             }
         parallel.step()
         parallel.zero_grad()
-    return state | {f"weight/{n}": p for n, p in parallel.model_state().items()}
+    return state | {f"weight/{n}": p for n, p in weights(parallel).items()}
 
 
 def _rank(rank: int, rendezvous: str, out: str) -> None:
@@ -116,7 +123,7 @@ def test_one_process_steps_as_plain_adamw() -> None:
         parallel.step()
         optimizer.zero_grad()
         parallel.zero_grad()
-    for name, weight in parallel.model_state().items():
+    for name, weight in weights(parallel).items():
         torch.testing.assert_close(
             weight, dict(scorer.named_parameters())[name].detach(), rtol=1e-6, atol=1e-7
         )
@@ -134,52 +141,81 @@ def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
 def test_learning_rate_can_be_set() -> None:
     parallel = prepared()
     parallel.set_learning_rate(0.0)
-    before = parallel.model_state()
-    before = {n: w.clone() for n, w in before.items()}
+    before = weights(parallel)
     two_steps(parallel, SHARES[0])
-    assert all(torch.equal(w, before[n]) for n, w in parallel.model_state().items())
+    assert all(torch.equal(w, before[n]) for n, w in weights(parallel).items())
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_state_comes_back_bit_for_bit(lora: bool, tmp_path: Path) -> None:
     first = prepared(lora)
     two_steps(first, SHARES[0])
-    tensors, rest = first.optimizer_state()
-    save_file(first.model_state(), tmp_path / "model.safetensors")
-    save_file(tensors, tmp_path / "optimizer.safetensors")
-    rest = json.loads(json.dumps(rest))
+    state = {f"{name}/{what}": v for name, parts in saved(first).items() for what, v in parts.items()}
+    save_file(state, tmp_path / "state.safetensors")
+    read = load_file(tmp_path / "state.safetensors")
 
     second = prepared(lora)
-    second.load_model_state(load_file(tmp_path / "model.safetensors"))
-    second.load_optimizer_state(load_file(tmp_path / "optimizer.safetensors"), rest)
+    two_steps(second, SHARES[1])
+    parts = ("weight", "exp_avg", "exp_avg_sq", "step")
+    second.restore(
+        lambda name: {part: read[f"{name}/{part}"] for part in parts}, {k.rpartition("/")[0] for k in read}
+    )
     expected, found = two_steps(first, SHARES[1]), two_steps(second, SHARES[1])
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
 def test_adapter_alone_is_kept_and_a_tied_weight_once() -> None:
-    assert all("lora_" in name for name in prepared(lora=True).model_state())
-    tied = prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0).model_state()
+    assert all("lora_" in name for name in weights(prepared(lora=True)))
+    tied = weights(prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0))
     assert "model.model.embed_tokens.weight" in tied
     assert "model.lm_head.weight" not in tied
 
 
-def test_state_before_the_first_step_is_empty_and_comes_back() -> None:
+def test_state_before_the_first_step_has_no_moments_and_comes_back() -> None:
     parallel = prepared()
-    tensors, rest = parallel.optimizer_state()
-    assert tensors == {}
-    parallel.load_optimizer_state(tensors, rest)
+    state = saved(parallel)
+    assert all(parts.keys() == {"weight"} for parts in state.values())
     two_steps(parallel, SHARES[0])
+    assert all(parts["step"] == 2 for parts in saved(parallel).values())
+    parallel.restore(state.__getitem__, state.keys())
+    assert all(torch.equal(weight, state[name]["weight"]) for name, weight in weights(parallel).items())
 
 
 def test_anothers_state_is_refused() -> None:
-    full, adapter = prepared(), prepared(lora=True)
+    state = saved(prepared())
     with pytest.raises(ModelError, match=r"belong to another policy .*resume with the model and adapter"):
-        adapter.load_model_state(full.model_state())
-    with pytest.raises(ModelError, match="optimizer state belong to another policy"):
-        adapter.load_optimizer_state(*full.optimizer_state())
+        prepared(lora=True).restore(state.__getitem__, state.keys())
     wide = prepare(Scorer(tiny.llama(vocab_size=300)), device=CPU, learning_rate=1.0)
     with pytest.raises(ModelError, match=r"has shape \(261, 32\), the policy's has \(300, 32\)"):
-        wide.load_model_state(full.model_state())
+        wide.restore(state.__getitem__, state.keys())
+
+
+def test_one_process_is_no_group_unless_it_splits_something() -> None:
+    assert type(prepared(strategy="fsdp")) is Parallel
+    assert not dist.is_initialized()
+    assert not shards("ddp", 2, workers=4)
+    assert not shards("deepspeed", 2, workers=4, offload=True)
+    assert not shards("fsdp", 2, workers=1)
+    assert shards("fsdp", 2, workers=2)
+    assert shards("fsdp", 2, workers=1, offload=True)
+    assert shards("deepspeed", 3, workers=1)
+
+
+@pytest.mark.parametrize(
+    "split", [{"strategy": "fsdp", "offload": True}, {"strategy": "deepspeed", "zero_stage": 3}]
+)
+def test_quantised_weights_are_not_split(split: dict[str, Any]) -> None:
+    scorer = policy(lora=True)
+    causal_model(scorer.model).is_quantized = True  # what bitsandbytes leaves
+    with pytest.raises(ModelError, match="quantised weights cannot be split over workers; set quantization"):
+        prepare(scorer, device=CPU, learning_rate=1.0, **split)
+
+
+def test_flex_attention_does_not_train_on_a_cpu() -> None:
+    scorer = policy(lora=False)
+    causal_model(scorer.model).config._attn_implementation = "flex_attention"
+    with pytest.raises(ModelError, match="flex has no backward pass on a CPU; set attention: sdpa"):
+        prepare(scorer, device=CPU, learning_rate=1.0)
 
 
 def test_nothing_to_train_is_refused() -> None:

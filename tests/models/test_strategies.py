@@ -1,6 +1,7 @@
 """Every strategy takes the steps of one process: real gloo ranks, the real training step."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ class Course:
     norms: list[float] = field(default_factory=list)
     evaluated: list[float] = field(default_factory=list)
     resumed: list[float] = field(default_factory=list)
+    overflow: tuple[float, bool] = (0.0, False)
 
 
 def policy(case: Case) -> Scorer:
@@ -265,8 +267,20 @@ def run(case: Case, name: str, folder: Path, rank: int) -> None:
         resumed = prepared(case, **STRATEGIES[other])
         train(resumed, Case(**{**vars(case), "steps": 1}), rank=rank)  # what restore must replace
         course.resumed = go_on(resumed, case, stem, rank=rank)
+    course.overflow = overflow(parallel)
     if rank == 0:
         stem.with_suffix(".json").write_text(json.dumps(asdict(course)))
+
+
+def overflow(parallel: Parallel) -> tuple[float, bool]:
+    """The norm of a gradient that is not finite on rank 0, and whether weights were left as they were."""
+    before = {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
+    with parallel.accumulate(last=True):
+        scores = parallel.module(build_rows(pairs(), shared=True, pad_id=0))
+        parallel.backward(scores.logps.sum() * (1e38 if parallel.rank == 0 else 1.0))
+    norm = float(parallel.clip(CLIP))
+    parallel.zero_grad()
+    return norm, all(torch.equal(s["weight"], before[n]) for n, s in parallel.saved(moments=False))
 
 
 def go_on(parallel: Parallel, case: Case, stem: Path, *, rank: int | None) -> list[float]:
@@ -342,6 +356,15 @@ def test_two_ranks_take_the_steps_of_one_process(case: Case, name: str, two_rank
     assert expected.losses[-1] < expected.losses[0]
 
 
+@pytest.mark.parametrize(("case", "name"), COMBINED)
+def test_a_gradient_that_is_not_finite_is_told_before_any_weight_is_touched(
+    case: Case, name: str, two_ranks: Path
+) -> None:
+    norm, untouched = course(two_ranks / f"{case.name}-{name}.json").overflow
+    assert not math.isfinite(norm)
+    assert untouched
+
+
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_what_is_saved_is_the_same_whatever_the_strategy(
@@ -390,7 +413,6 @@ def _one_rank(_: int, folder: str) -> None:
     assert isinstance(parallel, Sharded)
     losses = go_on(parallel, LONG[0], Path(folder) / "full-zero3", rank=None)
     (Path(folder) / "full-fsdp.one").write_text(json.dumps(losses))
-    dist.destroy_process_group()
 
 
 def test_a_split_policy_of_two_ranks_goes_on_split_on_one(two_ranks: Path) -> None:
