@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import report
 from orchestrator.config import RunConfig
-from orchestrator.mlflow_client import without_secrets
+from orchestrator.mlflow_client import connect, without_secrets
 from orchestrator.points import result
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
+from orchestrator.registry import find_version
 from orchestrator.rewards import Judge
 from orchestrator.sweep import SweepConfig
 from orchestrator.train import finish, train_on_cluster
@@ -30,8 +31,8 @@ def best_trial(trials: Trials, sweep: SweepConfig) -> TrialRecord | None:
     return None
 
 
-def alias_of(base: RunConfig) -> str:
-    """What the promoted version is called in the registry."""
+def _alias_of(base: RunConfig) -> str:
+    """The alias that the promoted version asks for."""
     return base.tracking.alias or "best"
 
 
@@ -42,7 +43,7 @@ def promote(
     sweep, base = search.sweep, search.base
     anew = sweep.promote == "retrain"
     config = trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
-    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": alias_of(base)}
+    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": _alias_of(base)}
     update: dict[str, Any] = {"tracking": base.tracking.model_copy(update=named)}
     if anew:
         update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
@@ -60,6 +61,13 @@ def promote(
         lineage |= {"search.trials": str(len(search.trials)), "search.mlflow_run": search.tracker.run_id}
         finish(prepared, record, search=lineage)
     return record
+
+
+def told(run: RunRecord, tracking_uri: str) -> str:
+    """Where the promoted version is, with the aliases that it has: one that it asked for may be refused."""
+    assert run.registered is not None
+    aliases = find_version(connect(tracking_uri), run.registered).aliases
+    return f"registered as {run.registered}" + (f", alias {', '.join(sorted(aliases))}" if aliases else "")
 
 
 def _record_of(prepared: Prepared, search: "Searching", best: TrialRecord | None) -> RunRecord:

@@ -29,7 +29,7 @@ from orchestrator.matching import control_of, matched_beta
 from orchestrator.mlflow_client import first_line, without_secrets
 from orchestrator.placement import Kind, trial_bundles
 from orchestrator.prepare import Prepared
-from orchestrator.promoting import alias_of, best_trial, promote
+from orchestrator.promoting import best_trial, promote, told
 from orchestrator.record import RunRecord
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
@@ -290,7 +290,7 @@ class Searching:
             run = promote(self, best, service, judge)
             self.record.registered = run.registered
             tags["search.registered"] = str(run.registered)
-            self.console.print(f"registered as {run.registered}, alias {alias_of(self.base)}")
+            self.console.print(told(run, self.tracker.uri))
         self.tracker.set_tags(tags)
         # MLflow keeps the value of the last step, and a search that goes on may find a better one.
         self.tracker.log(sum(trial.ended for trial in self.trials), best.result)
