@@ -30,7 +30,9 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
 """How long a cluster that does not answer is asked again for the log of a job."""
 _RETRY_S = 1.0
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I)
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I
+)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = (mailbox.BOX, mailbox.NAMES)
 

@@ -180,6 +180,12 @@ def test_secrets_are_no_plain_variables(
     assert PASSWORD not in str(refused.value)
 
 
+def test_a_tokenizer_is_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with pytest.raises(UsageError, match="no job server"):
+        submit(["check", "run.yaml"], address="http://127.0.0.1:9", env=["TOKENIZERS_PARALLELISM"])
+
+
 def test_workers_get_what_the_job_was_given() -> None:
     given = {mailbox.NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
     assert secrets(given) == {"JUDGE_KEY": "a", "HF_TOKEN": "b"}
@@ -419,6 +425,16 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     found = subprocess.run(["grep", "-rIl", "--", PASSWORD, logs], capture_output=True, text=True)
     assert found.stdout == ""
     assert left_at(head, box) == 404  # taken out
+
+
+@pytest.mark.usefixtures("token")
+def test_secrets_are_handed_out_once(head: str) -> None:
+    client, _ = connect(head)
+    variables = {mailbox.BOX: "gcs://polyref-taken.zip"}
+    job = client.submit_job(entrypoint="polyref models list", runtime_env={"env_vars": variables})
+    until(lambda: client.get_job_info(job).status.is_terminal(), 120, lambda: client.get_job_logs(job))
+    assert client.get_job_info(job).driver_exit_code == 1
+    assert "polyref: the secrets of this job are gone" in client.get_job_logs(job)
 
 
 def left_at(head: str, box: str) -> int:
