@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-search test-strategies test-cluster check lint types floors wheel lock
+.PHONY: help install demo test test-long test-cluster check lint types floors wheel lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -35,14 +35,11 @@ ifdef PYTEST
 	$(TESTS) $(PYTEST)
 else
 	$(TESTS) -n 2 tests --ignore tests/orchestrator --ignore tests/references --ignore tests/cluster
-	$(TESTS) -m "not search and not strategies" tests/orchestrator tests/references  # on Ray, which fills a machine
+	$(TESTS) -m "not long" tests/orchestrator tests/references  # on Ray, which fills a machine
 endif
 
-test-search: install  ## whole searches that are stopped, killed and go on, some five minutes on 2 cores
-	$(TESTS) -m search tests/orchestrator
-
-test-strategies: install  ## whole runs with the policy in shards (FSDP2, DeepSpeed), some five minutes on 2 cores
-	$(TESTS) -m strategies tests/orchestrator
+test-long: install  ## searches and runs in shards, killed and gone on with, and jobs: some fifteen minutes on 2 cores
+	$(TESTS) -m long tests/orchestrator
 
 test-cluster: install  ## ray up, jobs and an autoscaler on hosts made on this machine (root on Linux), ten minutes
 	tests/cluster/run.sh $(BIN)/python

@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.tracking import read_metrics
 from orchestrator.train import train
 
-pytestmark = pytest.mark.strategies
+pytestmark = pytest.mark.long
 
 STEPS = 20
 FSDP = {"workers": 2, "strategy": "fsdp"}

@@ -337,6 +337,7 @@ def details(address: str) -> list[dict[str, Any]]:
     return [job for job in answer.json() if job["submission_id"]]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unclaimed")
 def test_a_missing_or_wrong_token_is_one_message(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -350,6 +351,7 @@ def test_a_missing_or_wrong_token_is_one_message(
         connect(head)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token")
 def test_the_log_is_streamed_and_the_exit_code_is_the_jobs(
     head: str, folder: Path, tiny_llama_folder: Path, capfd: pytest.CaptureFixture[str]
@@ -396,6 +398,7 @@ def tracking() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token", "folder")
 def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     head: str,
@@ -427,6 +430,7 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     assert left_at(head, box) == 404  # taken out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token")
 def test_secrets_are_handed_out_once(head: str) -> None:
     client, _ = connect(head)
@@ -443,6 +447,7 @@ def left_at(head: str, box: str) -> int:
     return requests.get(f"{head}/api/packages/gcs/{name}", headers=bearer(), timeout=30).status_code
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token", "folder")
 def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
     head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -458,6 +463,7 @@ def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
     until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token", "folder")
 def test_a_job_that_is_stopped_by_somebody_is_said_to_be(
     head: str, capfd: pytest.CaptureFixture[str]
@@ -479,6 +485,7 @@ def test_a_job_that_is_stopped_by_somebody_is_said_to_be(
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("token", "folder")
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: str) -> None:
     command = [sys.executable, "-m", "orchestrator", "submit", "--address", head, "--", "check", "run.yaml"]
@@ -501,6 +508,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
     until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
 
 
+@pytest.mark.long
 def test_secrets_that_nobody_takes_are_forgotten(head: str, unclaimed: tuple[str, float]) -> None:
     box, since = unclaimed
     time.sleep(max(0.0, since + 65 - time.monotonic()))  # asking keeps it anew

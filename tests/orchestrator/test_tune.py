@@ -20,7 +20,7 @@ from orchestrator.tracking import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 from orchestrator.tune import tune
 
-pytestmark = [pytest.mark.search, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cluster")]
 
 
 def sweep_of(run: RunConfig, name: str, space: dict[str, Any], **settings: Any) -> SweepConfig:

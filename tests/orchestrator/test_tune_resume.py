@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from orchestrator.tracking import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 
-pytestmark = pytest.mark.search
+pytestmark = pytest.mark.long
 STEPS = 40
 
 
