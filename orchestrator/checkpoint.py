@@ -1,8 +1,8 @@
 """Checkpoints: the trained weights, the optimizer, and where the run stands. safetensors and JSON only.
 
 Weights and moments are whole in the files, whatever shards they lived in: each rank writes every n-th of
-them. So a checkpoint goes on under another strategy and another number of workers, and no rank ever holds more
-than its share of it.
+them. So a checkpoint goes on under another strategy and another number of workers, and no rank ever holds
+more than its share of it.
 """
 
 import json

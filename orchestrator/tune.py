@@ -25,11 +25,13 @@ from orchestrator.references.service import ROUTER_CPUS, ReferenceService
 from orchestrator.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.search import sampled
 from orchestrator.searching import Searching
+from orchestrator.storage import is_uri, refuse_unshared
 from orchestrator.sweep import SweepConfig
 from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials
 from orchestrator.worker import total_steps
+from preferences.buckets import without_options
 from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space
 
@@ -81,6 +83,7 @@ def tune(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False)
             return done.record
         with connected(wait_minutes=base.placement.wait_minutes):
             slots = _slots(sweep, base)
+            refuse_unshared(base.storage_path)
             search = searching(Kind.of(nodes()).device_type)
             if retry_failed:
                 _retry(search.trials)
@@ -113,6 +116,11 @@ def _base(sweep: SweepConfig) -> RunConfig:
     One replica scores the policy's own start for all trials, where each trial would score it for itself.
     """
     base = with_resolved_paths(sweep.base, base=Path.cwd())
+    if is_uri(base.storage_path):
+        raise UsageError(
+            f"storage_path {without_options(base.storage_path)} is a URI, and a search keeps its journal in "
+            "a folder: name one that all nodes share, such as a mounted bucket"
+        )
     start = {name: getattr(base.policy, name) for name in ModelConfig.model_fields}
     models = {
         name: ReferenceConfig(**start) if reference.in_process else reference

@@ -7,6 +7,7 @@ import datasets
 import fsspec
 import pandas
 import pytest
+from bucket import Bucket, object_store
 
 from preferences.config import DataConfig
 from preferences.load import load_pairs, load_splits
@@ -114,6 +115,66 @@ def test_uri():
         file.write("".join(json.dumps(row) + "\n" for row in ROWS))
     assert said(load("memory://polyref/a.jsonl")) == EXPECTED
     assert said(load("memory://polyref")) == EXPECTED
+
+
+@pytest.fixture(scope="module")
+def store():
+    with object_store() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(store, monkeypatch):
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    return Bucket()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.tsv", "a.parquet", "splits"])
+def test_an_object_store_says_the_same(bucket, tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    for file in sorted(path for path in (tmp_path, *tmp_path.rglob("*")) if path.is_file()):
+        bucket.put(f"data/{file.relative_to(tmp_path)}", file.read_bytes())
+    near, far = load(tmp_path / name), load(f"{bucket.uri}/data/{name}")
+    assert said(far) == EXPECTED
+    assert far.digest == near.digest
+    places = [pair.source.replace(str(tmp_path), f"{bucket.uri}/data") for pair in near.pairs]
+    assert [pair.source for pair in far.pairs] == places
+
+
+def test_an_object_stores_folder_and_rows_are_named(bucket, tmp_path):
+    for number in (1, 0):
+        bucket.put(
+            f"data/part-{number}.jsonl", jsonl(tmp_path / "a.jsonl", ROWS[number : number + 1]).read_bytes()
+        )
+    loaded = load(f"{bucket.uri}/data?region=us-east-1")
+    assert said(loaded) == EXPECTED[:2]
+    assert loaded.pairs[0].source == f"{bucket.uri}/data/part-0.jsonl:1"
+    bucket.put("data/part-2.jsonl", b'{"prompt": "Q", "chosen": "a", "rejected": "b"}\n{"prompt":\n')
+    with pytest.raises(BadRow) as refused:
+        load(f"{bucket.uri}/data")
+    assert str(refused.value).startswith(f"{bucket.uri}/data/part-2.jsonl:2: the line is not valid JSON")
+
+
+def test_an_object_store_that_gives_nothing(bucket, monkeypatch):
+    with pytest.raises(DataError, match=r"s3://bucket-\w+/train.jsonl: there is no such file or folder"):
+        load(f"{bucket.uri}/train.jsonl")
+    with pytest.raises(DataError, match=r"s3://no-such-bucket/a.jsonl: there is no such file or folder"):
+        load("s3://no-such-bucket/a.jsonl")
+    with pytest.raises(
+        DataError, match=r"abfss://c/a.jsonl: cannot be read \(.*account name\); check the name"
+    ):
+        load("abfss://c/a.jsonl")
+    with pytest.raises(
+        DataError, match=r"az://c/a.jsonl: a package .* is missing \(Install adlfs .*pip install"
+    ):
+        load("az://c/a.jsonl")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(DataError) as refused:
+        load(f"s3://someone:hidden@{bucket.name}/a.jsonl?region=us-east-1")
+    assert str(refused.value).startswith(f"{bucket.uri}/a.jsonl: cannot be read (")
+    assert "AWS_ACCESS_KEY_ID" in str(refused.value)
+    assert "hidden" not in str(refused.value)
 
 
 def test_folder_of_files_in_order_of_name(tmp_path):
