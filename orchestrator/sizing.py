@@ -441,9 +441,10 @@ def _counted(model: "nn.Module") -> Shape:
     from torch import nn
 
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=_weights)
-    each = [_weights(layer) for layer in layers]
-    heads, hidden = text.num_attention_heads, text.hidden_size
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    each = [_weights(layer) for layer in max(lists, key=_weights, default=())]
+    hidden = text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or 1
     experts = getattr(text, "num_experts_per_tok", None) or 1
     wide = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
     wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
@@ -454,7 +455,7 @@ def _counted(model: "nn.Module") -> Shape:
         attention=heads * (getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=text.vocab_size,
         body=sum(each),
-        layer=max(each),
+        layer=max(each, default=0),
         root=_weights(model) - sum(each),
     )
 

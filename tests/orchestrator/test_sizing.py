@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PreTrainedModel
 
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelConfig, ModelError
@@ -106,6 +106,21 @@ def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> No
 @pytest.mark.parametrize("build", [tiny.llama, tiny.qwen, tiny.gpt2])
 def test_tied_weights_count_once(build: Callable[..., PreTrainedModel]) -> None:
     model = build()
+    assert _counted(model).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_experts_are_all_held_and_few_are_used() -> None:
+    settings = MixtralConfig(**tiny.llama_config().to_diff_dict(), num_local_experts=4, num_experts_per_tok=2)
+    model = AutoModelForCausalLM.from_config(settings)
+    shape = _counted(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.body > 4 * settings.num_hidden_layers * 3 * 32 * 64  # every expert's three matrices
+    assert shape.intermediate == 2 * settings.intermediate_size
+
+
+def test_a_model_without_attention_heads_is_counted_too() -> None:
+    settings = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    model = AutoModelForCausalLM.from_config(settings)
     assert _counted(model).parameters == sum(p.numel() for p in model.parameters())
 
 

@@ -6,10 +6,10 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,58 +36,66 @@ PASSWORD = "correct horse battery"
 Machine = Callable[[str], None]
 
 
-@contextmanager
-def _serving(documented: str, folder: Path, database: Path) -> Iterator[str]:
-    """Run a documented block with its folder and port replaced."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert "/shared/polyref/mlflow" in documented
-    assert "--port 5000" in documented
-    commands = documented.replace("/shared/polyref/mlflow", str(folder))
-    commands = commands.replace("--port 5000", f"--port {port}").replace("--workers 2", "--workers 1")
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes(database.read_bytes())
-    settings = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    settings |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    settings["PATH"] = f"{ROOT / '.venv' / 'bin'}:{settings['PATH']}"
-    with (folder / "server.log").open("wb") as said:
-        process = subprocess.Popen(
-            ["bash", "-euc", commands],
-            cwd=folder,
-            env=settings,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
-        try:
-            uri = f"http://127.0.0.1:{port}"
-            _wait_for(uri, process, folder / "server.log")
-            yield uri
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+class Server:
+    """A documented block, run with its folder and port replaced."""
 
+    def __init__(self, documented: str, folder: Path, database: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        assert "/shared/polyref/mlflow" in documented
+        assert "--port 5000" in documented
+        commands = documented.replace("/shared/polyref/mlflow", str(folder))
+        commands = commands.replace("--port 5000", f"--port {port}").replace("--workers 2", "--workers 1")
+        folder.mkdir()
+        (folder / "mlflow.db").write_bytes(database.read_bytes())
+        settings = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        settings |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        settings["PATH"] = f"{Path(sys.executable).parent}:{settings['PATH']}"
+        self.uri, self.folder, self._log = f"http://127.0.0.1:{port}", folder, folder / "server.log"
+        with self._log.open("wb") as said:
+            command = ["bash", "-euc", commands]
+            self._process = subprocess.Popen(
+                command, cwd=folder, env=settings, stdout=said, stderr=said, start_new_session=True
+            )
 
-def _wait_for(uri: str, process: subprocess.Popen[bytes], said: Path) -> None:
-    while True:
-        assert process.poll() is None, said.read_text()
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.2)
+    def answering(self) -> "Server":
+        """Wait until it does."""
+        while True:
+            assert self._process.poll() is None, self._log.read_text()
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return self
+            except OSError:
+                time.sleep(0.2)
+
+    def stop(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.wait()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "mlflow"
+def servers(
+    store_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Server]]:
+    """Without and with passwords, started at the same time."""
+    place = tmp_path_factory.mktemp("servers")
+    guarded = WITH_PASSWORDS.replace("a-long-password", f"'{PASSWORD}'")
+    assert PASSWORD in guarded
+    pair = Server(PLAIN, place / "open", store_template), Server(guarded, place / "guarded", store_template)
+    yield pair
+    for one in pair:
+        one.stop()
 
 
-@pytest.fixture(scope="module")
-def server(store_template: Path, folder: Path) -> Iterator[str]:
-    with _serving(PLAIN, folder, store_template) as uri:
-        yield uri
+@pytest.fixture
+def server(servers: tuple[Server, Server]) -> str:
+    return servers[0].answering().uri
+
+
+@pytest.fixture
+def folder(servers: tuple[Server, Server]) -> Path:
+    return servers[0].folder
 
 
 @pytest.fixture
@@ -241,26 +249,24 @@ def test_a_damaged_download_says_which_copy(
 
 
 def test_names_and_passwords_come_from_the_environment(
-    store_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    servers: tuple[Server, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documented = WITH_PASSWORDS.replace("a-long-password", f"'{PASSWORD}'")
-    assert PASSWORD in documented
-    with _serving(documented, tmp_path / "server", store_template) as uri:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        for password in (None, "wrong"):
-            if password:
-                monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-            refused = _models("list")
-            assert isinstance(refused.exception, UsageError)
-            assert "knows no such user: set MLFLOW_TRACKING_USERNAME and" in str(refused.exception)
-        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-        tracker = Tracker.resume_or_start(None, name="a-run", uri=uri, folder=tmp_path / "run")
-        (tmp_path / "loss.png").write_bytes(b"png")
-        tracker.log_files([tmp_path / "loss.png"], "plots")
-        (uploaded,) = (tmp_path / "server" / "artifacts").rglob("loss.png")
-        assert uploaded.read_bytes() == b"png"
-        assert "no models are registered yet" in _models("list").stderr
+    guarded = servers[1].answering()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    for password in (None, "wrong"):
+        if password:
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        refused = _models("list")
+        assert isinstance(refused.exception, UsageError)
+        assert "knows no such user: set MLFLOW_TRACKING_USERNAME and" in str(refused.exception)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    tracker = Tracker.resume_or_start(None, name="a-run", uri=guarded.uri, folder=tmp_path / "run")
+    (tmp_path / "loss.png").write_bytes(b"png")
+    tracker.log_files([tmp_path / "loss.png"], "plots")
+    (uploaded,) = (guarded.folder / "artifacts").rglob("loss.png")
+    assert uploaded.read_bytes() == b"png"
+    assert "no models are registered yet" in _models("list").stderr
 
 
 def test_a_name_that_the_server_does_not_know(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
