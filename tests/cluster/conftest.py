@@ -1,39 +1,47 @@
-"""Two machines and a laptop on a network of their own, with a folder that they share."""
+"""Hosts on a network of their own, with a folder that they share."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from tests.cluster.hosts import LOGS, Host, lay_bridge
+from tests.cluster.runs import furnish
 
 
-class Site(NamedTuple):
-    """The hosts, the key that opens them, and where the shared folder lies outside them."""
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared folder as it is seen outside the hosts, with what runs read."""
+    folder = tmp_path_factory.mktemp("shared")
+    furnish(folder)
+    return folder
 
-    head: Host
-    worker: Host
-    laptop: Host
-    key: Path
-    shared: Path
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's key, which opens every host; its public half lies beside it."""
+    path = tmp_path_factory.mktemp("key") / "id_ed25519"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bridge() -> None:
+    """What hosts are plugged into; it goes with the world that run.sh makes."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    lay_bridge()
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Machines with the locked environment on them, since there is no network to install it from."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    folder = tmp_path_factory.mktemp("site")
-    (shared := folder / "shared").mkdir()
-    key = folder / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    lay_bridge()
+def new_host(bridge: None, shared: Path, key: Path) -> Iterator[Callable[[int, str], Host]]:
+    """`new_host(number, name)`, ended with its test module."""
     hosts: list[Host] = []
-    try:
-        for number, name in ((2, "head"), (3, "worker"), (4, "laptop")):
-            hosts.append(Host(number, name, shared, key.with_suffix(".pub").read_text().strip()))
-        yield Site(*hosts, key, shared)
-    finally:
-        for host in hosts:
-            host.end()
+
+    def start(number: int, name: str) -> Host:
+        hosts.append(Host(number, name, shared, key.with_suffix(".pub").read_text().strip()))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        host.end()

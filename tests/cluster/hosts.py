@@ -47,10 +47,17 @@ exec chroot $root /usr/sbin/sshd -D -e -f /dev/null -o PidFile=none -o UsePAM=no
 
 
 class Host:
-    """One of them."""
+    """One of them. `environment` is that of commands that are run there, not of those that come by ssh."""
 
     def __init__(self, number: int, name: str, shared: Path, public_key: str) -> None:
         """`number` ends its address on the world's bridge; it accepts ssh by the key, as root."""
+        self.environment = {
+            "HOME": HOME,
+            "USER": "root",
+            "PATH": f"{VENV / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "LANG": "C.UTF-8",
+            "TERM": "dumb",
+        }
         self.name, self.address = name, f"{NETWORK}.{number}"
         self._log = LOGS / f"{name}.log"
         environment = {
@@ -109,20 +116,18 @@ class Host:
     ) -> subprocess.Popen[bytes]:
         with log.open("w") as out:
             return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that Ctrl-C can be meant for all of it
             )
 
     def _inside(self, command: str) -> list[str]:
         init = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()[0]
-        settings = {
-            "HOME": HOME,
-            "USER": "root",
-            "PATH": f"{VENV / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-            "LANG": "C.UTF-8",
-            "TERM": "dumb",
-        }
         enter = ["nsenter", "--target", init, *_NAMESPACES, "--root", "--wd"]
-        pairs = [f"{name}={value}" for name, value in settings.items()]
+        pairs = [f"{name}={value}" for name, value in self.environment.items()]
         return [*enter, "env", "-i", *pairs, "bash", "-c", f"cd {HOME}; {command}"]
 
     def _plug_in(self, cable: str) -> None:
@@ -147,3 +152,18 @@ def lay_bridge() -> None:
     """The cable channel that the hosts are plugged into."""
     subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
     subprocess.run(["ip", "link", "set", BRIDGE, "up"], check=True)
+
+
+def succeeds(done: tuple[int, str]) -> str:
+    """What a command printed that must not fail."""
+    code, output = done
+    assert code == 0, output
+    return output
+
+
+def until(met: Callable[[], bool], state: Callable[[], object]) -> None:
+    """Wait for something that takes at most two minutes; `state` is shown if it does not come."""
+    deadline = time.monotonic() + 120
+    while not met():
+        assert time.monotonic() < deadline, state()
+        time.sleep(1)

@@ -1,46 +1,41 @@
 """From a laptop to machines of one's own, by the commands of the docs: up, jobs, the registry, down."""
 
 import json
-import random
+import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import yaml
 
-from tests.cluster.conftest import Site
-from tests.cluster.hosts import LOGS, NETWORK, ROOT, SHARED, VENV, Host
+from tests.cluster.hosts import LOGS, NETWORK, ROOT, SHARED, VENV, Host, succeeds, until
+from tests.cluster.runs import RUN
 
 pytestmark = pytest.mark.cluster
 
 ON_PREMISES = ROOT / "configs" / "clusters" / "on-premises.yaml"
 JOBS = "http://127.0.0.1:8265"
-RUN: dict[str, Any] = {
-    "name": "sentiment",
-    "policy": {"model": f"{SHARED}/models/policy", "adapter": {"r": 4, "alpha": 8}},
-    "references": {
-        "primary": "base",
-        "models": {"base": {"model": "policy"}, "other": {"model": f"{SHARED}/models/other"}},
-    },
-    "data": {
-        "train": f"{SHARED}/pairs.jsonl",
-        "eval_fraction": 0.25,
-        "max_length": 256,
-        "max_prompt_length": 64,
-    },
-    "loss": {"preset": "mrpo", "soft_label": {"type": "geometric"}},
-    "training": {"max_steps": 4, "pairs_per_step": 8, "learning_rate": 1e-2, "save_every": 2},
-    # Machines have two cores, so that each has room for one worker.
-    "parallel": {"workers": 2, "resources": {"cpu": 1.5}},
-    "evaluation": {"every_steps": 2},
-    "tracking": {"registered_model": "sentiment"},
-    "storage_path": f"{SHARED}/runs",
+RUN_FILE = RUN | {"parallel": {"workers": 2, "resources": {"cpu": 1.5}}}
+"""Machines have two cores, so that each has room for one worker."""
+SWEEP = {
+    "name": "search",
+    "run": RUN,
+    "space": {"loss.beta": {"loguniform": [0.05, 0.5]}},
+    "search": {"algorithm": "random", "trials": 2},
+    "objective": "eval/accuracy",
 }
+
+
+class Site(NamedTuple):
+    """Two machines and a laptop."""
+
+    head: Host
+    worker: Host
+    laptop: Host
 
 
 def _cluster_file(site: Site) -> str:
@@ -57,50 +52,25 @@ def _cluster_file(site: Site) -> str:
     return text
 
 
-def _pairs(count: int = 48) -> str:
-    draw = random.Random(0)
-    words = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]
-    rows = []
-    for number in range(count):
-        chosen, rejected = (" ".join(draw.choices(words, k=draw.randint(1, 8))) for _ in range(2))
-        label = round(draw.uniform(0.5, 1), 2)
-        row = {"prompt": f"Film {number % 16} is ", "chosen": chosen, "rejected": rejected}
-        rows.append(json.dumps(row | {"soft_label": label}))
-    return "\n".join(rows) + "\n"
-
-
-def _furnish(site: Site) -> None:
-    """What users have: data and models on the shared folder, files on the laptop, a role for a machine."""
-    for number, name in enumerate(("policy", "other")):
-        tiny.save(site.shared / "models" / name, tiny.llama(seed=number), tiny.byte_tokenizer())
-    (site.shared / "pairs.jsonl").write_text(_pairs())
-    sweep = {
-        "name": "search",
-        "run": RUN | {"parallel": {"workers": 1}},
-        "space": {"loss.beta": {"loguniform": [0.05, 0.5]}},
-        "search": {"algorithm": "random", "trials": 2},
-        "objective": "eval/accuracy",
-    }
+@pytest.fixture(scope="module")
+def site(new_host: Callable[[int, str], Host], key: Path) -> Site:
+    """As they are before `ray up`: files on the laptop, an environment on the machines, a role for one."""
+    site = Site(new_host(2, "head"), new_host(3, "worker"), new_host(4, "laptop"))
     files = {
-        ".ssh/id_ed25519": (site.key).read_text(),
+        ".ssh/id_ed25519": key.read_text(),
         "cluster.yaml": _cluster_file(site),
-        "work/run.yaml": yaml.safe_dump(RUN),
+        "work/run.yaml": yaml.safe_dump(RUN_FILE),
         "work/bad.yaml": yaml.safe_dump(RUN | {"loss": {"preset": "mallow_theta"}}),
-        "work/sweep.yaml": yaml.safe_dump(sweep),
+        "work/sweep.yaml": yaml.safe_dump(SWEEP),
     }
     for name, content in files.items():
         site.laptop.write(name, content)
     for host in (site.head, site.worker):
-        # The environment that the cluster file's setup would install, had they a network.
+        # What the cluster file's setup would install, had they a network.
         stamp = f"(cd {ROOT} && sha256sum pyproject.toml constraints.txt) > ~/polyref/.venv/installed"
-        _succeeds(host.run(f"mkdir ~/polyref && ln -s {VENV} ~/polyref/.venv && {stamp}"))
+        succeeds(host.run(f"mkdir ~/polyref && ln -s {VENV} ~/polyref/.venv && {stamp}"))
     site.worker.write("polyref-roles", '{"polyref_trainer": 1}')
-
-
-def _succeeds(done: tuple[int, str]) -> str:
-    code, output = done
-    assert code == 0, output
-    return output
+    return site
 
 
 def _kept(name: str, done: tuple[int, str]) -> tuple[int, str]:
@@ -112,12 +82,11 @@ def _kept(name: str, done: tuple[int, str]) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def up(site: Site) -> Host:
     """The laptop after `ray up`, when all machines are there."""
-    _furnish(site)
     laptop = site.laptop
-    _succeeds(laptop.run("ray get-auth-token --generate"))
+    succeeds(laptop.run("ray get-auth-token --generate"))
     # In a checkout, whose folders the cluster file names.
-    _succeeds(_kept("ray-up", laptop.run(f"cd {ROOT} && ray up --yes ~/cluster.yaml", timeout=180)))
-    _until(lambda: _nodes(laptop) == 2, lambda: laptop.run("ray exec cluster.yaml 'ray status -v'"))
+    succeeds(_kept("ray-up", laptop.run(f"cd {ROOT} && ray up --yes ~/cluster.yaml", timeout=180)))
+    until(lambda: _nodes(laptop) == 2, lambda: laptop.run("ray exec cluster.yaml 'ray status -v'"))
     return laptop
 
 
@@ -125,7 +94,7 @@ def up(site: Site) -> Host:
 def tunnel(up: Host) -> subprocess.Popen[bytes]:
     """To where jobs are submitted, in a second terminal of the laptop's."""
     process = up.start("ray dashboard cluster.yaml")
-    _until(lambda: up.run(f"curl --silent {JOBS}")[0] == 0, lambda: process.poll())
+    until(lambda: up.run(f"curl --silent {JOBS}")[0] == 0, lambda: process.poll())
     return process
 
 
@@ -133,13 +102,6 @@ def tunnel(up: Host) -> subprocess.Popen[bytes]:
 def laptop(up: Host, tunnel: subprocess.Popen[bytes]) -> Host:
     """With a cluster that takes jobs."""
     return up
-
-
-def _until(met: Callable[[], bool], state: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not met():
-        assert time.monotonic() < deadline, state()
-        time.sleep(1)
 
 
 def _nodes(laptop: Host) -> int:
@@ -159,25 +121,25 @@ def _job(laptop: Host, name: str, command: str) -> tuple[int, str]:
     return _kept(name, laptop.run(f"cd work && {submit}", timeout=300))
 
 
-def _listed(laptop: Host, site: Site, what: str) -> list[dict[str, Any]]:
+def _listed(laptop: Host, shared: Path, what: str) -> list[dict[str, Any]]:
     """What Ray knows of its actors or nodes, those that have ended included."""
     out = f"{what}.json"
-    _succeeds(laptop.run(f"ray exec cluster.yaml 'ray list {what} --format json --detail > {SHARED}/{out}'"))
-    listed: list[dict[str, Any]] = json.loads((site.shared / out).read_text())
+    succeeds(laptop.run(f"ray exec cluster.yaml 'ray list {what} --format json --detail > {SHARED}/{out}'"))
+    listed: list[dict[str, Any]] = json.loads((shared / out).read_text())
     return listed
 
 
-def test_a_job_trains_on_both_machines(laptop: Host, site: Site) -> None:
-    log = _succeeds(_job(laptop, "train", "polyref train run.yaml"))
+def test_a_job_trains_on_both_machines(laptop: Host, site: Site, shared: Path) -> None:
+    log = succeeds(_job(laptop, "train", "polyref train run.yaml"))
     assert "training: 4/4" in log
     assert "registered as models:/sentiment/1" in log
-    where = {node["node_id"]: node["node_ip"] for node in _listed(laptop, site, "nodes")}
+    where = {node["node_id"]: node["node_ip"] for node in _listed(laptop, shared, "nodes")}
     homes: dict[str, set[str]] = {}
-    for actor in _listed(laptop, site, "actors"):
+    for actor in _listed(laptop, shared, "actors"):
         homes.setdefault(actor["class_name"], set()).add(where[actor["node_id"]])
     assert homes["RayTrainWorker"] == {site.head.address, site.worker.address}
     assert homes["Replica"] == {site.head.address}  # the only one with the references' role
-    assert (site.shared / "runs" / "sentiment" / "metrics.jsonl").exists()
+    assert (shared / "runs" / "sentiment" / "metrics.jsonl").exists()
 
 
 def test_a_bad_run_file_is_told_in_the_log(laptop: Host) -> None:
@@ -195,8 +157,8 @@ def test_without_the_token_nobody_submits(laptop: Host) -> None:
     assert "401" in log or "authentication" in log.lower()
 
 
-def test_a_search_is_a_second_job(laptop: Host, site: Site) -> None:
-    log = _succeeds(_kept("tune", laptop.run("cd work && polyref submit -- tune sweep.yaml", timeout=300)))
+def test_a_search_is_a_second_job(laptop: Host) -> None:
+    log = succeeds(_kept("tune", laptop.run("cd work && polyref submit -- tune sweep.yaml", timeout=300)))
     assert "trial 1 finished" in log
     assert "trial 2 finished" in log
     assert "registered as models:/sentiment/2, alias best" in log
@@ -204,17 +166,17 @@ def test_a_search_is_a_second_job(laptop: Host, site: Site) -> None:
 
 def test_the_registry_is_the_laptops_too(laptop: Host, site: Site) -> None:
     there = f"export MLFLOW_TRACKING_URI=http://{site.head.address}:5000"
-    table = _succeeds(laptop.run(f"{there}; polyref models list"))
+    table = succeeds(laptop.run(f"{there}; polyref models list"))
     versions = [line.split("\t")[:3] for line in table.splitlines() if line.startswith("sentiment")]
     assert sorted(versions) == [["sentiment", "1", ""], ["sentiment", "2", "best"]]
-    _succeeds(laptop.run(f"{there}; polyref models get sentiment@best --to best"))
-    _succeeds(laptop.run("test -s best/model.safetensors -a -s best/tokenizer.json"))
+    succeeds(laptop.run(f"{there}; polyref models get sentiment@best --to best"))
+    succeeds(laptop.run("test -s best/model.safetensors -a -s best/tokenizer.json"))
 
 
 def test_down_leaves_nothing(laptop: Host, site: Site, tunnel: subprocess.Popen[bytes]) -> None:
-    tunnel.send_signal(signal.SIGINT)
+    os.killpg(tunnel.pid, signal.SIGINT)
     tunnel.wait(30)
-    _succeeds(_kept("ray-down", laptop.run("ray down --yes cluster.yaml", timeout=120)))
+    succeeds(_kept("ray-down", laptop.run("ray down --yes cluster.yaml", timeout=120)))
     for host in (site.head, site.worker):
         # The other machines' Ray ends by itself once its head has been away for a minute.
-        _until(lambda host=host: not host.processes(), host.processes)
+        until(lambda host=host: not host.processes(), host.processes)
