@@ -8,11 +8,13 @@ import signal
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import ray
+import yaml
 from ray._common.utils import get_ray_address_file
 
 from orchestrator import mailbox
@@ -65,8 +67,6 @@ _SECRET = (
 )
 _NODE_TYPE = "ray.io/node-group"
 """The label that Ray gives a node with the name of its type in the cluster file."""
-_UNLIMITED = 64
-"""Nodes of a type without a limit that are counted with."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
@@ -179,17 +179,27 @@ def nodes() -> list[dict[str, float]]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     started = Counter(node.get("Labels", {}).get(_NODE_TYPE) for node in alive)
     return [node["Resources"] for node in alive] + [
-        dict(kind.resources)
-        for kind in _node_types()
-        for _ in range((_UNLIMITED if kind.max_count == -1 else kind.max_count) - started[kind.name])
+        dict(kind["resources"])
+        for name, kind in _node_types().items()
+        for _ in range(kind["max_workers"] - started[name])
     ]
 
 
-def _node_types() -> Sequence[Any]:
-    """What the autoscaler says it may start, but for one's own machines, whose size it cannot know."""
-    # Where Ray Train and Ray Data look it up too; there is no public way.
-    config = ray._private.state.state.get_cluster_config()
-    return [kind for kind in config.node_group_configs if kind.resources] if config is not None else []
+def _node_types() -> Mapping[str, Any]:
+    """What the cluster file lets the autoscaler start, but for one's own machines, whose size it cannot know.
+
+    Ray has an answer of its own (`get_cluster_config`) that its open source never fills, so the file is read
+    that the autoscaler of this cluster was started with; it runs on the head, as submitted jobs do.
+    """
+    autoscaler = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        files = [word.partition("=")[2] for word in command if word.startswith("--autoscaling-config=")]
+        if autoscaler in command and files:
+            config = yaml.safe_load(Path(files[0]).expanduser().read_text(encoding="utf-8"))
+            kinds = config["available_node_types"]
+            return {n: k for n, k in kinds.items() if k.get("resources") and n != config["head_node_type"]}
+    return {}
 
 
 def _start_timeout(minutes: float) -> dict[str, str]:
