@@ -135,8 +135,8 @@ def _check_device(config: ModelConfig, device: torch.device, trainable: bool) ->
     # After one forward pass in eval mode bitsandbytes' CPU kernels no longer pass gradients on.
     if trainable and config.quantization != "none":
         raise ModelError(
-            f"{config.model}: a quantised policy trains on a GPU only, and its weights cannot be split over "
-            "workers; set quantization: none, or run on a GPU with parallel.strategy: ddp"
+            f"{config.model}: a quantised policy trains on a GPU only; set quantization: none, or run on a "
+            "GPU with parallel.strategy: ddp (quantised weights cannot be split over workers)"
         )
 
 
