@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -78,6 +79,29 @@ def refuse_unwritable(storage_path: str) -> None:
             f"storage_path {shown} cannot be written ({buckets.reason(error)}); "
             f"{buckets.remedy(storage_path)}"
         ) from None
+
+
+def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
+    """Ray Train's `storage_filesystem` and `storage_path` of a run's checkpoints.
+
+    Ray's own processes do not get the keys that the command has in its environment, so the filesystem takes
+    them along; it crosses processes in memory and is never written.
+    """
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    where = urlsplit(kept_at)
+    if where.scheme != "s3" or "@" in where.netloc or not key or not secret:
+        return None, kept_at
+    store, path = buckets.opened(kept_at)
+    named = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    options = {"endpoint_override": named.netloc, "scheme": named.scheme} if named.netloc else {}
+    options |= {k: v for k, v in parse_qsl(where.query) if k in ("endpoint_override", "scheme")}
+    session = os.environ.get("AWS_SESSION_TOKEN")
+    return (
+        pafs.S3FileSystem(
+            access_key=key, secret_key=secret, session_token=session, region=store.region, **options
+        ),
+        path,
+    )
 
 
 # ---- one storage for all nodes ----

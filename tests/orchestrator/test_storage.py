@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -215,6 +216,22 @@ def test_storage_that_cannot_be_written(bucket, tmp_path):
     ):
         with pytest.raises(UsageError, match=f"storage_path {place} {said}"):
             storage.refuse_unwritable(place)
+
+
+def test_ray_gets_the_keys_of_the_command(bucket, monkeypatch):
+    endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    for place in ("one", f"one?endpoint_override={endpoint}&scheme=http"):
+        store, path = storage.for_ray(f"{bucket.uri}/{place}")
+        crossed = pickle.dumps(store)
+        with monkeypatch.context() as elsewhere:
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+                elsewhere.delenv(name)
+            with pickle.loads(crossed).open_output_stream(f"{path}/file") as stream:
+                stream.write(b"written")
+        assert bucket.get("one/file") == b"written"
+    assert storage.for_ray("/a/folder") == (None, "/a/folder")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")  # nodes have roles of their own
+    assert storage.for_ray(f"{bucket.uri}/one") == (None, f"{bucket.uri}/one")
 
 
 def test_a_key_in_a_uri_is_not_shown(bucket):
