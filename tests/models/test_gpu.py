@@ -1,15 +1,19 @@
 """What only a GPU can show: FlexAttention's masks, bfloat16 kernels, fused AdamW."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.multiprocessing as mp
 from plain_logits import GROUPS, assert_equal_gradients, gradients, weighted
 from transformers import PreTrainedModel
 
 from models.logprobs import Scorer
-from models.parallel import prepare
+from models.parallel import prepare, shards
 from models.rows import build_rows
 
 pytestmark = [
@@ -56,3 +60,41 @@ def test_fused_adamw_steps_as_the_plain_one() -> None:
         states.append({name: state["weight"].cpu() for name, state in parallel.saved()})
     drift = torch.cat([(states[0][n] - w).flatten() for n, w in states[1].items()])
     assert drift.abs().mean() < 1e-4
+
+
+def steps(**strategy: Any) -> list[float]:
+    """What three steps of one process in shards, or with the optimizer in main memory, lower the sum by."""
+    stage, offload = strategy.get("zero_stage", 2), strategy.get("offload", False)
+    early = shards(strategy.get("strategy", "ddp"), stage, workers=1, offload=offload)
+    model = tiny.llama().to("cpu" if early else "cuda").train()
+    parallel = prepare(Scorer(model), device=torch.device("cuda", 0), learning_rate=1e-2, **strategy)
+    rows, sums = build_rows(GROUPS, shared=True, pad_id=0).to("cuda"), []
+    for _ in range(3):
+        with parallel.accumulate(last=True):
+            loss = -parallel.module(rows, entropy=True).logps.sum()
+            parallel.backward(loss)
+        parallel.clip(1.0)
+        parallel.step()
+        parallel.zero_grad()
+        sums.append(float(loss.detach()))
+    assert all(torch.isfinite(state["weight"]).all() for _, state in parallel.saved())
+    parallel.unwrapped.eval()
+    written = parallel.unwrapped.generate(rows.input_ids[:1, :4], max_new_tokens=2, pad_token_id=0)
+    assert written.shape[1] > 4
+    return sums
+
+
+def _strategies(_: int, file: str) -> None:
+    zero = [
+        {"strategy": "deepspeed", "zero_stage": s, "offload": o} for s in (1, 2, 3) for o in (False, True)
+    ]
+    found = [steps(**strategy) for strategy in ({}, {"strategy": "fsdp", "offload": True}, *zero)]
+    Path(file).write_text(json.dumps(found))
+
+
+def test_split_and_offloaded_policies_step_as_a_whole_one(tmp_path: Path) -> None:
+    mp.spawn(_strategies, args=(str(tmp_path / "sums.json"),), nprocs=1)
+    plain, *others = json.loads((tmp_path / "sums.json").read_text())
+    assert plain[-1] < plain[0]
+    for other in others:
+        assert other == pytest.approx(plain, rel=1e-3)
