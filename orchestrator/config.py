@@ -253,10 +253,12 @@ class EvaluationConfig(Settings):
 class TrackingConfig(Settings):
     """Where MLflow records the run, and the registered model its result becomes a version of."""
 
-    uri: str | None = Field(default=None, description="default: sqlite under storage_path")
+    uri: str | None = Field(
+        default=None, description="default: MLFLOW_TRACKING_URI, else sqlite under storage_path"
+    )
     experiment: str = "polyref"
     registered_model: str | None = None
-    alias: str | None = Field(default=None, description="alias given to the registered version")
+    alias: str | None = Field(default=None, description="alias that the version asks for")
 
 
 class PlacementConfig(Settings):

@@ -66,7 +66,7 @@ def promotion_refusal(
     """Why the candidate should not take the holder's alias, with the numbers; None when it may.
 
     Judged by the candidate's own `evaluation.metric`; where neither version has it, by eval/accuracy or else
-    eval/loss. What was measured on other pairs, against another primary reference, or (where the metric
+    eval/loss; where neither was evaluated, nothing is worse. What was measured on other pairs, against another primary reference, or (where the metric
     depends on them) with another loss or other samples is not comparable.
     """
     if (unknown := _unknown_references(candidate)) is not None:
@@ -77,8 +77,8 @@ def promotion_refusal(
     new, old = metrics(client, candidate), metrics(client, holder)
     asked = (candidate.tags.get(JUDGED_BY_TAG), ACCURACY, _LOSS)
     metric = next((m for m in asked if m in METRICS and (m in new or m in old)), None)
-    if metric is None:
-        return f"neither {both.replace(' and ', ' nor ')} was evaluated on held-out pairs"
+    if metric is None:  # the one is as unproven as the other
+        return None
     for tag, what in _basis(metric).items():
         ours, theirs = _comparable(candidate, tag), _comparable(holder, tag)
         if ours != theirs:
