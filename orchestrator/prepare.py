@@ -118,8 +118,7 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.function:
         load_function(reward.function)
-    uri = tracking_uri(config.tracking.uri, config.storage_path)
-    refuse_unwritable(config.storage_path)
+    uri = storage_fit(config)
     policy = _find("policy", _policy_start(config), config, uri, before)
     references = {
         name: policy
@@ -136,6 +135,17 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
             parts[split], counts[split] = _part(loaded, policy, references, config)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
     return Prepared(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
+
+
+def storage_fit(config: RunConfig) -> str:
+    """The MLflow server of a run that can be kept where it is to be; the storage is written to, to find out.
+
+    Raises:
+        UsageError: it cannot, or its storage needs a server that is not named.
+    """
+    uri = tracking_uri(config.tracking.uri, config.storage_path)
+    refuse_unwritable(config.storage_path)
+    return uri
 
 
 def _policy_start(config: RunConfig) -> ModelConfig:

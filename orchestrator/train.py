@@ -20,7 +20,7 @@ from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.model_card import Lineage, Reference
 from orchestrator.placement import Kind, refuse_impossible
-from orchestrator.prepare import Prepared, prepare, with_resolved_paths
+from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
 from orchestrator.progress import following_steps, plain_console
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.service import ReferenceService
@@ -67,7 +67,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> RunRecord:
         RunFailed: training diverged, or the cluster was lost.
     """
     console = plain_console()
-    mirror = Mirror(home(_resolved(config)))
+    resolved = _resolved(config)
+    storage_fit(resolved)
+    mirror = Mirror(home(resolved))
     before = None if fresh else read_record(mirror)
     prepared = prepared_run(config, console, before)
     with locked(mirror):
