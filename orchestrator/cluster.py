@@ -67,6 +67,8 @@ _SECRET = (
 )
 _NODE_TYPE = "ray.io/node-group"
 """The label that Ray gives a node with the name of its type in the cluster file."""
+NODE_TYPES = "POLYREF_NODE_TYPES"
+"""Set where it cannot be seen what an autoscaler may start."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
@@ -186,11 +188,24 @@ def nodes() -> list[dict[str, float]]:
 
 
 def _node_types() -> Mapping[str, Any]:
-    """What the cluster file lets the autoscaler start, but for one's own machines, whose size it cannot know.
+    """What the autoscaler may start: `{type: {max_workers, resources}}`.
 
     Ray has an answer of its own (`get_cluster_config`) that its open source never fills, so the file is read
-    that the autoscaler of this cluster was started with; it runs on the head, as submitted jobs do.
+    that the autoscaler of this cluster was started with; it runs on the head, as submitted jobs do. One's own
+    machines, whose size it cannot know, are left out. Where it is no process here, as on Kubernetes,
+    POLYREF_NODE_TYPES says the same in JSON.
     """
+    if NODE_TYPES in os.environ:
+        try:
+            return {
+                str(name): {"max_workers": int(kind["max_workers"]), "resources": dict(kind["resources"])}
+                for name, kind in json.loads(os.environ[NODE_TYPES]).items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"{NODE_TYPES} is not the autoscaler's node types in JSON ({type(error).__name__}: {error}); "
+                'write {"trainers": {"max_workers": 4, "resources": {"CPU": 48, "GPU": 4}}}'
+            ) from None
     autoscaler = f"--gcs-address={ray.get_runtime_context().gcs_address}"
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []

@@ -66,8 +66,8 @@ def promotion_refusal(
     """Why the candidate should not take the holder's alias, with the numbers; None when it may.
 
     Judged by the candidate's own `evaluation.metric`; where neither version has it, by eval/accuracy or else
-    eval/loss; where neither was evaluated, nothing is worse. What was measured on other pairs, against another primary reference, or (where the metric
-    depends on them) with another loss or other samples is not comparable.
+    eval/loss; where neither was evaluated, it may. What was measured on other pairs, against another primary
+    reference, or (where the metric depends on them) with another loss or other samples is not comparable.
     """
     if (unknown := _unknown_references(candidate)) is not None:
         return unknown

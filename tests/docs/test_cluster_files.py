@@ -17,6 +17,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from orchestrator.cluster import NODE_TYPES
 from orchestrator.config import UsageError, load_run, parse_run
 from orchestrator.placement import REFERENCE_ROLE, TRAINER_ROLE, refuse_impossible
 
@@ -308,6 +309,12 @@ def test_rays_autoscaler_reads_the_roles_from_it() -> None:
     assert all(
         types[name]["min_workers"] == 0 < types[name]["max_workers"] for name in ("references", "trainers")
     )
+    (head,) = ray_cluster()["headGroupSpec"]["template"]["spec"]["containers"]
+    told = json.loads({entry["name"]: entry.get("value") for entry in head["env"]}[NODE_TYPES])
+    assert set(told) == {"references", "trainers"}
+    for name, kind in told.items():
+        assert kind["max_workers"] == types[name]["max_workers"]
+        assert kind["resources"].items() <= types[name]["resources"].items()
 
 
 def test_its_pods_are_sound() -> None:

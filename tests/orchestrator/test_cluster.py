@@ -1,5 +1,6 @@
 """Which Ray a command connects to: decided within seconds, also where a cluster is gone."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -42,3 +43,26 @@ def test_what_a_killed_cluster_left_behind_is_passed_over(
     with socket.create_server(("127.0.0.1", 0)) as alive:
         left.write_text(f"127.0.0.1:{alive.getsockname()[1]}\n")
         assert cluster._address() == left.read_text().strip()
+
+
+TYPES = {"trainers": {"max_workers": 3, "resources": {"CPU": 8, "GPU": 4, "polyref_trainer": 1}}}
+
+
+def test_node_types_may_be_told_where_no_autoscaler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}, "Labels": {"ray.io/node-group": "head"}}
+    trainer = head | {
+        "Resources": TYPES["trainers"]["resources"],
+        "Labels": {"ray.io/node-group": "trainers"},
+    }
+    gone = trainer | {"Alive": False}
+    monkeypatch.setattr(ray, "nodes", lambda: [head, trainer, gone])
+    monkeypatch.setenv("POLYREF_NODE_TYPES", json.dumps(TYPES))
+    assert [node.get("GPU", 0) for node in cluster.nodes()] == [0, 4, 4, 4]
+
+
+@pytest.mark.parametrize("told", ["trainers", '["trainers"]', '{"trainers": {"max_workers": 4}}'])
+def test_node_types_told_wrongly_are_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setenv("POLYREF_NODE_TYPES", told)
+    with pytest.raises(UsageError, match=r"POLYREF_NODE_TYPES is not .* in JSON .*; write"):
+        cluster.nodes()
