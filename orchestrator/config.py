@@ -166,6 +166,11 @@ class ParallelConfig(Settings):
         """DeepSpeed's ZeRO stage."""
         return self.zero_stage or 2
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are cut, and not gradients and moments alone."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.stage == 3)
+
 
 class RewardConfig(Settings):
     """What judges sampled responses: a Python function, or a model that classifies text, as an actor."""
@@ -332,6 +337,11 @@ class RunConfig(Settings):
         if not isinstance(weights, str) and len(weights) != count:
             raise ValueError(f"loss.references.weights has {len(weights)} weights for {count} references")
         self._refuse_unsampled()
+        if self.policy.quantization != "none" and self.parallel.shards_weights:
+            raise ValueError(
+                f"policy.quantization {self.policy.quantization} packs weights, which parallel.strategy "
+                f"{self.parallel.strategy} would have to cut: set strategy: ddp, or quantization: none"
+            )
         if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
             raise ValueError(
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "

@@ -81,7 +81,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     training, parallel = config.training, config.parallel
     # Decided by what the policy runs on, wherever it is loaded.
     settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
-    in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers)
+    in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload)
     try:
         located = locate(start)
         load = partial(load_model, located, settings, trainable=True, seed=training.seed)

@@ -132,6 +132,14 @@ def test_reading_a_run_file_imports_neither_torch_nor_ray_nor_transformers() -> 
     assert done.stdout.strip() == "[]"
 
 
+def test_a_quantised_policy_is_not_cut() -> None:
+    quantised = changed(policy={"model": "m", "adapter": {"r": 4}, "quantization": "4bit"})
+    parse_run(quantised | {"parallel": {"strategy": "deepspeed"}}, source="run.yaml")
+    for parallel in ({"strategy": "fsdp"}, {"strategy": "deepspeed", "zero_stage": 3}):
+        with pytest.raises(UsageError, match=r"quantization 4bit packs weights.*set strategy: ddp"):
+            parse_run(quantised | {"parallel": parallel}, source="run.yaml")
+
+
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
