@@ -11,12 +11,11 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.checkpoint import set_aside_torn_list
-from orchestrator.cluster import nodes, own_ctrl_c, secrets
+from orchestrator.cluster import own_ctrl_c, secrets
 from orchestrator.config import RunConfig, RunFailed
 from orchestrator.entry import work
-from orchestrator.placement import Kind, worker_bundle
 from orchestrator.session import CHECKPOINTS
-from orchestrator.storage import is_uri
+from orchestrator.storage import for_ray, is_uri
 from orchestrator.worker import WorkerSetup
 
 
@@ -27,9 +26,10 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[st
         RunFailed: a worker raised, or was lost too often.
     """
     config = setup.config
-    bundle = worker_bundle(config.parallel.resources, Kind.of(nodes()))
+    bundle = dict(setup.bundle)
     if not is_uri(setup.folder):  # an object store replaces the list whole
         set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
+    filesystem, path = for_ray(setup.folder)
     trainer = TorchTrainer(
         work,
         train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
@@ -41,7 +41,8 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[st
         ),
         run_config=RayRunConfig(
             name=CHECKPOINTS,
-            storage_path=setup.folder,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=config.parallel.max_failures, controller_failure_limit=0
             ),

@@ -311,9 +311,10 @@ class Mirror:
 
     @contextlib.contextmanager
     def pulling(self, *names: str, every_s: float = 10.0) -> Iterator[None]:
-        """Inside, files here follow what is kept."""
+        """Inside, files here follow what is kept; at the end they are as it is."""
         with self._every(every_s, lambda: self.pull(*names)):
             yield
+        self.pull(*names)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from orchestrator.fit import run_workers
 from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.model_card import Lineage, Reference
-from orchestrator.placement import Kind, refuse_impossible
+from orchestrator.placement import Kind, refuse_impossible, worker_bundle
 from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
 from orchestrator.progress import following_steps, plain_console
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
@@ -191,8 +191,8 @@ def train_on_cluster(
         refuse_unshared(config.storage_path)  # by nodes too that the autoscaler has started for references
         console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
         with (
-            mirror.pulling(METRICS_FILE),
             following_steps(mirror.folder, total, console),
+            mirror.pulling(METRICS_FILE),
             beacon(config.storage_path) as seen,
         ):
             setup = _worker_setup(prepared, service, tracker, judge, seen)
@@ -223,6 +223,7 @@ def _worker_setup(
         routers={name: service.routers[name] for name in prepared.config.references.ordered},
         identity=prepared.identity,
         start_is=prepared.start_is,
+        bundle=worker_bundle(prepared.config.parallel.resources, Kind.of(nodes())),
         folder=home(prepared.config),
         seen=seen,
         tracking_uri=prepared.tracking_uri,
