@@ -27,7 +27,7 @@ from orchestrator.config import RunFailed, UsageError
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
 from orchestrator.mlflow_client import first_line, without_secrets
-from orchestrator.placement import Kind, trial_bundles
+from orchestrator.placement import Kind, trial_bundles, worker_bundle
 from orchestrator.prepare import Prepared
 from orchestrator.promoting import best_trial, promote, told
 from orchestrator.record import RunRecord
@@ -244,7 +244,7 @@ class Searching:
             tracking_uri=self.prepared.tracking_uri,
             judge=judge,
             secrets=secrets(os.environ),
-            gpus=self.prepared.policy.device_type == "cuda",
+            bundle=worker_bundle(self.base.parallel.resources, Kind.of(nodes())),
             neighbours=neighbours,
             total=self.total,
         )

@@ -46,7 +46,7 @@ class Shared:
         tracking_uri: the MLflow server.
         judge: what rewards sampled responses, if a reward is set.
         secrets: environment of the trials' processes.
-        gpus: whether models run on them here.
+        bundle: what each of a trial's workers asks for.
         neighbours: trials that run side by side on a machine.
         total: optimizer steps of a trial.
     """
@@ -62,7 +62,7 @@ class Shared:
     tracking_uri: str
     judge: Judge | None
     secrets: dict[str, str]
-    gpus: bool
+    bundle: Mapping[str, float]
     neighbours: int
     total: int
 
@@ -142,6 +142,7 @@ def _setup(config: Mapping[str, Any], shared: Shared) -> "WorkerSetup":
         routers={name: shared.routers[name] for name in used},
         identity={**shared.identity, "references": references},
         start_is=shared.start_is if shared.start_is in used else None,
+        bundle=shared.bundle,
         folder=str(run.folder),
         tracking_uri=shared.tracking_uri,
         tracking_run=str(record.mlflow_run),
@@ -161,7 +162,7 @@ def _alone(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
 
     session = Alone(
         Path(setup.folder),
-        device=torch.device("cuda", 0) if shared.gpus and torch.cuda.is_available() else torch.device("cpu"),
+        device=torch.device("cuda", 0) if shared.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
         keep_last=setup.config.training.keep_last,
         tell=tell,
     )

@@ -62,6 +62,7 @@ class WorkerSetup:
         routers: handles of the served references' routers by name.
         identity: fingerprints and digests that a checkpoint must share to be resumed.
         start_is: the reference that equals the policy's start, if one does.
+        bundle: what each worker asks for; decided by the command, which sees what an autoscaler may start.
         folder: the run's folder, or its URI on an object store.
         seen: a file in the storage that the command wrote; a worker that does not see it is elsewhere.
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
@@ -77,6 +78,7 @@ class WorkerSetup:
     routers: Mapping[str, Any]
     identity: dict[str, Any]
     start_is: str | None
+    bundle: Mapping[str, float]
     folder: str
     tracking_uri: str
     tracking_run: str
