@@ -118,14 +118,16 @@ def test_nodes_come_and_go_with_a_run(machine: Host, shared: Path) -> None:
 
 
 def test_more_than_may_be_started_is_refused(machine: Host) -> None:
-    code, output = machine.run("polyref train run.yaml parallel.workers=6 parallel.resources.cpu=1")
+    code, output = machine.run(
+        "polyref train run.yaml name=large parallel.workers=6 parallel.resources.cpu=1"
+    )
     assert code == 2
-    assert "needs 6.1 CPUs: 6 workers + 1 reference x 0.1; the cluster has 4." in output
+    assert "needs 6.1 CPUs: 1 reference x 0.1 + 6 workers; the cluster has 4." in output
     assert len(_alive(machine)) == 1
 
 
 def test_a_role_that_nobody_may_have_is_refused(machine: Host) -> None:
     """Cores would be enough, but those of the head and of the references' node are not for workers."""
-    code, output = machine.run("polyref train run.yaml parallel.workers=3 parallel.resources.cpu=1")
+    code, output = machine.run("polyref train run.yaml name=wide parallel.workers=3 parallel.resources.cpu=1")
     assert code == 2
     assert "worker needs 1 CPU, 0.001 polyref_trainer on one node, and no node has room" in output
