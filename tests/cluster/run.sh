@@ -4,8 +4,6 @@
 # usage: tests/cluster/run.sh PYTHON [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-python=$(realpath -s "${1:?which python}")
-shift
 
 not_here() {
   echo "cluster tests not run: $1"
@@ -14,6 +12,8 @@ not_here() {
 
 [ "$(uname)" = Linux ] || not_here "they need Linux's namespaces"
 [ "$(id -u)" = 0 ] || not_here "they make network namespaces and mounts, which only root may"
+python=$(realpath -s "${1:?which python}")
+shift
 
 missing=()
 for tool in sshd:openssh-server ssh:openssh-client ip:iproute2 rsync:rsync pgrep:procps; do
