@@ -53,10 +53,10 @@ def table(sizing: Sizing) -> RenderableType:
         cells = [f"{strategy} *" if own else str(strategy), gib(need.device), gib(need.host)]
         cells += [_count(fewest_workers(load, strategy, device)) for device in DEVICES]
         drawn.add_row(*cells, style="bold" if own else None)
-    trained = "all trained" if load.whole else f"and {load.trained / 1e6:.3g}M of LoRA that are trained"
+    trained = "all trained" if load.whole else f"and {_weights(load.trained)} of LoRA that are trained"
     head = (
-        f"policy: {load.shape.parameters / 1e9:.3g}B weights, {trained}. GiB that each of {sizing.workers} "
-        "worker(s) needs, and the fewest workers whose devices hold it:"
+        f"policy: {_weights(load.shape.parameters)} weights, {trained}. On GPUs, GiB that each of "
+        f"{sizing.workers} worker(s) needs, and the fewest workers whose devices hold it:"
     )
     return Group(Text(head), drawn, *(Text(line) for line in _notes(sizing)))
 
@@ -115,6 +115,10 @@ def _slashed(load: Load, strategy: Strategy) -> str:
 
 def _split(need: Memory) -> str:
     return gib(need.device) + (f" + {gib(need.host)}" if need.host else "")
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
 
 def _count(workers: int | None) -> str:
