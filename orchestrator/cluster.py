@@ -40,13 +40,14 @@ _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What a worker needs to reach a hub or a server as the driver does.
 _PASSED_ON = (
     "DS_ACCELERATOR",
-    "TORCH_EXTENSIONS_DIR",
     "HF_HOME",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
     "AWS_EC2_METADATA_DISABLED",
     "NO_PROXY",
     "no_proxy",

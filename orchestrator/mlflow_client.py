@@ -93,6 +93,9 @@ def connect(uri: str) -> "MlflowClient":
     Raises UsageError within seconds when the server does not answer, where MLflow would retry for minutes.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault(
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+    )  # `run_url` tells it where it helps
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -124,6 +127,17 @@ def _trouble(error: Exception) -> str:
         f"does not answer: {first_line(error)}; check tracking.uri (or {URI_VARIABLE}) and that the server "
         "runs, or leave both out for a sqlite file"
     )
+
+
+def run_url(uri: str, run_id: str | None) -> str | None:
+    """A run's page on a server; None for a database without one, or where the server does not tell."""
+    if run_id is None or not uri.startswith("http"):
+        return None
+    try:
+        experiment = connect(uri).get_run(run_id).info.experiment_id
+    except Exception:  # whatever the server says, the run has ended well
+        return None
+    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 @contextmanager

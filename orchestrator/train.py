@@ -17,7 +17,7 @@ from orchestrator.cluster import JOB, connected, nodes
 from orchestrator.config import RunConfig, RunFailed, UsageError
 from orchestrator.fit import run_workers
 from orchestrator.mlflow_client import connect as connect_to_mlflow
-from orchestrator.mlflow_client import without_secrets
+from orchestrator.mlflow_client import run_url, tracking_uri, without_secrets
 from orchestrator.model_card import Lineage, Reference
 from orchestrator.placement import Kind, refuse_impossible, worker_bundle
 from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
@@ -292,6 +292,8 @@ def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
     console.print(f"plots: {mirror.place(plots.FOLDER)}")
     model = mirror.place(EXPORT, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
+    if page := run_url(tracking_uri(config.tracking.uri, config.storage_path), record.mlflow_run):
+        console.print(f"MLflow run: {page}")
 
 
 def _result_tags(record: RunRecord) -> dict[str, str]:

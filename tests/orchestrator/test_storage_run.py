@@ -15,6 +15,8 @@ from safetensors.torch import load
 from orchestrator.config import load_run
 from orchestrator.train import train
 
+pytestmark = pytest.mark.long
+
 STEPS, SAVE_EVERY = 40, 4
 
 

@@ -391,7 +391,7 @@ def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
     with torch.random.fork_rng():
         model = LlamaForSequenceClassification(tiny.llama_config(num_labels=1))
     folder = tiny.save(tmp_path / "judge", model, tiny.byte_tokenizer())
-    judge = start_judge(RewardConfig(model=str(folder)), gpus=False, start_timeout_s=60)
+    judge = start_judge(RewardConfig(model=str(folder)), start_timeout_s=60)
     prompts, responses = ["Good: ", "Bad: "], ["yes", "no"]
     here = RewardModel(RewardConfig(model=str(folder)), gpu=False, cpus=1, environment={})
     expected = here.score(prompts, responses)
@@ -409,12 +409,12 @@ def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
 def test_a_reward_model_that_cannot_be_had_is_an_error_at_once(ray_running, tmp_path):
     missing = RewardConfig(model=str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match=r"evaluation\.sampling\.reward\.model: .* no such file"):
-        start_judge(missing, gpus=False, start_timeout_s=60)
+        start_judge(missing, start_timeout_s=60)
     nowhere = missing.model_copy(update={"resources": Resources(custom={"no-such-thing": 1})})
     with pytest.raises(
         RunFailed, match=r"no node had room for it \(0\.1 CPU, 1 no-such-thing\) within 0\.5 s"
     ):
-        start_judge(nowhere, gpus=False, start_timeout_s=0.5)
+        start_judge(nowhere, start_timeout_s=0.5)
 
 
 def test_routers_and_tables_must_match(make_table):
