@@ -1,4 +1,4 @@
-"""From a laptop to machines of one's own, by the commands of the docs: up, jobs, the registry, down."""
+"""From a laptop to machines of one's own, by the commands of docs/cluster.md: up, jobs, registry, down."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.cluster.runs import RUN
 
 pytestmark = pytest.mark.cluster
 
+PAGE = ROOT / "docs" / "cluster.md"
 ON_PREMISES = ROOT / "configs" / "clusters" / "on-premises.yaml"
 JOBS = "http://127.0.0.1:8265"
 RUN_FILE = RUN | {"parallel": {"workers": 2, "resources": {"cpu": 1.5}}}
@@ -28,6 +29,26 @@ SWEEP = {
     "search": {"algorithm": "random", "trials": 2},
     "objective": "eval/accuracy",
 }
+
+
+class Page:
+    """The commands that docs/cluster.md tells to type, behind those for the laptop alone."""
+
+    def __init__(self) -> None:
+        text = PAGE.read_text().partition("## A cluster\n")[2]
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        self.unused = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+    def command(self, start: str, site: "Site") -> str:
+        """The one that begins so, for this cluster."""
+        (found,) = (line for line in self.unused if line.startswith(start))
+        self.unused.remove(found)
+        return found.replace("cluster.yaml", "~/cluster.yaml").replace("192.168.1.10", site.head.address)
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page()
 
 
 class Site(NamedTuple):
@@ -80,20 +101,20 @@ def _kept(name: str, done: tuple[int, str]) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def up(site: Site) -> Host:
+def up(site: Site, page: Page) -> Host:
     """The laptop after `ray up`, when all machines are there."""
     laptop = site.laptop
-    succeeds(laptop.run("ray get-auth-token --generate"))
+    succeeds(laptop.run(page.command("ray get-auth-token", site)))
     # In a checkout, whose folders the cluster file names.
-    succeeds(_kept("ray-up", laptop.run(f"cd {ROOT} && ray up --yes ~/cluster.yaml", timeout=180)))
+    succeeds(_kept("ray-up", laptop.run(f"cd {ROOT} && {page.command('ray up', site)}", timeout=180)))
     until(lambda: _nodes(laptop) == 2, lambda: laptop.run("ray exec cluster.yaml 'ray status -v'"))
     return laptop
 
 
 @pytest.fixture(scope="module")
-def tunnel(up: Host) -> subprocess.Popen[bytes]:
+def tunnel(up: Host, site: Site, page: Page) -> subprocess.Popen[bytes]:
     """To where jobs are submitted, in a second terminal of the laptop's."""
-    process = up.start("ray dashboard cluster.yaml")
+    process = up.start(page.command("ray dashboard", site))
     until(lambda: up.run(f"curl --silent {JOBS}")[0] == 0, lambda: process.poll())
     return process
 
@@ -110,11 +131,6 @@ def _nodes(laptop: Host) -> int:
     return int(found[1]) if found else 0
 
 
-def _submit(laptop: Host, name: str, command: str) -> tuple[int, str]:
-    submitted = f"cd work && RAY_AUTH_MODE=token ray job submit --address {JOBS} --working-dir . -- {command}"
-    return _kept(name, laptop.run(submitted, timeout=300))
-
-
 def _job(laptop: Host, name: str, command: str) -> tuple[int, str]:
     """A job as Ray's own command submits it, followed to its end."""
     submit = f"RAY_AUTH_MODE=token ray job submit --address {JOBS} --working-dir . -- {command}"
@@ -129,8 +145,18 @@ def _listed(laptop: Host, shared: Path, what: str) -> list[dict[str, Any]]:
     return listed
 
 
-def test_a_job_trains_on_both_machines(laptop: Host, site: Site, shared: Path) -> None:
-    log = succeeds(_job(laptop, "train", "polyref train run.yaml"))
+def _documented(laptop: Host, name: str, command: str) -> str:
+    """What a command of the page prints, which does what it should."""
+    return succeeds(_kept(name, laptop.run(f"cd work && {command}", timeout=300)))
+
+
+def test_a_check_runs_there(laptop: Host, site: Site, page: Page) -> None:
+    log = _documented(laptop, "check", page.command("polyref submit -- check", site))
+    assert "sentiment: nothing to refuse" in log
+
+
+def test_a_job_trains_on_both_machines(laptop: Host, site: Site, page: Page, shared: Path) -> None:
+    log = _documented(laptop, "train", page.command("polyref submit -- train", site))
     assert "training: 4/4" in log
     assert "registered as models:/sentiment/1" in log
     where = {node["node_id"]: node["node_ip"] for node in _listed(laptop, shared, "nodes")}
@@ -157,26 +183,35 @@ def test_without_the_token_nobody_submits(laptop: Host) -> None:
     assert "401" in log or "authentication" in log.lower()
 
 
-def test_a_search_is_a_second_job(laptop: Host) -> None:
-    log = succeeds(_kept("tune", laptop.run("cd work && polyref submit -- tune sweep.yaml", timeout=300)))
+def test_a_search_is_a_second_job(laptop: Host, site: Site, page: Page) -> None:
+    log = _documented(laptop, "tune", page.command("polyref submit -- tune", site))
     assert "trial 1 finished" in log
     assert "trial 2 finished" in log
     assert "registered as models:/sentiment/2, alias best" in log
 
 
-def test_the_registry_is_the_laptops_too(laptop: Host, site: Site) -> None:
-    there = f"export MLFLOW_TRACKING_URI=http://{site.head.address}:5000"
-    table = succeeds(laptop.run(f"{there}; polyref models list"))
-    versions = [line.split("\t")[:3] for line in table.splitlines() if line.startswith("sentiment")]
-    assert sorted(versions) == [["sentiment", "1", ""], ["sentiment", "2", "best"]]
-    succeeds(laptop.run(f"{there}; polyref models get sentiment@best --to best"))
-    succeeds(laptop.run("test -s best/model.safetensors -a -s best/tokenizer.json"))
+def _versions(table: str) -> list[list[str]]:
+    return sorted(line.split("\t")[:3] for line in table.splitlines() if line.startswith("sentiment"))
 
 
-def test_down_leaves_nothing(laptop: Host, site: Site, tunnel: subprocess.Popen[bytes]) -> None:
+def test_the_registry_is_the_laptops_too(laptop: Host, site: Site, page: Page) -> None:
+    there = page.command("export MLFLOW_TRACKING_URI", site)
+    versions = [["sentiment", "1", ""], ["sentiment", "2", "best"]]
+    job = _documented(laptop, "models", page.command("polyref submit -- models list", site))
+    assert _versions(job) == versions
+    assert (
+        _versions(_documented(laptop, "list", f"{there}; {page.command('polyref models list', site)}"))
+        == versions
+    )
+    _documented(laptop, "get", f"{there}; {page.command('polyref models get', site)}")
+    succeeds(laptop.run("cd work && test -s best/model.safetensors -a -s best/tokenizer.json"))
+
+
+def test_down_leaves_nothing(laptop: Host, site: Site, page: Page, tunnel: subprocess.Popen[bytes]) -> None:
     os.killpg(tunnel.pid, signal.SIGINT)
     tunnel.wait(30)
-    succeeds(_kept("ray-down", laptop.run("ray down --yes cluster.yaml", timeout=120)))
+    succeeds(_kept("ray-down", laptop.run(page.command("ray down", site), timeout=120)))
+    assert page.unused == [], "the page tells to type more than was tried"
     for host in (site.head, site.worker):
         # The other machines' Ray ends by itself once its head has been away for a minute.
         until(lambda host=host: not host.processes(), host.processes)
