@@ -16,10 +16,20 @@ from torch import nn
 from models.config import ModelError
 from models.fsdp import Sharded, shard
 from models.logprobs import Scorer, causal_model
-from models.replicated import Parallel, Replicated, group_of_one, trained_weights
+from models.replicated import Parallel, Replicated, group_of_one, together, trained_weights
 from models.zero import Zero
 
-__all__ = ["Parallel", "Replicated", "Sharded", "Strategy", "Zero", "prepare", "shards", "trained_weights"]
+__all__ = [
+    "Parallel",
+    "Replicated",
+    "Sharded",
+    "Strategy",
+    "Zero",
+    "prepare",
+    "shards",
+    "together",
+    "trained_weights",
+]
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"]
 

@@ -132,6 +132,32 @@ class Parallel:
             self.optimizer.state[weight] = {"step": step_count(self.optimizer, state, self.device)} | moments
 
 
+_LONGEST_PROBLEM = 2048  # bytes
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Around what each rank does for itself: a ModelError of one is raised by all, and none is left waiting.
+
+    Every rank of the default process group enters; without one it is the error itself.
+    """
+    problem = ""
+    try:
+        yield
+    except ModelError as error:
+        problem = str(error)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        mine = torch.zeros(_LONGEST_PROBLEM, dtype=torch.uint8)
+        said = problem.encode()[:_LONGEST_PROBLEM]
+        mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
+        all_said = [torch.zeros_like(mine, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_said, mine.to(device))
+        texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in all_said]
+        problem = next(filter(None, texts), "")
+    if problem:
+        raise ModelError(problem)
+
+
 class Ranks(Parallel):
     """Several processes of the default process group."""
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.config import ModelError
 from models.logprobs import Scorer
 from models.replicated import Ranks, State, step_count, trained_weights
 
@@ -55,7 +56,7 @@ class Zero(Ranks):
         if stage == 3:
             _partition(deepspeed, scorer, device, config)
         if offload and device.type == "cuda":
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+            optimizer = _cpu_adam(deepspeed, groups, settings)
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda" or None)
         super().__init__(scorer, optimizer, device)
@@ -201,6 +202,20 @@ def _deepspeed(device: torch.device) -> Any:
         # Shared memory between the ranks of a machine: faster, but compiled on the spot, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _cpu_adam(
+    deepspeed: Any, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    try:
+        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
+    except (RuntimeError, OSError, ImportError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"offload with deepspeed compiles its CPU Adam, which failed here ({said}); install g++ and "
+            "Python's headers on the nodes, or use strategy: fsdp, which compiles nothing"
+        ) from error
+    return optimizer
 
 
 def _config(stage: int, *, offload: bool, precision: torch.dtype, device: torch.device) -> dict[str, Any]:

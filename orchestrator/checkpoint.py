@@ -76,7 +76,7 @@ class Best:
 def save_best(file: Path, parallel: Parallel, best: Best) -> None:
     """Write the trained weights alone with what they gave, replacing the file in one move.
 
-    Every rank calls it, rank 0 writes.
+    Every rank calls it. Rank 0 writes, and has all trained weights in main memory meanwhile.
     """
     weights: dict[str, Tensor] = {}
     for name, state in parallel.saved(moments=False):

@@ -188,6 +188,11 @@ def nodes() -> list[dict[str, float]]:
     ]
 
 
+def machines() -> int:
+    """How many nodes are alive."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def _node_types() -> Mapping[str, Any]:
     """What the autoscaler may start: `{type: {max_workers, resources}}`.
 

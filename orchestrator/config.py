@@ -342,6 +342,12 @@ class RunConfig(Settings):
                 f"policy.quantization {self.policy.quantization} packs weights, which parallel.strategy "
                 f"{self.parallel.strategy} would have to cut: set strategy: ddp, or quantization: none"
             )
+        if self.policy.attention == "flex" and self.parallel.shards_weights:
+            raise ValueError(
+                "policy.attention: flex needs the whole policy on a GPU when it is opened, and "
+                f"parallel.strategy {self.parallel.strategy} reads it into main memory: set attention: sdpa, "
+                "or strategy: ddp"
+            )
         if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
             raise ValueError(
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "

@@ -69,7 +69,8 @@ def _backend(config: RunConfig, *, gpu: bool) -> str:
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """The workers' own error in one line; the full traces are in the log of Ray."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, first = min(failures.items())
-    cause = getattr(first, "cause", None) or first
+    causes = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}
+    # What the others raise then is that their neighbour is gone.
+    rank, cause = min(causes.items(), key=lambda item: (not isinstance(item[1], RunFailed), item[0]))
     said = str(cause).strip() or type(cause).__name__
     return f"worker {rank} failed: {said.splitlines()[-1]}"

@@ -16,7 +16,7 @@ from models.adapters import adapter_off, find_adapter, merge
 from models.config import ModelConfig, ModelError
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
-from models.parallel import Parallel, prepare, shards, trained_weights
+from models.parallel import Parallel, prepare, shards, together, trained_weights
 from models.rows import Rows
 from orchestrator.config import RunConfig
 from orchestrator.register import Probe
@@ -82,16 +82,17 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     # Decided by what the policy runs on, wherever it is loaded.
     settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
     in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload)
-    try:
-        located = locate(start)
-        load = partial(load_model, located, settings, trainable=True, seed=training.seed)
-        model = load(
-            device=torch.device("cpu") if in_shards else device,
-            activation_checkpointing=training.gradient_checkpointing,
-        )
-    except ModelError as error:
-        raise ModelError(f"policy: {error}") from error
-    scorer = Scorer(model)
+    with together(device):
+        try:
+            located = locate(start)
+            load = partial(load_model, located, settings, trainable=True, seed=training.seed)
+            model = load(
+                device=torch.device("cpu") if in_shards else device,
+                activation_checkpointing=training.gradient_checkpointing,
+            )
+            scorer, tokenizer = Scorer(model), load_tokenizer(located, config.policy)
+        except ModelError as error:
+            raise ModelError(f"policy: {error}") from error
     refused = (
         "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
     )
@@ -108,7 +109,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
             weight_decay=training.weight_decay,
         ),
         start=partial(load, device=torch.device("cpu")),
-        tokenizer=load_tokenizer(located, config.policy),
+        tokenizer=tokenizer,
         precision=precision,
         sharing_refused=refused,
         pad_id=0,
@@ -152,7 +153,8 @@ def _whole(policy: Policy) -> PreTrainedModel | PeftModel | None:
     parallel = policy.parallel
     if not parallel.sharded:
         return policy.scorer.model if parallel.rank == 0 else None
-    model = policy.start() if parallel.rank == 0 else None
+    with together(parallel.device):
+        model = policy.start() if parallel.rank == 0 else None
     weights = {} if model is None else trained_weights(model)
     with torch.no_grad():
         for name, state in parallel.saved(moments=False):

@@ -221,12 +221,14 @@ def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
         float(_MASTER * trained),
         float(_MOMENTS * trained),
     )
+    whole = weights  # read into main memory where it is cut, before a device has any of it
     working, host = _head(load) + _casts(load), 0.0
     if strategy.name == "fsdp" and (workers > 1 or strategy.offload):
         weights, gradients, moments = weights / workers, gradients / workers, moments / workers
         working += _whole_for_a_while(load)
         if strategy.offload:
             weights, gradients, moments, host = 0.0, 0.0, 0.0, weights + gradients + moments
+        host = max(host, whole)
     elif strategy.name == "deepspeed":
         masters, moments = _MASTER * trained / workers, moments / workers
         working += 2 * _BUCKET_BYTES
@@ -245,6 +247,8 @@ def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
             moments = 0.0
         else:
             moments += masters
+        if strategy.stage == 3:
+            host = max(host, whole)
     return Memory(weights, gradients, moments, _activations(load), working, host)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from models.config import ModelConfig
 from orchestrator import points
-from orchestrator.cluster import connected, nodes
+from orchestrator.cluster import connected, machines, nodes
 from orchestrator.config import ReferenceConfig, RunConfig, UsageError
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.placement import Kind, trial_bundles, trial_slots
@@ -197,7 +197,7 @@ def _slots(sweep: SweepConfig, base: RunConfig) -> int:
 def _neighbours(sweep: SweepConfig, space: Space, slots: int) -> int:
     """How many trials share a machine's cores: no more than the search has, spread over its machines."""
     most = _points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
-    return math.ceil(min(slots, most) / len(nodes()))
+    return math.ceil(min(slots, most) / machines())
 
 
 def _points(sweep: SweepConfig, space: Space) -> int:

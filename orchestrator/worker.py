@@ -95,6 +95,9 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would
         only repeat: `{"status": "diverged" | "refused" | "failed", "reason": ...}` when a loss is not finite,
         a model cannot be used as asked, or the judge of samples fails.
+
+    Raises:
+        RunFailed: the last of these happened to one of several workers, whose others must not wait for it.
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     _refuse_elsewhere(setup)
@@ -103,9 +106,11 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
     try:
         with mirror.pushing(*JOURNAL) if writes else nullcontext():
             return _train(setup, session, mirror)
-    except ModelError as error:  # the same on every rank
+    except ModelError as error:  # the same on every rank, see `together`
         return {"status": "refused", "reason": str(error)}
     except RunFailed as error:
+        if session.world_size > 1:
+            raise
         return {"status": "failed", "reason": str(error)}
     finally:
         mirror.discard()
@@ -134,6 +139,7 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
     journal = _journal(setup, mirror.folder, progress) if rank == 0 else None
     loss, progress = _calibrated(config, feeds["train"], progress)
     run = _Run(setup, session, mirror, policy, feeds, plan, loss, journal)
+    _refuse_out_of_step(policy, progress, run.best)
     for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
         run.ask(step)
     if progress.step == 0 and "eval" in feeds:
@@ -183,6 +189,18 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
         "phi_star": progress.phi_star,
         "sharing_refused": policy.sharing_refused,
     }
+
+
+def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -> None:
+    """Raise unless every rank goes on from the same point: storage may show one of them an older state.
+
+    Another start of the workers puts it right.
+    """
+    mine = torch.tensor([progress.step, -1 if best is None else best.step], dtype=torch.float64)
+    parallel = policy.parallel
+    summed = parallel.all_reduce_sum(mine.to(parallel.device)).cpu()
+    if not torch.equal(summed, mine * parallel.world_size):
+        raise RuntimeError(f"workers see different states of the run: step {progress.step} here, not on all")
 
 
 def total_steps(config: RunConfig, pairs: int) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from models.adapters import adapter_off, add_lora, find_adapter
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer, causal_model
-from models.parallel import Parallel, Replicated, prepare, shards
+from models.parallel import Parallel, Replicated, prepare, shards, together
 from models.rows import Prompted, build_rows
 
 CPU = torch.device("cpu")
@@ -71,6 +71,11 @@ def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torc
     return state | {f"weight/{n}": p for n, p in weights(parallel).items()}
 
 
+def fails_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise ModelError(f"no such file ö on rank {rank}")
+
+
 def _rank(rank: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=FutureWarning)
@@ -83,6 +88,10 @@ def _rank(rank: int, rendezvous: str, out: str) -> None:
             numbers = torch.tensor([1.0, 10.0]) * (rank + 1)
             assert parallel.all_reduce_sum(numbers) is numbers
             assert numbers.tolist() == [3.0, 30.0]
+            with pytest.raises(ModelError, match="no such file ö on rank 1"), together(CPU):
+                fails_on_rank_1(rank)
+            with together(CPU):
+                pass
             save_file(two_steps(parallel, SHARES[rank]), f"{out}/{lora}-{rank}.safetensors")
     finally:
         dist.destroy_process_group()
