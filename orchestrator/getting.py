@@ -72,11 +72,20 @@ def _dtype(base: Path) -> str:
     return dtype if dtype in ("bfloat16", "float16") else "float32"
 
 
+def free_place(to: Path) -> Path:
+    """Where a new folder may come, with links followed; UsageError where it cannot."""
+    place = to.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UsageError(f"{to} is not an empty folder: give --to a new one")
+    if place == Path.cwd().resolve() or place.is_mount():
+        raise UsageError(f"{to} is a folder in use: give --to a new one in it, e.g. --to {to / 'model'}")
+    return place
+
+
 @contextmanager
 def _in_place(to: Path) -> Iterator[Path]:
     """A folder beside `to` to fill, which becomes `to` when all went well."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{to} is not an empty folder: give --to a new one")
+    to = free_place(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.config import UsageError
-from orchestrator.getting import fetch, fetch_merged, is_adapter
+from orchestrator.getting import fetch, fetch_merged, free_place, is_adapter
 from orchestrator.mlflow_client import URI_VARIABLE, connect, redact, tracking_uri
 from orchestrator.promotion import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
 from orchestrator.registry import (
@@ -134,6 +134,7 @@ def get(
     """Copy a version, checked: a transformers folder, with the adapter alone in a subfolder if it has one."""
     if merge and adapter:
         raise UsageError("--merge gives a model without adapter, --adapter the adapter alone: choose one")
+    free_place(to)  # before anything is downloaded
     registry = _Registry.open(uri, storage)
     version = find_version(registry.client, ref)
     model = adapter_alone(registry.client, version, registry.uri) if adapter else None

@@ -7,21 +7,22 @@ alone. Models are never packed.
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
+from orchestrator.mlflow_client import redact
 from orchestrator.sweep import load_sweep
 
 LIMIT_MB = 50
 PACKAGES = ("losses", "models", "preferences", "tune_spaces", "orchestrator")
 _OF_RUN, _OF_SWEEP, _OF_REGISTRY = ("train", "score", "check"), ("tune",), ("models",)
+_DATA = ("data.train", "data.eval")
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")
-_PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
-# Ray would leave out what these name; nothing but what is needed is here anyway.
-_LEFT_OUT = (".gitignore", ".rayignore", ".git", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
+_KEYS_OF_BUCKET = re.compile(r"\b(s3|gs|gcs|abfss?)://[^@\s]*:[^@\s]*@", re.I)  # a secret may have slashes
+_CONTAINER = re.compile(r"\b(abfss?://)[^/@:\s]+@", re.I)  # whose name stands where others have the user's
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,23 @@ def pack(command: Sequence[str], *, code: bool = False) -> Parcel:
             "e.g. polyref submit -- train run.yaml"
         )
     for argument in arguments:
-        if _PASSWORD_IN_URL.search(argument):
-            raise UsageError(
-                f"{argument.partition('=')[0]} has a password in it, which a job's description would show; "
-                "leave it out of the URL and give it with --secret, e.g. --secret MLFLOW_TRACKING_PASSWORD"
-            )
+        named = re.match(r"[\w.-]+(?==)", argument)
+        _refuse_credentials(argument, redact(named[0]) if named else "an argument")
     files = _code() if code else {}
     if verb in _OF_REGISTRY:
+        _refuse_lost_copy(arguments)
         return _within_limit(Parcel(verb, tuple(command), files))
     place, file = _file_among(verb, arguments)
     overrides = [a for i, a in enumerate(arguments) if i != place and "=" in a and not a.startswith("-")]
     needed = [("the file", file)]
     if verb in _OF_SWEEP:
+        needed += _run_of_sweep(file, overrides)
+    for _, path in needed:
+        _refuse_credentials(read_yaml(path), path)
+    if verb in _OF_SWEEP:
         sweep = load_sweep(file, overrides)
         name, run, field = sweep.name, sweep.base, "run.storage_path"
-        needed += _run_of_sweep(file, overrides)
+        _refuse_lost_journal(run, field)
     else:
         run = load_run(file, overrides)
         name, field = run.name, "storage_path"
@@ -106,12 +109,51 @@ def _file_among(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
 
 def _run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     early = [text for text in overrides if text.startswith("run=")]
-    run = override(read_yaml(file), early)["run"]
+    run = override(read_yaml(file, what="sweep file"), early).get("run")
     if not isinstance(run, str):
         return []
     if Path(run).expanduser().is_absolute():
         raise UsageError(f"{file}: run: {run} is not in the parcel of a job; name it relative to {file}")
     return [(f"{file}: run", os.path.relpath(Path(file).parent / run))]
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether a password, key, token or signature is in it, as part of a URI or by itself."""
+    text = _CONTAINER.sub(r"\1", text)
+    return redact(text) != text or _KEYS_OF_BUCKET.search(text) is not None
+
+
+def _refuse_credentials(value: Any, where: str) -> None:
+    """Refuse a value, or one that is nested in it, by where it stands and without showing it."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_credentials(inner, f"{where}{'.' if ': ' in where else ': '}{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_credentials(inner, where)
+    elif isinstance(value, str) and holds_credentials(value):
+        raise UsageError(
+            f"{where} holds credentials, which a job's description or files would show; leave them out and "
+            "give them with --secret, e.g. --secret AWS_ACCESS_KEY_ID --secret AWS_SECRET_ACCESS_KEY or "
+            "--secret MLFLOW_TRACKING_USERNAME --secret MLFLOW_TRACKING_PASSWORD"
+        )
+
+
+def _refuse_lost_copy(arguments: Sequence[str]) -> None:
+    if next((argument for argument in arguments if not argument.startswith("-")), None) == "get":
+        raise UsageError(
+            "models get copies to a folder, and a job's is thrown away with the job; run it on the machine "
+            "that wants the copy, with MLFLOW_TRACKING_URI naming the cluster's registry. Jobs name a "
+            "registered model as models:/name@alias"
+        )
+
+
+def _refuse_lost_journal(run: RunConfig, field: str) -> None:
+    if "://" in run.storage_path:
+        raise UsageError(
+            f"{field} is a URI, and a search keeps its journal in a folder: name one that all nodes share, "
+            f"e.g. {field}=/shared/polyref/runs"
+        )
 
 
 def _refuse_lost_results(run: RunConfig, field: str) -> None:
@@ -121,11 +163,6 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
         raise UsageError(
             f"storage_path {storage} is {where}, and a job's working folder is thrown away with the job; "
             f"give a path that all nodes share, e.g. {field}=/shared/polyref/runs"
-        )
-    if uri is not None and _PASSWORD_IN_URL.search(uri):
-        raise UsageError(
-            "tracking.uri has a password in it, which a job's files would show; leave it out and give it "
-            "with --secret MLFLOW_TRACKING_USERNAME --secret MLFLOW_TRACKING_PASSWORD"
         )
     local = uri is not None and re.match(r"sqlite:///(?!/)|(?!\w+:)(?!/)", uri)
     if local:
@@ -137,7 +174,7 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
 
 def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Relative paths of the run file that are this machine's, with the field that names them."""
-    for field, source in (("data.train", run.data.train), ("data.eval", run.data.eval)):
+    for field, source in zip(_DATA, (run.data.train, run.data.eval), strict=True):
         if source is not None and _is_ours(source):
             if Path(source).exists():
                 yield field, source
@@ -190,37 +227,38 @@ def _within(path: Path, what: str) -> Path:
 
 
 def _files_at(what: str, path: str) -> dict[str, Path]:
-    """A file, or all files of a folder, by their path in the parcel."""
+    """A file, or all files of a folder that are not hidden, by their path in the parcel."""
     root = _within(Path(path), what)
     if not root.is_dir():
         return {root.as_posix(): Path(path).expanduser()}
-    return {
-        (Path(folder) / name).as_posix(): Path(folder) / name
-        for folder, _, names in _walk(root)
-        for name in names
-        if name not in _LEFT_OUT
-    }
+    files = {file.as_posix(): file for file in _walk(root, hidden="._" if what in _DATA else ".")}
+    for name, file in files.items():
+        if not file.is_file():
+            raise UsageError(
+                f"{what}: {name} is no file, or a link to none, so that it cannot be sent; remove it"
+            )
+    return files
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def _walk(root: Path, *, hidden: str) -> Iterator[Path]:
+    """Files of a folder, but not those whose name, or a folder's on the way, begins as `hidden` says."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
-        yield folder, folders, sorted(names)
+        folders[:] = sorted(name for name in folders if name[0] not in hidden and name != "__pycache__")
+        yield from (Path(folder) / name for name in sorted(names) if name[0] not in hidden)
 
 
 def _code() -> dict[str, Path]:
     """The packages that this very program runs."""
     home = Path(__file__).parents[1]
     return {
-        (Path(folder) / name).relative_to(home).as_posix(): Path(folder) / name
+        file.relative_to(home).as_posix(): file
         for package in PACKAGES
-        for folder, _, names in _walk(home / package)
-        for name in names
+        for file in _walk(home / package, hidden=".")
     }
 
 

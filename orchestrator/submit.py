@@ -24,7 +24,8 @@ from rich.console import Console
 from orchestrator import mailbox
 from orchestrator.cluster import secrets as known_secrets
 from orchestrator.config import RunFailed, UsageError
-from orchestrator.parcel import PACKAGES, Parcel, megabytes, pack
+from orchestrator.mlflow_client import first_line
+from orchestrator.parcel import PACKAGES, Parcel, holds_credentials, megabytes, pack
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
@@ -108,10 +109,10 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
             "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
         ) from error
     except Exception as error:  # Ray, requests and gRPC raise what they like
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"no job server answers at {where}: {first} Give --address or RAY_ADDRESS; a cluster started by "
-            "`ray up` is reached through `ray dashboard cluster.yaml`, left running, at " + DEFAULT_ADDRESS
+            f"no job server answers at {where}: {first_line(error)} Give --address or RAY_ADDRESS; a "
+            "cluster started by `ray up` is reached through `ray dashboard cluster.yaml`, left running, at "
+            + DEFAULT_ADDRESS
         ) from error
 
 
@@ -175,7 +176,7 @@ def _values(names: Sequence[str], option: str) -> dict[str, str]:
 def _refuse_shown_secrets(variables: Mapping[str, str]) -> None:
     secret = known_secrets(variables)
     for name, value in variables.items():
-        if name in secret or _SECRET_NAME.search(name) or re.search(r"://[^/@\s]+@", value):
+        if name in secret or _SECRET_NAME.search(name) or holds_credentials(value):
             raise UsageError(
                 f"--env {name} looks like a secret, and the cluster shows and logs what --env sends; "
                 f"use --secret {name}"
@@ -199,8 +200,7 @@ def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, cod
                     )
                 )
         except Exception as error:  # Ray, requests and gRPC raise what they like
-            first = str(error).strip().splitlines()[0]
-            raise RunFailed(f"the cluster did not take the job: {first}") from error
+            raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
 
 
 async def _followed(client: Any, job: str, say: Callable[[str], None]) -> Any:

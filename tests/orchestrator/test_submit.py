@@ -25,7 +25,7 @@ from orchestrator import mailbox
 from orchestrator.cluster import secrets
 from orchestrator.config import RunFailed, UsageError
 from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
-from orchestrator.submit import _followed, _outcome, connect, submit
+from orchestrator.submit import _followed, _outcome, _submitted, connect, submit
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -103,9 +103,26 @@ def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) ->
     (folder / "elsewhere" / "linked.jsonl").write_text("{}\n")
     (folder / "data" / "link").symlink_to(folder / "elsewhere")
     (folder / "data" / "round").symlink_to(folder / "data")
+    for hidden in (".env", "_SUCCESS", "deep/.env", "_old/more.jsonl"):
+        (folder / "data" / hidden).parent.mkdir(exist_ok=True)
+        (folder / "data" / hidden).write_text("")
     files = pack(["train", "run.yaml", "data.train=data"]).files
     names = {"data/train.jsonl", "data/deep/more.jsonl", "data/link/linked.jsonl"}
     assert {name for name in files if name.startswith("data")} == names
+
+
+def test_a_broken_link_among_the_data_is_one_message(folder: Path) -> None:
+    (folder / "data" / "lost.jsonl").symlink_to(folder / "nowhere")
+    with pytest.raises(UsageError, match=r"data\.train: data/lost\.jsonl is no file, or a link to none"):
+        pack(["train", "run.yaml", "data.train=data"])
+
+
+def test_a_package_with_the_reward_is_sent_whole(folder: Path) -> None:
+    (folder / "judges").mkdir()
+    for name in ("__init__.py", "_words.py", ".env"):
+        (folder / "judges" / name).write_text("")
+    files = pack(["check", "run.yaml", "evaluation.sampling.reward.function=judges:score"]).files
+    assert {"judges/__init__.py", "judges/_words.py"} == {name for name in files if name.startswith("judges")}
 
 
 def test_code_is_sent_when_asked_for(folder: Path) -> None:
@@ -133,6 +150,9 @@ def test_code_is_sent_when_asked_for(folder: Path) -> None:
             "leave it out for the cluster's registry",
         ),
         (["train", "run.yaml", "tracking.uri=http://me:secret@host"], "--secret MLFLOW_TRACKING_PASSWORD"),
+        (["models", "get", "a@best", "--to", "a"], "with MLFLOW_TRACKING_URI naming the cluster's registry"),
+        (["tune", "sweeps/sweep.yaml", "run.storage_path=s3://bucket/runs"], "run.storage_path is a URI"),
+        (["tune", "none.yaml"], "no such file"),
         (["train", "run.yaml", "data.train=data/none.jsonl"], "data/none.jsonl: there is no such file here"),
         (["train", "run.yaml", "data.train=../train.jsonl"], "is not in the folder you submit from"),
         (["train", "run.yaml", "policy.model=./data"], "policy.model=/shared/polyref/models/data"),
@@ -146,6 +166,39 @@ def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
         submit(command, address="http://127.0.0.1:9")
     assert said in str(refused.value)
     assert "secret@" not in str(refused.value)
+
+
+CREDENTIALS = [
+    "s3://KEY:top/secret@bucket/runs",
+    "s3://bucket/runs?access_key=KEY&secret_key=secret",
+    "https://account.blob.core.windows.net/data.jsonl?sv=1&sig=secret",
+    "https://secret@host/data.jsonl",
+]
+
+
+@pytest.mark.parametrize("uri", CREDENTIALS)
+@pytest.mark.parametrize("field", ["storage_path", "data.train", "data.eval", "policy.model"])
+def test_credentials_are_refused_wherever_they_stand(folder: Path, field: str, uri: str) -> None:
+    def refused(command: list[str], where: str) -> None:
+        with pytest.raises(
+            UsageError, match=f"^{where} holds credentials.*--secret AWS_ACCESS_KEY_ID"
+        ) as error:
+            submit(command, address="http://127.0.0.1:9")
+        assert "secret@" not in str(error.value)
+        assert "=secret" not in str(error.value)
+
+    refused(["train", "run.yaml", f"{field}={uri}"], field)
+    refused(["tune", "sweeps/sweep.yaml", f"run.{field}={uri}"], f"run.{field}")
+    refused(["models", "list", "--tracking-uri", uri], "an argument")
+    section, _, name = field.partition(".")
+    write(folder / "run.yaml", **{section: {name: uri} if name else uri})
+    refused(["train", "run.yaml"], f"run.yaml: {field}")
+    refused(["tune", "sweeps/sweep.yaml"], f"run.yaml: {field}")  # though the sweep may not use it
+
+
+def test_a_container_and_an_alias_are_no_credentials(folder: Path) -> None:
+    container = "abfss://container@account.dfs.core.windows.net/runs"
+    pack(["train", "run.yaml", f"storage_path={container}", "policy.model=models:/name@best"])
 
 
 def test_too_much_is_refused_with_the_largest_files(folder: Path) -> None:
@@ -195,6 +248,18 @@ def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:7")  # an address that is given comes first
     with pytest.raises(UsageError, match=r"no job server answers at http://127\.0\.0\.1:9: .*ray dashboard"):
         connect("http://127.0.0.1:9")
+
+
+def test_a_job_that_is_not_taken_is_one_message(folder: Path) -> None:
+    class Refusing:
+        def get_address(self) -> str:
+            return "http://127.0.0.1:9"
+
+        def submit_job(self, **_: Any) -> str:
+            raise ConnectionError
+
+    with pytest.raises(RunFailed, match="did not take the job: ConnectionError"):
+        _submitted(Refusing(), pack(["check", "run.yaml"]), {}, code=False)
 
 
 class Flaky:
