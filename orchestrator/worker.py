@@ -198,7 +198,7 @@ def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -
     """
     mine = torch.tensor([progress.step, -1 if best is None else best.step], dtype=torch.float64)
     parallel = policy.parallel
-    summed = parallel.all_reduce_sum(mine.to(parallel.device)).cpu()
+    summed = parallel.all_reduce_sum(mine.to(parallel.device, copy=True)).cpu()
     if not torch.equal(summed, mine * parallel.world_size):
         raise RuntimeError(f"workers see different states of the run: step {progress.step} here, not on all")
 
