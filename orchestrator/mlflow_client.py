@@ -22,6 +22,8 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _environment = threading.Lock()
 _SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
 _SECRET_VALUES = (
+    # An unescaped secret may hold slashes: up to the last @.
+    (re.compile(r"\b((?:s3[an]?|gs|gcs|abfss?)://)[^/@:?\s]*:[^\s\"']*@"), r"\1***@"),
     (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@"), r"\1***@"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
     (

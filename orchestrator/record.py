@@ -65,12 +65,13 @@ class RunRecord:
     finished: bool = False
 
     def write(self, kept: Kept) -> None:
-        """Replace the record in one move."""
+        """Replace the record in one move; RunFailed where the storage does not take it."""
         mirror = _mirror(kept)
-        mirror.folder.mkdir(parents=True, exist_ok=True)
-        temporary = mirror.folder / f".{RECORD}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.replace(mirror.folder / RECORD)
+        with mirror.answering():
+            mirror.folder.mkdir(parents=True, exist_ok=True)
+            temporary = mirror.folder / f".{RECORD}.{os.getpid()}"
+            temporary.write_text(json.dumps(asdict(self), indent=1))
+            temporary.replace(mirror.folder / RECORD)
         mirror.push(RECORD)
 
 

@@ -6,33 +6,27 @@ is made from the store when the process starts, and what is worth keeping is put
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import pyarrow as pa
 import pyarrow.fs as pafs
-from filelock import FileLock, Timeout
 
-from orchestrator.config import RunConfig, UsageError
+from orchestrator import hold
+from orchestrator.config import RunConfig, RunFailed, UsageError
 from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-FAILURES = (OSError, pa.ArrowException)
-"""What the client of an object store raises."""
+_SEEN = ".seen-"
 _CHUNK = 64 * 2**20
-_HOLD, _BEAT_S, _SILENT_S = ".held.json", 5.0, 20.0
 _SEEN_WITHIN_S, _ANSWER_WITHIN_S = 5.0, 60.0
 _AT_MOST_ONE_IN = 20  # seconds of copying, of a thread that copies now and then
 _LOCAL = pafs.LocalFileSystem()
@@ -74,7 +68,7 @@ def refuse_unwritable(storage_path: str) -> None:
     try:
         with beacon(storage_path):
             pass
-    except FAILURES as error:
+    except buckets.FAILURES as error:
         raise UsageError(
             f"storage_path {shown} cannot be written ({buckets.reason(error)}); "
             f"{buckets.remedy(storage_path)}"
@@ -104,6 +98,27 @@ def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
     )
 
 
+@contextlib.contextmanager
+def answering(place: str) -> Iterator[None]:
+    """Inside, a storage that fails ends the command with one line.
+
+    Raises:
+        RunFailed: the storage failed.
+    """
+    try:
+        yield
+    except buckets.FAILURES as error:
+        remedy = buckets.remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
+        raise RunFailed(
+            f"{_shown(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
+            "The same command goes on from what is kept"
+        ) from error
+
+
+def _shown(place: str) -> str:
+    return buckets.without_options(place) if is_uri(place) else place
+
+
 # ---- one storage for all nodes ----
 
 
@@ -121,25 +136,53 @@ def refuse_unshared(storage_path: str) -> None:
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(alive) < 2:
         return
+    gone = (  # a node that has just gone says nothing
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.LocalRayletDiedError,
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.TaskUnschedulableError,
+    )
     look, environment = ray.remote(num_cpus=0, max_retries=0)(_look), ray.put(secrets(os.environ))
-    with beacon(storage_path) as written:
+    with contextlib.ExitStack() as stack:
+        with answering(storage_path):
+            written = stack.enter_context(beacon(storage_path))
         asked = {
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 written, environment
             ): address
             for node, address in alive.items()
         }
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_WITHIN_S)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_WITHIN_S)
         for answer in answered:
-            with contextlib.suppress(ray.exceptions.RayError):  # a node that has just gone says nothing
+            try:
                 why = ray.get(answer)
-                if why is not None:
-                    raise UsageError(unshared(storage_path, asked[answer], why))
+            except gone:
+                continue
+            except ray.exceptions.RayError as error:
+                raise UsageError(_unable(asked[answer], error)) from error
+            if why is not None:
+                raise UsageError(unshared(storage_path, asked[answer], why))
+    if silent:
+        log.warning(
+            "whether storage_path %s is shared was not answered within %.0f s by: %s",
+            _shown(storage_path),
+            _ANSWER_WITHIN_S,
+            ", ".join(sorted(asked[answer] for answer in silent)),
+        )
 
 
 def _look(written: str, environment: dict[str, str]) -> str | None:
     os.environ.update(environment)
     return visible(written)
+
+
+def _unable(node: str, error: BaseException) -> str:
+    lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"node {node} could not look for storage_path ({lines[-1].strip()}); "
+        "polyref must be installed there as it is here"
+    )
 
 
 def unshared(storage_path: str, node: str, why: str) -> str:
@@ -171,7 +214,7 @@ def visible(written: str) -> str | None:
                 above = Path(written).parent
                 return "the folder there is another one" if above.is_dir() else "no such folder there"
             time.sleep(0.2)
-    except FAILURES as error:
+    except buckets.FAILURES as error:
         return buckets.reason(error)
     return None
 
@@ -179,7 +222,7 @@ def visible(written: str) -> str | None:
 @contextlib.contextmanager
 def beacon(storage_path: str) -> Iterator[str]:
     """Inside, a small file of a name that never was lies in the storage; yields its place."""
-    place = buckets.join(storage_path, f".seen-{uuid.uuid4().hex}")
+    place = buckets.join(storage_path, f"{_SEEN}{uuid.uuid4().hex}")
     if is_uri(place):
         store, path = buckets.opened(place)
         with store.open_output_stream(path) as stream:
@@ -187,7 +230,7 @@ def beacon(storage_path: str) -> Iterator[str]:
         try:
             yield place
         finally:
-            with contextlib.suppress(*FAILURES):
+            with contextlib.suppress(*buckets.FAILURES):
                 store.delete_file(path)
     else:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
@@ -227,11 +270,12 @@ class Mirror:
 
     def __init__(self, kept_at: str, *, worker: int | None = None) -> None:
         self.home, self.folder = kept_at, working_folder(kept_at, worker)
+        self._is_worker, self._busy = worker is not None, threading.Lock()
         self._store: pafs.FileSystem | None = None
         if is_uri(kept_at):
-            self._store, self._root = buckets.opened(kept_at)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._busy = threading.Lock()
+            with self.answering():
+                self._store, self._root = buckets.opened(kept_at)
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def remote(self) -> bool:
@@ -239,14 +283,28 @@ class Mirror:
         return self._store is not None
 
     def __str__(self) -> str:
-        return buckets.without_options(self.home) if self.remote else self.home
+        return _shown(self.home)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """`answering`, but for a worker: it sees the error itself, upon which Ray starts it again."""
+        with contextlib.nullcontext() if self._is_worker else answering(self.home):
+            yield
 
     def place(self, *names: str) -> str:
         """Where something of the run is kept, as a person is told."""
         return buckets.join(str(self), *names)
 
     def pull(self, *names: str) -> None:
-        """Make files and folders here what is kept; what is not kept goes."""
+        """Make files and folders here what is kept; what is not kept goes.
+
+        Raises:
+            RunFailed: the store does not give them; OSError or ArrowException for a worker.
+        """
+        with self.answering():
+            self._pull(*names)
+
+    def _pull(self, *names: str) -> None:
         if self._store is None:
             return
         with self._busy:
@@ -257,8 +315,12 @@ class Mirror:
         """Keep files and folders as they are here; each file appears whole or not at all.
 
         Raises:
-            OSError, ArrowException: the store does not take them.
+            RunFailed: the store does not take them; OSError or ArrowException for a worker.
         """
+        with self.answering():
+            self._push(*names)
+
+    def _push(self, *names: str) -> None:
         if self._store is None:
             return
         with self._busy:
@@ -270,7 +332,10 @@ class Mirror:
         """Names of the folders that are kept under a folder, sorted."""
         if self._store is None:
             return sorted(path.name for path in (self.folder / under).glob("*/"))
-        found = self._store.get_file_info(pafs.FileSelector(f"{self._root}/{under}", allow_not_found=True))
+        with self.answering():
+            found = self._store.get_file_info(
+                pafs.FileSelector(f"{self._root}/{under}", allow_not_found=True)
+            )
         return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
 
     @contextlib.contextmanager
@@ -281,22 +346,42 @@ class Mirror:
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetched-") as room:
             copy = Path(room) / Path(name).name
-            _fetch(self._store, f"{self._root}/{name}", copy)
+            with self.answering():
+                _fetch(self._store, f"{self._root}/{name}", copy)
             yield copy
 
     def remove(self) -> None:
-        """Forget the run: all that is kept of it, and the working copy."""
-        if self._store is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            if self._store.get_file_info(self._root).type == pafs.FileType.Directory:
-                self._store.delete_dir_contents(self._root)
-            return
-        if self.folder.exists():
-            doomed = self.folder.with_name(f".{self.folder.name}.removed")
-            shutil.rmtree(doomed, ignore_errors=True)
-            self.folder.rename(doomed)
-            shutil.rmtree(doomed)
+        """Forget the run: all that is kept of it, and the working copy. It stays held by who holds it."""
+        with self.answering():
+            if self._store is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
+                    if entry.type == pafs.FileType.Directory:
+                        self._store.delete_dir(entry.path)
+                    elif entry.base_name != hold.NAME:
+                        self._store.delete_file(entry.path)
+            elif self.folder.exists():
+                doomed = self.folder.with_name(f".{self.folder.name}.removed")
+                shutil.rmtree(doomed, ignore_errors=True)
+                self.folder.rename(doomed)
+                shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def beacon(self) -> Iterator[str]:
+        """`beacon` in the run's folder; those go that a command left there when it was killed."""
+        with self.answering():
+            if self._store is None:
+                for old in self.folder.glob(f"{_SEEN}*"):
+                    old.unlink(missing_ok=True)
+            else:
+                for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
+                    if entry.base_name.startswith(_SEEN):
+                        self._store.delete_file(entry.path)
+        with contextlib.ExitStack() as stack:
+            with self.answering():
+                seen = stack.enter_context(beacon(self.home))
+            yield seen
 
     def discard(self) -> None:
         """The working copy goes, where there is one, with whatever was not pushed."""
@@ -306,78 +391,33 @@ class Mirror:
     @contextlib.contextmanager
     def pushing(self, *names: str, every_s: float = 15.0) -> Iterator[None]:
         """Inside, files are kept again and again while they grow; a store that is away only delays that."""
-        with self._every(every_s, lambda: self.push(*names)):
+        with self._every(every_s, lambda: self._push(*names)):
             yield
 
     @contextlib.contextmanager
     def pulling(self, *names: str, every_s: float = 10.0) -> Iterator[None]:
         """Inside, files here follow what is kept; at the end they are as it is."""
-        with self._every(every_s, lambda: self.pull(*names)):
+        with self._every(every_s, lambda: self._pull(*names)):
             yield
         self.pull(*names)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the run for this process; the hold goes with the process, however it ends.
-
-        On an object store, which knows no locks, the process shows that it is alive: who finds another's
-        sign waits whether it changes, for up to 20 seconds after a process was killed.
+        """Hold the run for this process; see `hold`.
 
         Raises:
             UsageError: another process is training this run.
+            RunFailed: the storage failed, or another process has taken the run meanwhile.
         """
-        if self._store is None:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise UsageError(self._taken("another process")) from None
-            try:
-                yield
-            finally:
-                lock.release()
-            return
-        self._refuse_held()
-        me = {"id": uuid.uuid4().hex, "where": _machine(), "pid": os.getpid()}
-        self._sign(me)
-        try:
-            with self._every(_BEAT_S, lambda: self._sign(me)):
-                yield
-        finally:
-            with contextlib.suppress(*FAILURES):
-                self._store.delete_file(f"{self._root}/{_HOLD}")
-
-    def _taken(self, by: str) -> str:
-        name = Path(self.home.partition("?")[0]).name
-        return f"run {name!r} in {self} is being trained by {by}; wait for it, or give this run another name"
-
-    def _refuse_held(self) -> None:
-        """Wait until another's sign of life is old, unless its process is known to be gone."""
-        seen = self._signed()
-        if seen is None or _is_gone(seen):
-            return
-        give_up = time.monotonic() + _SILENT_S
-        while time.monotonic() < give_up:
-            time.sleep(1)
-            now = self._signed()
-            if now is None:
-                return
-            if now != seen:
-                raise UsageError(self._taken(f"process {now['pid']} on {now['where'][0]}"))
-
-    def _signed(self) -> dict[str, Any] | None:
-        assert self._store is not None
-        try:
-            with self._store.open_input_file(f"{self._root}/{_HOLD}") as file:
-                return dict(json.loads(file.read()))
-        except FileNotFoundError:
-            return None
-
-    def _sign(self, me: dict[str, Any]) -> None:
-        assert self._store is not None
-        with self._store.open_output_stream(f"{self._root}/{_HOLD}") as stream:
-            stream.write(json.dumps(me | {"beat": time.time()}).encode())
+        with contextlib.ExitStack() as stack:
+            with self.answering():
+                if self._store is None:
+                    stack.enter_context(hold.of_folder(self.folder))
+                else:
+                    mine = hold.Hold(self._store, self._root, str(self))
+                    mine.take()
+                    stack.enter_context(mine.kept())
+            yield
 
     @contextlib.contextmanager
     def _every(self, seconds: float, action: Callable[[], None]) -> Iterator[None]:
@@ -401,30 +441,11 @@ def _repeat(action: Callable[[], None], seconds: float, stop: threading.Event, p
         try:
             action()
             away = False
-        except FAILURES as error:
+        except buckets.FAILURES as error:
             if not away:
                 log.warning("%s does not answer (%s); it is tried again", place, buckets.reason(error))
             away = True
         pause = max(seconds, _AT_MOST_ONE_IN * (time.monotonic() - began))  # files grow, and so does the time
-
-
-def _machine() -> list[str]:
-    """What a process id is unique in: the machine, and the container on it."""
-    container = Path("/proc/self/ns/pid")
-    return [socket.gethostname(), os.readlink(container) if container.is_symlink() else ""]
-
-
-def _is_gone(signed: dict[str, Any]) -> bool:
-    """Whether a sign is of a process of this very machine that has ended."""
-    if signed["where"] != _machine():
-        return False
-    try:
-        os.kill(signed["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def _fetch(store: pafs.FileSystem, path: str, target: Path) -> None:

@@ -29,7 +29,7 @@ from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.sizing import size
 from orchestrator.sizing_table import table
-from orchestrator.storage import Mirror, beacon, home, is_uri, refuse_unshared, working_folder
+from orchestrator.storage import Mirror, home, is_uri, refuse_unshared, working_folder
 from orchestrator.tracking import METRICS_FILE, Tracker, code_tags, read_metrics
 from orchestrator.worker import EXPORT, JOURNAL, WorkerSetup, total_steps
 
@@ -193,7 +193,7 @@ def train_on_cluster(
         with (
             following_steps(mirror.folder, total, console),
             mirror.pulling(METRICS_FILE),
-            beacon(config.storage_path) as seen,
+            mirror.beacon() as seen,
         ):
             setup = _worker_setup(prepared, service, tracker, judge, seen)
             try:

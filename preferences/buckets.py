@@ -13,6 +13,9 @@ import pyarrow.fs
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 """URI schemes of the object stores that need no further package."""
 
+FAILURES = (OSError, pyarrow.ArrowException)
+"""What the client of an object store raises."""
+
 _REMEDIES = {
     "s3": "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), "
     "and AWS_REGION or AWS_ENDPOINT_URL where the store is not AWS's own",
@@ -47,8 +50,13 @@ def join(place: str, *names: str) -> str:
 
 
 def without_options(uri: str) -> str:
-    """The URI as it may be shown: neither options nor a key and secret."""
-    return re.sub(r"://[^/@]*:[^/@]*@", "://", uri.partition("?")[0])
+    """The URI as it may be shown: neither options nor a key and secret.
+
+    Secrets may hold slashes and more, which should be escaped and often are not: of a bucket's URI all up to
+    the last @ goes.
+    """
+    secret = r"(?:[^?]*@|.*@)" if is_bucket(uri) else r"[^/]*@"
+    return re.sub(rf"://[^/@:?]*:{secret}", "://", uri, count=1).partition("?")[0]
 
 
 def reason(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Runs on an object store and on folders: what is kept, what is held, what is refused. Without Ray."""
 
+import itertools
 import json
 import os
 import pickle
@@ -11,14 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from bucket import Bucket, object_store
 
-from orchestrator import storage
-from orchestrator.config import UsageError
+from orchestrator import hold, storage
+from orchestrator.config import RunFailed, UsageError
+from orchestrator.mlflow_client import redact
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import Score
 from orchestrator.references.store import ScoreStore
 from orchestrator.storage import Mirror
+from preferences.buckets import without_options
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(bucket, monkeypatch, cap
         else:
             raise answer
 
-    monkeypatch.setattr(mirror, "push", push)
+    monkeypatch.setattr(mirror, "_push", push)
     with mirror.pushing("metrics.jsonl", every_s=0.01):
         assert tried.wait(60)
     assert [entry.getMessage() for entry in caplog.records] == [
@@ -181,15 +185,134 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
     assert bucket.keys() == ["one/.held.json"]  # it was killed
     began = time.monotonic()
     with locked(Mirror(home)):
-        assert time.monotonic() - began < storage._SILENT_S  # known to be gone: no need to wait
+        assert time.monotonic() - began < hold._SILENT_S  # known to be gone: no need to wait
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
     assert bucket.keys() == []
 
     left = {"id": "x", "where": ["another-machine", ""], "pid": 1, "beat": 1.0}
     bucket.put("one/.held.json", json.dumps(left).encode())
-    monkeypatch.setattr(storage, "_SILENT_S", 3)
+    monkeypatch.setattr(hold, "_SILENT_S", 3)
     with locked(Mirror(home)):  # nobody signs any more
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
+        bucket.put("one/run.json", b"{}")
+        bucket.put("one/checkpoints/checkpoint_1/progress.json", b"{}")
+        remove_run(Mirror(home))
+        assert bucket.keys() == ["one/.held.json"], "a run that starts over stays held"
+    assert bucket.keys() == []
+
+
+def test_of_commands_that_start_together_one_gets_the_run(bucket, monkeypatch):
+    monkeypatch.setattr(hold, "_SETTLED_S", 0.5)
+    together, outcomes = threading.Barrier(4), []
+
+    def start() -> None:
+        mine = Mirror(f"{bucket.uri}/one")
+        together.wait()
+        try:
+            with mine.held():
+                outcomes.append("held")
+                time.sleep(2)
+        except UsageError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("held") == 1
+    assert sum(f"is being trained by process {os.getpid()} on" in outcome for outcome in outcomes) == 3
+    assert bucket.keys() == []
+
+
+def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
+    monkeypatch.setattr(hold, "_SETTLED_S", 0)
+    monkeypatch.setattr(hold, "_BEAT_S", 0.05)
+    beats, sign = [], hold.Hold._sign
+
+    def slowly(self: hold.Hold) -> None:
+        time.sleep(0.3)
+        sign(self)
+        beats.append(time.monotonic())
+
+    monkeypatch.setattr(hold.Hold, "_sign", slowly)
+    with locked(Mirror(f"{bucket.uri}/one")):
+        time.sleep(4)
+    pauses = [later - before for before, later in itertools.pairwise(beats[1:])]
+    assert len(pauses) >= 2
+    assert max(pauses) < 2
+
+
+def test_who_has_lost_a_run_stops_and_leaves_the_sign_of_the_other(bucket, monkeypatch, caplog):
+    monkeypatch.setattr(hold, "_SETTLED_S", 0.1)
+    monkeypatch.setattr(hold, "_BEAT_S", 0.1)
+    other = {"id": "x", "where": ["another-machine", "", ""], "pid": 7, "beat": 1.0}
+    began = time.monotonic()
+    with (
+        pytest.raises(RunFailed, match=r"one was taken by process 7 on another-machine .* this one stops"),
+        locked(Mirror(f"{bucket.uri}/one")),
+    ):
+        _take_over(bucket, other)
+    assert time.monotonic() - began < 30
+    assert "was taken by process 7" in caplog.text
+    assert json.loads(bucket.get("one/.held.json")) == other
+
+
+def _take_over(bucket: Bucket, sign: dict) -> None:
+    bucket.put("one/.held.json", json.dumps(sign).encode())
+    time.sleep(60)
+
+
+def test_ctrl_c_is_still_ctrl_c_while_a_run_is_held(bucket, monkeypatch):
+    monkeypatch.setattr(hold, "_SETTLED_S", 0)
+    with pytest.raises(KeyboardInterrupt), locked(Mirror(f"{bucket.uri}/one")):
+        raise KeyboardInterrupt
+    assert bucket.keys() == []
+
+
+def test_a_process_is_known_to_be_gone_on_its_own_machine_only(tmp_path, monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert hold._is_gone({"where": hold._machine(), "pid": ended.pid})
+    assert not hold._is_gone({"where": hold._machine(), "pid": os.getpid()})
+    signed = {"where": hold._machine(), "pid": ended.pid}
+    (tmp_path / "boot_id").write_text("another")
+    monkeypatch.setattr(hold, "_BOOT", tmp_path / "boot_id")  # a machine with the same image and name
+    assert not hold._is_gone(signed)
+
+
+def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tmp_path):
+    bucket.put("one/.seen-old", b"polyref")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / ".seen-old").write_text("polyref")
+    for home in (f"{bucket.uri}/one", str(tmp_path / "one"), str(tmp_path / "new")):
+        with Mirror(home).beacon() as written:
+            assert written.startswith(f"{home}/.seen-")
+            assert storage.visible(written) is None
+    assert bucket.keys() == []
+    assert list(tmp_path.rglob(".seen-*")) == []
+
+
+def test_a_store_that_goes_away_fails_the_run_with_a_line(bucket, tmp_path, monkeypatch):
+    kept = Mirror(f"{bucket.uri}/one")
+    worker = Mirror(f"{bucket.uri}/one", worker=0)
+    monkeypatch.setattr(storage, "_fetch", _gone)
+    monkeypatch.setattr(storage, "_put", _gone)
+    said = (
+        rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command goes"
+    )
+    for act in (lambda: kept.pull("x"), lambda: read_record(kept), lambda: record().write(kept)):
+        with pytest.raises(RunFailed, match=said):
+            act()
+    with pytest.raises(OSError, match="no route"):  # for which Ray starts it again
+        worker.pull("x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFailed, match=rf"{tmp_path}/file/run cannot be read or written .* check the disk"):
+        record().write(tmp_path / "file" / "run")
+
+
+def _gone(*_: object) -> None:
+    raise OSError("no route")
 
 
 # ---- refusals ----
@@ -239,6 +362,73 @@ def test_a_key_in_a_uri_is_not_shown(bucket):
         storage.refuse_unwritable("s3://someone:hidden@no-such-bucket/runs?region=us-east-1")
     assert "storage_path s3://no-such-bucket/runs cannot" in str(refused.value)
     assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://KEY:secret@bucket/runs?region=x", "s3://bucket/runs"),
+        ("s3://KEY:se/cr/et@bucket/runs", "s3://bucket/runs"),
+        ("s3://KEY:se@cr/et@bucket/runs", "s3://bucket/runs"),
+        ("s3://KEY:se?cret@bucket/runs?region=x", "s3://bucket/runs"),
+        ("s3://KEY:se/cret@bucket?endpoint_override=a@b", "s3://bucket"),
+        ("s3://bucket/a:b@c/runs", "s3://bucket/a:b@c/runs"),
+        (
+            "abfss://container@account.dfs.core.windows.net/x",
+            "abfss://container@account.dfs.core.windows.net/x",
+        ),
+        ("https://me:pa@ss@host:80/a@b", "https://host:80/a@b"),
+        ("https://host:80/a@b", "https://host:80/a@b"),
+    ],
+)
+def test_a_uri_is_shown_without_its_secret(uri, shown):
+    assert without_options(uri) == shown
+    for part in ("secret", "cret", "cr/et", "pa@ss"):
+        assert part not in redact(f"cannot read {uri}, sorry")
+
+
+def test_nodes_that_cannot_look_are_told_and_those_that_are_gone_are_not(tmp_path, monkeypatch, caplog):
+    answers: dict[str, object] = {}
+
+    class Look:
+        def __call__(self, function):
+            return self
+
+        def options(self, scheduling_strategy):
+            self.node = scheduling_strategy.node_id
+            return self
+
+        def remote(self, *_):
+            return self.node
+
+    def get(node: str) -> object:
+        if isinstance(answers[node], Exception):
+            raise answers[node]
+        return answers[node]
+
+    def wait(asked: list[str], **_: object) -> tuple[list[str], list[str]]:
+        return [node for node in asked if node in answers], [node for node in asked if node not in answers]
+
+    alive = [{"NodeID": f"{n}" * 56, "NodeManagerAddress": f"10.0.0.{n}", "Alive": True} for n in (1, 2, 3)]
+    monkeypatch.setattr(ray, "nodes", lambda: alive)
+    monkeypatch.setattr(ray, "remote", lambda **_: Look())
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+
+    answers |= {"1" * 56: None, "2" * 56: ray.exceptions.NodeDiedError("gone")}
+    storage.refuse_unshared(str(tmp_path))
+    assert "was not answered within 60 s by: 10.0.0.3" in caplog.text
+    cause = ModuleNotFoundError("No module named 'orchestrator'")
+    answers["3" * 56] = ray.exceptions.RayTaskError("_look", "Traceback", cause)
+    with pytest.raises(
+        UsageError, match=r"node 10.0.0.3 could not look .*No module named 'orchestrator'\); poly"
+    ):
+        storage.refuse_unshared(str(tmp_path))
+    answers["3" * 56] = "no such folder there"
+    with pytest.raises(UsageError, match=r"not shared: node 10.0.0.3 does not see it"):
+        storage.refuse_unshared(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_process_wrote_is_seen_or_why_not(bucket, tmp_path, monkeypatch):

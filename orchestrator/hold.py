@@ -1,0 +1,208 @@
+"""One process at a time trains a run: a lock beside its folder, or a sign of life on an object store.
+
+A lock goes with its process. An object store knows no locks, so there the process signs again and again:
+who finds another's sign waits whether it changes, and who has signed looks whether the sign stayed its own.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from filelock import FileLock, Timeout
+
+from orchestrator.config import RunFailed, UsageError
+from preferences import buckets
+
+log = logging.getLogger(__name__)
+
+NAME = ".held.json"
+"""The sign's name in the run's folder on an object store."""
+_BEAT_S = 5.0
+_SILENT_S = 120.0  # clients try for up to a minute before they say that a store does not answer
+_SETTLED_S = 2.0  # within which another who saw no sign either has signed
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextlib.contextmanager
+def of_folder(folder: Path) -> Iterator[None]:
+    """Inside, this process has the run; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(_taken(str(folder), "another process")) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Hold:
+    """This process's claim to a run on an object store.
+
+    Args:
+        store: the object store.
+        folder: the run's folder there.
+        shown: the run's place, as a person is told.
+    """
+
+    def __init__(self, store: pafs.FileSystem, folder: str, shown: str) -> None:
+        self._store, self._path, self._shown = store, f"{folder}/{NAME}", shown
+        self._me = {"id": uuid.uuid4().hex, "where": _machine(), "pid": os.getpid()}
+        self._lost: str | None = None
+
+    def take(self) -> None:
+        """Sign, unless another does; after a process that was killed elsewhere this waits for two minutes.
+
+        Raises:
+            UsageError: another process trains the run.
+            OSError, ArrowException: the store does not answer.
+        """
+        self._refuse_alive()
+        began = time.monotonic()
+        self._sign()
+        time.sleep(max(_SETTLED_S, 3 * (time.monotonic() - began)))
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        seen = self._signed()
+        if seen is None or seen["id"] != self._me["id"]:
+            raise UsageError(_taken(self._shown, _signer(seen)))
+
+    def _refuse_alive(self) -> None:
+        """Wait until another's sign of life is old, unless its process is known to be gone."""
+        seen = self._signed()
+        if seen is None or _is_gone(seen):
+            return
+        give_up, told = time.monotonic() + _SILENT_S, time.monotonic() + 2 * _BEAT_S
+        while time.monotonic() < give_up:
+            time.sleep(1)
+            now = self._signed()
+            if now is None:
+                return
+            if now != seen:
+                raise UsageError(_taken(self._shown, _signer(now)))
+            if time.monotonic() >= told:
+                told = give_up
+                log.warning(
+                    "%s was being trained by %s, which has not signed since; after %.0f s it counts as gone",
+                    self._shown,
+                    _signer(seen),
+                    _SILENT_S,
+                )
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, the sign is renewed; at the end it goes.
+
+        Raises:
+            RunFailed: another process has taken the run meanwhile; entered in the main thread, this ends
+                what runs inside at once.
+        """
+        stop = threading.Event()
+        interrupts = threading.current_thread() is threading.main_thread()
+        thread = threading.Thread(target=self._beat, args=(stop, interrupts), name="hold", daemon=True)
+        thread.start()
+        try:
+            try:
+                yield
+            finally:
+                stop.set()
+                thread.join()
+        except KeyboardInterrupt:
+            if self._lost is None:
+                raise
+            raise RunFailed(self._lost) from None
+        finally:
+            with contextlib.suppress(*buckets.FAILURES):
+                self._leave()
+
+    def _beat(self, stop: threading.Event, interrupts: bool) -> None:
+        away = False
+        while not stop.wait(_BEAT_S):
+            try:
+                seen = self._signed()
+                if seen is not None and seen["id"] == self._me["id"]:
+                    self._sign()
+                    away = False
+                    continue
+            except buckets.FAILURES as error:
+                if not away:
+                    log.warning("%s does not answer (%s)", self._shown, buckets.reason(error))
+                away = True
+                continue
+            self._lost = (
+                f"{self._shown} was taken by {_signer(seen)} while this process was training it, "
+                "so this one stops"
+            )
+            log.error(self._lost)
+            if interrupts and not stop.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
+
+    def _leave(self) -> None:
+        seen = self._signed()
+        if seen is not None and seen["id"] == self._me["id"]:
+            self._store.delete_file(self._path)
+
+    def _signed(self) -> dict[str, Any] | None:
+        try:
+            with self._store.open_input_file(self._path) as file:
+                signed = file.read()
+        except FileNotFoundError:
+            return None
+        try:
+            return dict(json.loads(signed))
+        except ValueError:  # no process of ours wrote that
+            return None
+
+    def _sign(self) -> None:
+        with self._store.open_output_stream(self._path) as stream:
+            stream.write(json.dumps(self._me | {"beat": time.time()}).encode())
+
+
+def _taken(place: str, by: str) -> str:
+    name = place.rpartition("/")[2]
+    return f"run {name!r} in {place} is being trained by {by}; wait for it, or give this run another name"
+
+
+def _signer(signed: dict[str, Any] | None) -> str:
+    return "another process" if signed is None else f"process {signed['pid']} on {signed['where'][0]}"
+
+
+def _machine() -> list[str]:
+    """What a process id is unique in: the machine since it was started, and the container on it."""
+    container = Path("/proc/self/ns/pid")
+    return [
+        socket.gethostname(),
+        os.readlink(container) if container.is_symlink() else "",
+        _BOOT.read_text().strip() if _BOOT.exists() else "",
+    ]
+
+
+def _is_gone(signed: dict[str, Any]) -> bool:
+    """Whether a sign is of a process of this very machine that has ended."""
+    if signed["where"] != _machine():
+        return False
+    try:
+        os.kill(signed["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
