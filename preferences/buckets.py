@@ -60,7 +60,7 @@ def without_options(uri: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a store's client says, in one line without its request ids or a secret in a URI that it repeats."""
+    """What a store's client says, in one line without request ids or the secret of a URI that it repeats."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     lines[0] = re.sub(r"'(\w+://.*)'", lambda found: f"'{without_options(found[1])}'", lines[0])
     return re.sub(r"(; Details: .*| \(Request ID:? .*| Detail: \[errno.*)$", "", lines[0])

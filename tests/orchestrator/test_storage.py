@@ -363,7 +363,7 @@ def test_a_key_in_a_uri_is_not_shown(bucket):
     assert "storage_path s3://no-such-bucket/runs cannot" in str(refused.value)
     assert "hidden" not in str(refused.value)
     with pytest.raises(
-        UsageError, match="storage_path s3://bucket/runs cannot be written .*syntax"
+        UsageError, match=r"storage_path s3://bucket/runs cannot be written .*syntax"
     ) as refused:
         storage.refuse_unwritable("s3://someone:hid/den@bucket/runs")  # its client repeats it
     assert "hid" not in str(refused.value)
