@@ -23,10 +23,9 @@ if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get > /dev/null || not_here "${missing[*]} missing, and no apt-get to install them"
   echo "installing ${missing[*]}"
   policy=/usr/sbin/policy-rc.d # installed, not started
-  [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' > $policy; chmod +x $policy; trap 'rm -f $policy' EXIT; }
+  [ -e $policy ] || { trap 'rm -f $policy' EXIT; printf '#!/bin/sh\nexit 101\n' > $policy; chmod +x $policy; }
   { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } \
     > /dev/null || not_here "${missing[*]} missing, and apt-get could not install them"
-  [ ! -v policy ] || trap - EXIT
 fi
 
 world() { unshare --mount --net --pid --ipc --uts --fork --kill-child --mount-proc "$@"; }
