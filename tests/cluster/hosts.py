@@ -32,6 +32,9 @@ mount -t proc proc $root/proc
 mount --rbind /sys $root/sys
 mount --rbind /dev $root/dev
 for folder in dev/shm tmp run home; do mount -t tmpfs -o size=4g tmpfs $root/$folder; done
+for place in $NEEDED; do
+  [ -e $root$place ] || { mkdir -p $root$place && mount --rbind $place $root$place; }
+done
 mkdir -p $root/run/sshd $root/shared/polyref
 mount --bind $SHARED_FOLDER $root/shared/polyref
 hostname $NAME
@@ -67,6 +70,8 @@ class Host:
             "HOME_THERE": HOME,
             "SHARED_FOLDER": str(shared),
             "BASE_PYTHON": sys.base_prefix,
+            # Wherever they lie: a home, /tmp or a disk of their own is not in a host's root.
+            "NEEDED": f"{ROOT} {VENV} {sys.base_prefix}",
             "PUBLIC_KEY": public_key,
         }
         command = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "bash", "-c", _BECOME]

@@ -34,9 +34,19 @@ world bash -c 'mount -t tmpfs tmpfs /mnt && mkdir /mnt/{up,work,root} &&
   not_here "this machine gives no namespaces or overlay mounts (a container needs --privileged)"
 
 mkdir -p build/cluster # logs, which outlive the small world
+# A checkout or a python under /tmp stays where it is.
+KEPT="$PWD $("$python" -c 'import sys; print(sys.prefix, sys.base_prefix)')"
+export KEPT
 world bash -c '
   set -e
+  mount -t tmpfs tmpfs /mnt
+  mkdir /mnt/tmp
+  mount --rbind /tmp /mnt/tmp
   mount -t tmpfs tmpfs /tmp
+  for place in $KEPT; do
+    case "$place" in /tmp/*) mkdir -p "$place" && mount --bind "/mnt$place" "$place" ;; esac
+  done
+  cd "$PWD"
   mount -t tmpfs tmpfs /dev/shm
   mkdir /tmp/home
   ip link set lo up
