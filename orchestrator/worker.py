@@ -135,11 +135,11 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
         num_warmup_steps=round(config.training.warmup * total),
         num_training_steps=total,
     )
-    progress = _resume(setup, session, policy, schedule)
+    progress, best = _resume(setup, session, policy, schedule), _best(config, mirror)
+    _refuse_out_of_step(policy, progress, best)
     journal = _journal(setup, mirror.folder, progress) if rank == 0 else None
     loss, progress = _calibrated(config, feeds["train"], progress)
-    run = _Run(setup, session, mirror, policy, feeds, plan, loss, journal)
-    _refuse_out_of_step(policy, progress, run.best)
+    run = _Run(setup, session, mirror, policy, feeds, plan, loss, journal, best)
     for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
         run.ask(step)
     if progress.step == 0 and "eval" in feeds:
@@ -191,6 +191,12 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
     }
 
 
+def _best(config: RunConfig, mirror: Mirror) -> Best | None:
+    """What an earlier start kept as the best, where the best is kept."""
+    evaluation = config.evaluation
+    return checkpoint.best_in(mirror.folder / BEST, evaluation.metric) if evaluation.keep == "best" else None
+
+
 def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -> None:
     """Raise unless every rank goes on from the same point: storage may show one of them an older state.
 
@@ -229,12 +235,11 @@ class _Run:
         plan: BatchPlan,
         loss: LossConfig,
         journal: Tracker | None,
+        best: Best | None,
     ) -> None:
         self._setup, self._policy, self._feeds, self._plan = setup, policy, feeds, plan
         self._loss, self._journal, self._mirror = loss, journal, mirror
-        evaluation = setup.config.evaluation
-        kept = evaluation.keep == "best"
-        self.best = checkpoint.best_in(mirror.folder / BEST, evaluation.metric) if kept else None
+        self.best = best
         self._names = setup.config.references.ordered
         self._sampler = _sampler(setup, session, policy, feeds.get("eval"))
         self._told = Told(
