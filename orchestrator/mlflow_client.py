@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from orchestrator import environment
 from orchestrator.config import UsageError
 
 if TYPE_CHECKING:
@@ -145,18 +146,11 @@ def run_url(uri: str, run_id: str | None) -> str | None:
 @contextmanager
 def _impatient_http() -> Iterator[None]:
     # MLflow reads these at every request and offers no argument for them.
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    with _environment:
-        before = {key: os.environ.get(key) for key in short}
-        os.environ.update(short)
-        try:
-            yield
-        finally:
-            for key, value in before.items():
-                if value is None:
-                    del os.environ[key]
-                else:
-                    os.environ[key] = value
+    with (
+        _environment,
+        environment.changed(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
+    ):
+        yield
 
 
 _TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}

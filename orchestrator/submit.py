@@ -5,7 +5,6 @@ nodes have it installed. Its log is streamed, and its exit code is the command's
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -14,14 +13,14 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from orchestrator import mailbox
+from orchestrator import environment, mailbox
 from orchestrator.cluster import secrets as known_secrets
 from orchestrator.config import RunFailed, UsageError
 from orchestrator.mlflow_client import first_line
@@ -100,7 +99,9 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         os.environ.update(_unproxied(where))
-        with _environment(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
+        with environment.changed(
+            RAY_API_SERVER_ADDRESS=where
+        ):  # Ray prefers its variables to what it is given
             return JobSubmissionClient(where, headers=dict(headers)), headers
     except AuthenticationError as error:
         have = "the token here is another" if token else "there is no token here"
@@ -139,20 +140,6 @@ def _unproxied(address: str) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _listing(parcel: Parcel, *, code: bool) -> str:
     files = [name for name in parcel.files if not code or name.partition("/")[0] not in PACKAGES]
     shown = files if len(files) <= 8 else [*files[:7], f"{len(files) - 7} more files"]
@@ -188,7 +175,7 @@ def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, cod
     with tempfile.TemporaryDirectory(prefix="polyref-") as folder:
         parcel.write(Path(folder))
         try:
-            with _environment(
+            with environment.changed(
                 RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_unproxied(client.get_address())
             ):
                 return str(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config import RunConfig
+from orchestrator.sampling import CHUNK
 from orchestrator.tracking import read_metrics
 from orchestrator.train import train
 
@@ -57,7 +58,8 @@ def test_lora_in_fsdp_shards_with_samples_and_the_start_in_process(run_of: Calla
     """Samples, and scores of the policy's own start, are forward passes that all ranks must make together."""
     sections: dict[str, Any] = {
         "training": {"max_steps": STEPS, "save_every": 10},
-        "evaluation": {"every_steps": 10, "sampling": {"prompts": 12, "max_new_tokens": 5}},
+        # One chunk of prompts for two ranks: the other must run along for nothing.
+        "evaluation": {"every_steps": 10, "sampling": {"prompts": CHUNK, "max_new_tokens": 5}},
         "loss": {"preset": "dpo"},
         "references": {"primary": "own", "models": {"own": {"model": "policy"}}},
     }
