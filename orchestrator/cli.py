@@ -12,7 +12,7 @@ import typer
 from losses.settings import LossError
 from models.config import ModelError
 from orchestrator import mailbox, models_cli
-from orchestrator.config import RunFailed, UsageError, load_run, run_schema
+from orchestrator.config.run import RunFailed, UsageError, load_run, run_schema
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
 
@@ -78,7 +78,7 @@ def tune(
     """Search losses, dispersion and references, and register the best; the same command goes on."""
     limits = {"time_budget": time_budget, "max_failures": max_failures}
     limits = {name: value for name, value in limits.items() if value is not None}
-    from orchestrator.sweep import load_sweep
+    from orchestrator.config.sweep import load_sweep
 
     config = load_sweep(sweep, [*(overrides or ()), *(f"{name}={value}" for name, value in limits.items())])
     from orchestrator import tune as search
@@ -135,7 +135,7 @@ def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] =
     """Print the JSON Schema of the run file or of the sweep file, for editors."""
     if of not in ("run", "sweep"):
         raise UsageError(f"schema {of!r} does not exist; known are: run, sweep")
-    from orchestrator.sweep import sweep_schema
+    from orchestrator.config.sweep import sweep_schema
 
     print(json.dumps(run_schema() if of == "run" else sweep_schema(), indent=2))
 

@@ -18,7 +18,7 @@ import yaml
 from ray._common.utils import get_ray_address_file
 
 from orchestrator import mailbox
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 
 NAMESPACE = "polyref"
 

@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.checkpoint import set_aside_torn_list
 from orchestrator.cluster import own_ctrl_c, secrets
-from orchestrator.config import RunConfig, RunFailed
+from orchestrator.config.run import RunConfig, RunFailed
 from orchestrator.entry import work
 from orchestrator.session import CHECKPOINTS
 from orchestrator.storage import for_ray, is_uri

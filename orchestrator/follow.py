@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.live import Live
 
 from orchestrator import points, report
+from orchestrator.config.sweep import Objective, SweepConfig
 from orchestrator.progress import LINE_EVERY_S, new_lines
-from orchestrator.sweep import Objective, SweepConfig
 from orchestrator.tracking import METRICS_FILE, Tracker
 from orchestrator.trial import NUMBER
 from orchestrator.trials import TrialRecord, Trials

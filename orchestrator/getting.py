@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.registry import ADAPTER, ResolvedModel, cache_folder, check_digest
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from orchestrator import environment
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.getting import fetch, fetch_merged, free_place, is_adapter
 from orchestrator.mlflow_client import URI_VARIABLE, connect, redact, tracking_uri
 from orchestrator.promotion import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics

@@ -15,7 +15,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.model_card import HUB, Lineage, render
 from orchestrator.registry import ADAPTER, folder_digest, link_tree
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
+from orchestrator.config.run import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
+from orchestrator.config.sweep import load_sweep
 from orchestrator.mlflow_client import redact
-from orchestrator.sweep import load_sweep
 
 LIMIT_MB = 50
 PACKAGES = ("losses", "models", "preferences", "tune_spaces", "orchestrator")

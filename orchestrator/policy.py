@@ -18,7 +18,7 @@ from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
 from models.parallel import Parallel, prepare, shards, together, trained_weights
 from models.rows import Rows
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.register import Probe
 
 # Dense bfloat16 matrix FLOP/s that vendors state, for model FLOPs utilisation.

@@ -11,7 +11,7 @@ import numpy as np
 from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
-from orchestrator.config import RunConfig, UsageError
+from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.feed import Part
 from orchestrator.mlflow_client import tracking_uri
 from orchestrator.record import RunRecord, pinned

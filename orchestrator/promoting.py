@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import report
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sweep import SweepConfig
 from orchestrator.mlflow_client import connect, without_secrets
 from orchestrator.points import result
 from orchestrator.prepare import Prepared
@@ -12,7 +13,6 @@ from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry import find_version
 from orchestrator.rewards import Judge
-from orchestrator.sweep import SweepConfig
 from orchestrator.train import finish, train_on_cluster
 from orchestrator.trial import trial_config
 from orchestrator.trials import TrialRecord, Trials

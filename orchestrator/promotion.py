@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from orchestrator.config import METRICS, UsageError
+from orchestrator.config.run import METRICS, UsageError
 from orchestrator.mlflow_client import metric_key
 from orchestrator.registry import short, versions
 

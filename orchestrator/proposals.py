@@ -19,7 +19,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
-from orchestrator.sweep import Objective, SearchConfig
+from orchestrator.config.sweep import Objective, SearchConfig
 from tune_spaces.domains import Choice, Domain, Grid, LogUniform, RandInt, SpaceError, Uniform
 from tune_spaces.spaces import Space
 

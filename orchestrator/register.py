@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.mlflow_client import URI_VARIABLE, connect, first_line, metric_key, redact, without_secrets
 from orchestrator.model_card import Lineage
 from orchestrator.packing import pack, refuse_unfit

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import UsageError, did_you_mean
+from orchestrator.config.run import UsageError, did_you_mean
 from orchestrator.mlflow_client import connect, first_line, redact
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from orchestrator import points
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from orchestrator.sweep import Objective
+    from orchestrator.config.sweep import Objective
 
 ACCURACY = "eval/accuracy"
 WIDTH = 80

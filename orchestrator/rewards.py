@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from models.config import ModelConfig, ModelError
 from orchestrator.cluster import nodes, secrets
-from orchestrator.config import RewardConfig, RunFailed, UsageError, did_you_mean
+from orchestrator.config.run import RewardConfig, RunFailed, UsageError, did_you_mean
 from orchestrator.placement import Kind, replica_bundle
 
 FIELD = "evaluation.sampling.reward"

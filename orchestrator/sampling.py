@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from models.config import ModelError
 from models.logprobs import causal_model
 from models.rows import Prompted, build_rows
-from orchestrator.config import SamplingConfig
+from orchestrator.config.run import SamplingConfig
 from orchestrator.feed import Part
 from orchestrator.policy import Policy
 from orchestrator.references.client import ReferenceClient

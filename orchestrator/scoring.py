@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from orchestrator.cluster import nodes, secrets
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.feed import Part
 from orchestrator.placement import Kind, replica_bundle
 from orchestrator.prepare import Prepared

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
+from orchestrator.config.sweep import Objective, Point, SearchConfig
 from orchestrator.proposals import GridSource, OptunaSource, Proposal, Source, text
-from orchestrator.sweep import Objective, Point, SearchConfig
 from orchestrator.trials import TrialRecord, Trials
 from tune_spaces.domains import SpaceError
 from tune_spaces.spaces import Space

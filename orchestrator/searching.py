@@ -23,7 +23,8 @@ from rich.console import Console
 
 from orchestrator import proposals, report, sweep_plots
 from orchestrator.cluster import nodes, own_ctrl_c, secrets
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
 from orchestrator.mlflow_client import first_line, without_secrets
@@ -36,7 +37,6 @@ from orchestrator.references.service import ReferenceService
 from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.search import Search
-from orchestrator.sweep import Point, SweepConfig
 from orchestrator.tracking import Tracker, code_tags
 from orchestrator.trial import NUMBER, Shared, run_trial, trial_config
 from orchestrator.trials import TrialRecord, Trials

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.config import LoraSettings, ModelConfig, ModelError
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow.fs as pafs
 
 from orchestrator import hold
-from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator.config.run import RunConfig, RunFailed, UsageError
 from preferences import buckets
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from orchestrator import environment, mailbox
 from orchestrator.cluster import secrets as known_secrets
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.mlflow_client import first_line
 from orchestrator.parcel import PACKAGES, Parcel, holds_credentials, megabytes, pack
 

@@ -19,7 +19,7 @@ from orchestrator.tracking import read_metrics
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from orchestrator.sweep import Objective
+    from orchestrator.config.sweep import Objective
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "p")
 """matplotlib's, one per colour."""

@@ -10,7 +10,7 @@ from orchestrator.sweep_data import Search
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
-    from orchestrator.sweep import Objective
+    from orchestrator.config.sweep import Objective
 
 
 def draw(

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.mlflow_client import (
     connect,
     experiment_id,

@@ -14,7 +14,7 @@ from rich.console import Console
 from losses.config import LossConfig
 from orchestrator import plots
 from orchestrator.cluster import JOB, connected, nodes
-from orchestrator.config import RunConfig, RunFailed, UsageError
+from orchestrator.config.run import RunConfig, RunFailed, UsageError
 from orchestrator.fit import run_workers
 from orchestrator.mlflow_client import connect as connect_to_mlflow
 from orchestrator.mlflow_client import run_url, tracking_uri, without_secrets

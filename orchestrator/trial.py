@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from models.config import ModelConfig
-from orchestrator.config import METRICS, RunConfig, RunFailed, UsageError
+from orchestrator.config.run import METRICS, RunConfig, RunFailed, UsageError
+from orchestrator.config.sweep import Point, SweepConfig, trial_run
 from orchestrator.progress import new_lines
 from orchestrator.rewards import Judge
-from orchestrator.sweep import Point, SweepConfig, trial_run
 from orchestrator.tracking import METRICS_FILE
 from orchestrator.trials import read_trial
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 
 TRIAL = "trial.json"
 

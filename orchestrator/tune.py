@@ -15,7 +15,8 @@ from rich.table import Table
 from models.config import ModelConfig
 from orchestrator import points
 from orchestrator.cluster import connected, machines, nodes
-from orchestrator.config import ReferenceConfig, RunConfig, UsageError
+from orchestrator.config.run import ReferenceConfig, RunConfig, UsageError
+from orchestrator.config.sweep import SweepConfig
 from orchestrator.mlflow_client import without_secrets
 from orchestrator.placement import Kind, trial_bundles, trial_slots
 from orchestrator.prepare import Prepared, with_resolved_paths
@@ -26,7 +27,6 @@ from orchestrator.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.search import sampled
 from orchestrator.searching import Searching
 from orchestrator.storage import is_uri, refuse_unshared
-from orchestrator.sweep import SweepConfig
 from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials

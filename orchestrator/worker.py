@@ -24,7 +24,7 @@ from losses.dispersion import calibrated_phi_star
 from models.config import ModelConfig, ModelError
 from orchestrator import checkpoint
 from orchestrator.checkpoint import Best, Progress
-from orchestrator.config import METRICS, RunConfig, RunFailed
+from orchestrator.config.run import METRICS, RunConfig, RunFailed
 from orchestrator.feed import Feed, Part
 from orchestrator.metrics import (
     StepTable,

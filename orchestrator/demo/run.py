@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.cluster import connected
-from orchestrator.config import RunConfig, UsageError, parse_run
+from orchestrator.config.run import RunConfig, UsageError, parse_run
 from orchestrator.demo import assets, ratings
 from orchestrator.progress import plain_console
 from orchestrator.record import RunRecord

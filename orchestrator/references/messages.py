@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from orchestrator.config import RunFailed
+from orchestrator.config.run import RunFailed
 
 Ids = NDArray[np.int32]
 Offsets = NDArray[np.int64]

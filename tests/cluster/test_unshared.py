@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from orchestrator import storage
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from tests.cluster.hosts import until
 
 pytestmark = pytest.mark.cluster

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import orchestrator.demo
-from orchestrator.config import RunConfig, load_run
+from orchestrator.config.run import RunConfig, load_run
 from orchestrator.demo import assets, ratings
 
 FOLDER = Path(orchestrator.demo.__file__).parent

@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orchestrator.cluster import NODE_TYPES
-from orchestrator.config import UsageError, load_run, parse_run
+from orchestrator.config.run import UsageError, load_run, parse_run
 from orchestrator.placement import REFERENCE_ROLE, TRAINER_ROLE, refuse_impossible
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from orchestrator.cluster import NAMESPACE, worker_environment
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, parse_run
 
 WORDS = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]
 

@@ -16,7 +16,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from orchestrator.cli import main
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

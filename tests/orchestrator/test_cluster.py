@@ -9,7 +9,7 @@ import ray
 
 from orchestrator import cluster
 from orchestrator.cluster import connected
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 
 
 @pytest.fixture

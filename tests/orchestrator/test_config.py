@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import RunConfig, UsageError, load_run, parse_run, run_schema
+from orchestrator.config.run import RunConfig, UsageError, load_run, parse_run, run_schema
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("orchestrator/demo/*.yaml")])

@@ -18,7 +18,7 @@ from models.load import load_model, load_tokenizer, locate
 from models.logprobs import Scorer
 from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo import assets
 from orchestrator.metrics import StepTable
 from orchestrator.prepare import Prepared, prepare

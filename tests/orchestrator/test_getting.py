@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.getting import fetch
 from orchestrator.registry import ResolvedModel
 

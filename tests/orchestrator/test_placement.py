@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.config import RunConfig, UsageError, parse_run
+from orchestrator.config.run import RunConfig, UsageError, parse_run
 from orchestrator.placement import Kind, reference_needs, refuse_impossible, worker_needs
 
 

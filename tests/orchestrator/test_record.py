@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.record import RunRecord, locked, open_record, pinned, read_record
 
 

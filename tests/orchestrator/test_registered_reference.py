@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli import main
-from orchestrator.config import RunConfig, UsageError
+from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.prepare import prepare
 from orchestrator.record import RunRecord
 from orchestrator.registry import resolve

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from models.config import ModelError
-from orchestrator.config import RewardConfig, RunFailed, UsageError
+from orchestrator.config.run import RewardConfig, RunFailed, UsageError
 from orchestrator.demo import assets
 from orchestrator.rewards import RewardModel, class_of, load_function
 

@@ -16,7 +16,7 @@ from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted
-from orchestrator.config import SamplingConfig
+from orchestrator.config.run import SamplingConfig
 from orchestrator.feed import Part
 from orchestrator.policy import Policy
 from orchestrator.references.messages import Group, Scores

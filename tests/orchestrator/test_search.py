@@ -15,8 +15,8 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
+from orchestrator.config.sweep import Objective, SearchConfig
 from orchestrator.search import Search, sampled
-from orchestrator.sweep import Objective, SearchConfig
 from orchestrator.trials import TrialRecord, Trials
 from tune_spaces.spaces import SPACES, Ask, Space, SpaceError, parse
 

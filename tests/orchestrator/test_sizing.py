@@ -22,7 +22,7 @@ from models.logprobs import Scorer
 from models.parallel import prepare
 from models.rows import Prompted, Rows, build_rows
 from orchestrator import sizing_table
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.sizing import (
     GIB,
     STRATEGIES,

@@ -16,7 +16,7 @@ import ray
 from bucket import Bucket, object_store
 
 from orchestrator import hold, storage
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.mlflow_client import redact
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import Score

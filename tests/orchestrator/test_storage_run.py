@@ -12,7 +12,7 @@ from bucket import Bucket, object_store
 from driver import Driver
 from safetensors.torch import load
 
-from orchestrator.config import load_run
+from orchestrator.config.run import load_run
 from orchestrator.train import train
 
 pytestmark = pytest.mark.long

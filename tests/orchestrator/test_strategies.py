@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
 from orchestrator.sampling import CHUNK
 from orchestrator.tracking import read_metrics
 from orchestrator.train import train

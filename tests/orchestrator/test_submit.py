@@ -23,7 +23,7 @@ from ray.job_submission import JobInfo, JobStatus
 
 from orchestrator import mailbox
 from orchestrator.cluster import secrets
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
 from orchestrator.submit import _followed, _outcome, _submitted, connect, submit
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from losses.presets import preset
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
+from orchestrator.config.sweep import SweepConfig, load_sweep, parse_sweep, sweep_schema, trial_run
 from orchestrator.matching import control_of, matched_beta
-from orchestrator.sweep import SweepConfig, load_sweep, parse_sweep, sweep_schema, trial_run
 
 RUN: dict[str, Any] = {
     "name": "base-run",

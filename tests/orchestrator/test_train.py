@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import RunFailed, UsageError
+from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.record import RunRecord
 from orchestrator.tracking import read_metrics
 from orchestrator.train import train

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from ray.util.state import list_actors, list_placement_groups
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sweep import SweepConfig, parse_sweep
 from orchestrator.record import RunRecord
-from orchestrator.sweep import SweepConfig, parse_sweep
 from orchestrator.tracking import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 from orchestrator.tune import tune

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.mlflow_client import connect
 from orchestrator.models_cli import app
 from orchestrator.promotion import promotion_refusal

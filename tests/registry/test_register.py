@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import register as register_module
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.mlflow_client import connect
 from orchestrator.model_card import render
 from orchestrator.register import Probe, RegistryError, register, verify

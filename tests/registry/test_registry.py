@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.config import ModelError
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.getting import fetch, fetch_merged, is_adapter
 from orchestrator.mlflow_client import connect
 from orchestrator.register import register

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.mlflow_client import connect
 from orchestrator.models_cli import app
 from orchestrator.register import register

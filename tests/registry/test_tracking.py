@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestrator import tracking
-from orchestrator.config import UsageError
+from orchestrator.config.run import UsageError
 from orchestrator.mlflow_client import connect, flatten, redact, tracking_uri
 from orchestrator.tracking import Tracker, code_tags, read_metrics, read_scales
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from losses.presets import PRESETS
-from orchestrator.config import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, parse_run
 from tune_spaces.domains import Choice, Domain, LogUniform, RandInt, SpaceError, parse
 from tune_spaces.losses import FAMILIES
 from tune_spaces.spaces import SPACES, Space, applied

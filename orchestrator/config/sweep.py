@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from losses.config import LossConfig
-from orchestrator.config import (
+from orchestrator.config.run import (
     METRICS,
     EvaluationConfig,
     RunConfig,
