@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.parallel import Parallel
-from orchestrator.storage import Mirror
+from orchestrator.storage.mirror import Mirror
 
 PROGRESS = "progress.json"
 

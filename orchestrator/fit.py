@@ -15,7 +15,7 @@ from orchestrator.cluster import own_ctrl_c, secrets
 from orchestrator.config.run import RunConfig, RunFailed
 from orchestrator.entry import work
 from orchestrator.session import CHECKPOINTS
-from orchestrator.storage import for_ray, is_uri
+from orchestrator.storage.mirror import for_ray, is_uri
 from orchestrator.worker import WorkerSetup
 
 

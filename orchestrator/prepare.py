@@ -17,7 +17,7 @@ from orchestrator.mlflow_client import tracking_uri
 from orchestrator.record import RunRecord, pinned
 from orchestrator.registry import resolve
 from orchestrator.rewards import load_function
-from orchestrator.storage import refuse_unwritable
+from orchestrator.storage.mirror import refuse_unwritable
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.run import UsageError
-from orchestrator.storage import Mirror
+from orchestrator.storage.mirror import Mirror
 
 Kept = Path | Mirror
 """A run's folder, or what stands for it where the run is kept on an object store."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from orchestrator import checkpoint
-from orchestrator.storage import Mirror
+from orchestrator.storage.mirror import Mirror
 
 CHECKPOINTS = "checkpoints"
 

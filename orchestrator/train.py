@@ -29,7 +29,7 @@ from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.sizing import size
 from orchestrator.sizing_table import table
-from orchestrator.storage import Mirror, home, is_uri, refuse_unshared, working_folder
+from orchestrator.storage.mirror import Mirror, home, is_uri, refuse_unshared, working_folder
 from orchestrator.tracking import METRICS_FILE, Tracker, code_tags, read_metrics
 from orchestrator.worker import EXPORT, JOURNAL, WorkerSetup, total_steps
 

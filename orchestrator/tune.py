@@ -26,7 +26,7 @@ from orchestrator.references.service import ROUTER_CPUS, ReferenceService
 from orchestrator.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.search import sampled
 from orchestrator.searching import Searching
-from orchestrator.storage import is_uri, refuse_unshared
+from orchestrator.storage.mirror import is_uri, refuse_unshared
 from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator import storage
 from orchestrator.config.run import UsageError
+from orchestrator.storage import mirror as storage
 from tests.cluster.hosts import until
 
 pytestmark = pytest.mark.cluster

@@ -15,13 +15,14 @@ import pytest
 import ray
 from bucket import Bucket, object_store
 
-from orchestrator import hold, storage
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.mlflow_client import redact
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import Score
 from orchestrator.references.store import ScoreStore
-from orchestrator.storage import Mirror
+from orchestrator.storage import lease as hold
+from orchestrator.storage import mirror as storage
+from orchestrator.storage.mirror import Mirror
 from preferences.buckets import without_options
 
 

@@ -19,8 +19,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow.fs as pafs
 
-from orchestrator import hold
 from orchestrator.config.run import RunConfig, RunFailed, UsageError
+from orchestrator.storage import lease as hold
 from preferences import buckets
 
 log = logging.getLogger(__name__)
