@@ -11,7 +11,8 @@ import typer
 
 from losses.settings import LossError
 from models.config import ModelError
-from orchestrator import mailbox, models_cli
+from orchestrator import models_cli
+from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.config.run import RunFailed, UsageError, load_run, run_schema
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError

@@ -11,7 +11,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.checkpoint import set_aside_torn_list
-from orchestrator.cluster import own_ctrl_c, secrets
+from orchestrator.cluster.connection import own_ctrl_c, secrets
 from orchestrator.config.run import RunConfig, RunFailed
 from orchestrator.entry import work
 from orchestrator.session import CHECKPOINTS

@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from models.config import ModelConfig, ModelError
-from orchestrator.cluster import nodes, secrets
+from orchestrator.cluster.connection import nodes, secrets
+from orchestrator.cluster.placement import Kind, replica_bundle
 from orchestrator.config.run import RewardConfig, RunFailed, UsageError, did_you_mean
-from orchestrator.placement import Kind, replica_bundle
 
 FIELD = "evaluation.sampling.reward"
 BATCH_TEXTS = 16

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from orchestrator.cluster import nodes, secrets
+from orchestrator.cluster.connection import nodes, secrets
+from orchestrator.cluster.placement import Kind, replica_bundle
 from orchestrator.config.run import RunConfig
 from orchestrator.feed import Part
-from orchestrator.placement import Kind, replica_bundle
 from orchestrator.prepare import Prepared
 from orchestrator.progress import Meter
 from orchestrator.references.messages import ReferenceSpec

@@ -22,13 +22,13 @@ from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
 from orchestrator import proposals, report, sweep_plots
-from orchestrator.cluster import nodes, own_ctrl_c, secrets
+from orchestrator.cluster.connection import nodes, own_ctrl_c, secrets
+from orchestrator.cluster.placement import Kind, trial_bundles, worker_bundle
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
 from orchestrator.mlflow_client import first_line, without_secrets
-from orchestrator.placement import Kind, trial_bundles, worker_bundle
 from orchestrator.prepare import Prepared
 from orchestrator.promoting import best_trial, promote, told
 from orchestrator.record import RunRecord

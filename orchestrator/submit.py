@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from orchestrator import environment, mailbox
-from orchestrator.cluster import secrets as known_secrets
+from orchestrator import environment
+from orchestrator.cluster import job_secrets as mailbox
+from orchestrator.cluster.connection import secrets as known_secrets
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.mlflow_client import first_line
 from orchestrator.parcel import PACKAGES, Parcel, holds_credentials, megabytes, pack

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from models.config import ModelConfig
 from orchestrator import points
-from orchestrator.cluster import connected, machines, nodes
+from orchestrator.cluster.connection import connected, machines, nodes
+from orchestrator.cluster.placement import Kind, trial_bundles, trial_slots
 from orchestrator.config.run import ReferenceConfig, RunConfig, UsageError
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.mlflow_client import without_secrets
-from orchestrator.placement import Kind, trial_bundles, trial_slots
 from orchestrator.prepare import Prepared, with_resolved_paths
 from orchestrator.progress import plain_console
 from orchestrator.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.cluster import connected
+from orchestrator.cluster.connection import connected
 from orchestrator.config.run import RunConfig, UsageError, parse_run
 from orchestrator.demo import assets, ratings
 from orchestrator.progress import plain_console

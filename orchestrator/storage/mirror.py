@@ -131,7 +131,7 @@ def refuse_unshared(storage_path: str) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from orchestrator.cluster import secrets
+    from orchestrator.cluster.connection import secrets
 
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(alive) < 2:

@@ -17,9 +17,9 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator.cluster import NODE_TYPES
+from orchestrator.cluster.connection import NODE_TYPES
+from orchestrator.cluster.placement import REFERENCE_ROLE, TRAINER_ROLE, refuse_impossible
 from orchestrator.config.run import UsageError, load_run, parse_run
-from orchestrator.placement import REFERENCE_ROLE, TRAINER_ROLE, refuse_impossible
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "configs" / "clusters"

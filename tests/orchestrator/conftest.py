@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import ray
+from orchestrator.cluster.connection.connection import NAMESPACE, worker_environment
 
-from orchestrator.cluster import NAMESPACE, worker_environment
 from orchestrator.config.run import RunConfig, parse_run
 
 WORDS = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]
@@ -75,7 +75,7 @@ def run_of(pairs_file: Path, tiny_llama_folder: Path, tiny_llama_b_folder: Path,
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A small Ray, as `orchestrator.cluster` would start it."""
+    """A small Ray, as `orchestrator.cluster.connection` would start it."""
     import os
 
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

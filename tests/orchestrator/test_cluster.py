@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator import cluster
-from orchestrator.cluster import connected
+from orchestrator.cluster import connection as cluster
+from orchestrator.cluster.connection import connected
 from orchestrator.config.run import UsageError
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from orchestrator.cluster.placement import Kind, reference_needs, refuse_impossible, worker_needs
 from orchestrator.config.run import RunConfig, UsageError, parse_run
-from orchestrator.placement import Kind, reference_needs, refuse_impossible, worker_needs
 
 
 def run(

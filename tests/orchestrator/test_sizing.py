@@ -21,9 +21,8 @@ from models.load import locate
 from models.logprobs import Scorer
 from models.parallel import prepare
 from models.rows import Prompted, Rows, build_rows
-from orchestrator import sizing_table
-from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.sizing import (
+from orchestrator.cluster import memory_table as sizing_table
+from orchestrator.cluster.memory import (
     GIB,
     STRATEGIES,
     Load,
@@ -39,6 +38,7 @@ from orchestrator.sizing import (
     shape_of,
     size,
 )
+from orchestrator.config.run import RunConfig, parse_run
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ import requests
 import yaml
 from ray.job_submission import JobInfo, JobStatus
 
-from orchestrator import mailbox
-from orchestrator.cluster import secrets
+from orchestrator.cluster import job_secrets as mailbox
+from orchestrator.cluster.connection import secrets
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
 from orchestrator.submit import _followed, _outcome, _submitted, connect, submit

@@ -17,7 +17,7 @@ import ray
 import yaml
 from ray._common.utils import get_ray_address_file
 
-from orchestrator import mailbox
+from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.config.run import UsageError
 
 NAMESPACE = "polyref"

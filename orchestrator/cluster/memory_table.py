@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.sizing import (
+from orchestrator.cluster.memory import (
     DEVICES,
     FITS,
     GIB,
