@@ -126,7 +126,7 @@ def submit(
     code: Annotated[bool, typer.Option(help="Send this polyref, instead of using the nodes'.")] = False,
 ) -> None:
     """Run a command as a job on a cluster: polyref submit -- train run.yaml loss.beta=0.2."""
-    from orchestrator.submit import submit as submit_job
+    from orchestrator.jobs.submit import submit as submit_job
 
     sys.exit(submit_job(command, address=address, wait=wait, env=env or (), secret=secret or (), code=code))
 

@@ -24,8 +24,8 @@ from ray.job_submission import JobInfo, JobStatus
 from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.cluster.connection import secrets
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.parcel import LIMIT_MB, PACKAGES, pack
-from orchestrator.submit import _followed, _outcome, _submitted, connect, submit
+from orchestrator.jobs.bundle import LIMIT_MB, PACKAGES, pack
+from orchestrator.jobs.submit import _followed, _outcome, _submitted, connect, submit
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -287,7 +287,7 @@ def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.Capt
 
 
 def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.submit.PATIENCE_S", 0.0)
+    monkeypatch.setattr("orchestrator.jobs.submit.PATIENCE_S", 0.0)
     with pytest.raises(RunFailed, match="job-1 may run on: see ray job logs --follow job-1"):
         asyncio.run(_followed(Flaky(10**6), "job-1", lambda _: None))
 

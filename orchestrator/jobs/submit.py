@@ -1,6 +1,6 @@
 """`polyref submit`: a command as a job on a cluster, through Ray's job API.
 
-The job runs in a folder that has the files the command needs (see `orchestrator.parcel`), with polyref as the
+The job runs in a folder that has the files the command needs (see `orchestrator.jobs.bundle`), with polyref as the
 nodes have it installed. Its log is streamed, and its exit code is the command's.
 """
 
@@ -24,8 +24,8 @@ from orchestrator import environment
 from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.cluster.connection import secrets as known_secrets
 from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.jobs.bundle import PACKAGES, Parcel, holds_credentials, megabytes, pack
 from orchestrator.mlflow_client import first_line
-from orchestrator.parcel import PACKAGES, Parcel, holds_credentials, megabytes, pack
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0

@@ -1,0 +1,1 @@
+"""Submitting a command as a Ray job."""
