@@ -37,7 +37,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        from orchestrator.tracking import code_tags
+        from orchestrator.tracking.tracker import code_tags
 
         print(f"polyref {code_tags()['polyref.version']}")
         raise typer.Exit

@@ -11,8 +11,8 @@ from rich.live import Live
 
 from orchestrator import points, report
 from orchestrator.config.sweep import Objective, SweepConfig
-from orchestrator.progress import LINE_EVERY_S, new_lines
-from orchestrator.tracking import METRICS_FILE, Tracker
+from orchestrator.tracking.progress import LINE_EVERY_S, new_lines
+from orchestrator.tracking.tracker import METRICS_FILE, Tracker
 from orchestrator.trial import NUMBER
 from orchestrator.trials import TrialRecord, Trials
 

@@ -12,7 +12,6 @@ import typer
 
 from orchestrator.config.run import UsageError
 from orchestrator.getting import fetch, fetch_merged, free_place, is_adapter
-from orchestrator.mlflow_client import URI_VARIABLE, connect, redact, tracking_uri
 from orchestrator.promotion import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
 from orchestrator.registry import (
     ADAPTER,
@@ -23,6 +22,7 @@ from orchestrator.registry import (
     split_ref,
     versions,
 )
+from orchestrator.tracking.mlflow import URI_VARIABLE, connect, redact, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

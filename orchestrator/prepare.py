@@ -13,11 +13,11 @@ from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.feed import Part
-from orchestrator.mlflow_client import tracking_uri
 from orchestrator.record import RunRecord, pinned
 from orchestrator.registry import resolve
 from orchestrator.rewards import load_function
 from orchestrator.storage.mirror import refuse_unwritable
+from orchestrator.tracking.mlflow import tracking_uri
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
 

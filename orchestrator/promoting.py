@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import report
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
-from orchestrator.mlflow_client import connect, without_secrets
 from orchestrator.points import result
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry import find_version
 from orchestrator.rewards import Judge
+from orchestrator.tracking.mlflow import connect, without_secrets
 from orchestrator.train import finish, train_on_cluster
 from orchestrator.trial import trial_config
 from orchestrator.trials import TrialRecord, Trials

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from orchestrator.config.run import METRICS, UsageError
-from orchestrator.mlflow_client import metric_key
 from orchestrator.registry import short, versions
+from orchestrator.tracking.mlflow import metric_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.mlflow_client import URI_VARIABLE, connect, first_line, metric_key, redact, without_secrets
 from orchestrator.model_card import Lineage
 from orchestrator.packing import pack, refuse_unfit
 from orchestrator.promotion import (
@@ -43,6 +42,14 @@ from orchestrator.registry import (
     check_digest,
     folder_digest,
     resolve_version,
+)
+from orchestrator.tracking.mlflow import (
+    URI_VARIABLE,
+    connect,
+    first_line,
+    metric_key,
+    redact,
+    without_secrets,
 )
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.run import UsageError, did_you_mean
-from orchestrator.mlflow_client import connect, first_line, redact
+from orchestrator.tracking.mlflow import connect, first_line, redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,10 +11,10 @@ from orchestrator.cluster.placement import Kind, replica_bundle
 from orchestrator.config.run import RunConfig
 from orchestrator.feed import Part
 from orchestrator.prepare import Prepared
-from orchestrator.progress import Meter
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.rewards import Judge, start_judge
+from orchestrator.tracking.progress import Meter
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048

@@ -28,7 +28,6 @@ from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
-from orchestrator.mlflow_client import first_line, without_secrets
 from orchestrator.prepare import Prepared
 from orchestrator.promoting import best_trial, promote, told
 from orchestrator.record import RunRecord
@@ -37,7 +36,8 @@ from orchestrator.references.service import ReferenceService
 from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.search import Search
-from orchestrator.tracking import Tracker, code_tags
+from orchestrator.tracking.mlflow import first_line, without_secrets
+from orchestrator.tracking.tracker import Tracker, code_tags
 from orchestrator.trial import NUMBER, Shared, run_trial, trial_config
 from orchestrator.trials import TrialRecord, Trials
 from orchestrator.worker import calibration_rows

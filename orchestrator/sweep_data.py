@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import points
 from orchestrator.importance import Importance, importance
-from orchestrator.plots import COLOURS
 from orchestrator.report import Ranked, rank
-from orchestrator.tracking import read_metrics
+from orchestrator.tracking.plots import COLOURS
+from orchestrator.tracking.tracker import read_metrics
 from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import points
-from orchestrator.plots import STYLE, WIDTH, save, stacked
 from orchestrator.sweep_data import Axis, Search, hull, time_unit
+from orchestrator.tracking.plots import STYLE, WIDTH, save, stacked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,9 +16,9 @@ import ray
 from models.config import ModelConfig
 from orchestrator.config.run import METRICS, RunConfig, RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig, trial_run
-from orchestrator.progress import new_lines
 from orchestrator.rewards import Judge
-from orchestrator.tracking import METRICS_FILE
+from orchestrator.tracking.progress import new_lines
+from orchestrator.tracking.tracker import METRICS_FILE
 from orchestrator.trials import read_trial
 
 if TYPE_CHECKING:

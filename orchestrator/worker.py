@@ -41,7 +41,7 @@ from orchestrator.sampling import Sampler
 from orchestrator.session import Session
 from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
 from orchestrator.storage.mirror import Mirror, unshared, visible
-from orchestrator.tracking import METRICS_FILE, SCALES_FILE, Tracker
+from orchestrator.tracking.tracker import METRICS_FILE, SCALES_FILE, Tracker
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2

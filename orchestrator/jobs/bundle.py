@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.config.run import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
 from orchestrator.config.sweep import load_sweep
-from orchestrator.mlflow_client import redact
+from orchestrator.tracking.mlflow import redact
 
 LIMIT_MB = 50
 PACKAGES = ("losses", "models", "preferences", "tune_spaces", "orchestrator")

@@ -25,7 +25,7 @@ from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.cluster.connection import secrets as known_secrets
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.jobs.bundle import PACKAGES, Parcel, holds_credentials, megabytes, pack
-from orchestrator.mlflow_client import first_line
+from orchestrator.tracking.mlflow import first_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0

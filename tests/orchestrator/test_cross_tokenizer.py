@@ -26,7 +26,7 @@ from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
 from orchestrator.step import MicroBatch, pair_scores, training_step
-from orchestrator.tracking import read_metrics
+from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
 
 POSITIONS = 64

@@ -18,7 +18,7 @@ from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.prepare import prepare
 from orchestrator.record import RunRecord
 from orchestrator.registry import resolve
-from orchestrator.tracking import read_metrics
+from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -16,13 +16,13 @@ import ray
 from bucket import Bucket, object_store
 
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.mlflow_client import redact
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import Score
 from orchestrator.references.store import ScoreStore
 from orchestrator.storage import lease as hold
 from orchestrator.storage import mirror as storage
 from orchestrator.storage.mirror import Mirror
+from orchestrator.tracking.mlflow import redact
 from preferences.buckets import without_options
 
 

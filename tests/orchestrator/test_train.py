@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.record import RunRecord
-from orchestrator.tracking import read_metrics
+from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -11,7 +11,7 @@ import yaml
 from driver import Driver
 from mlflow import MlflowClient
 
-from orchestrator.tracking import read_metrics
+from orchestrator.tracking.tracker import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 
 pytestmark = pytest.mark.long

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from orchestrator.mlflow_client import connect
 from orchestrator.register import Probe
-from orchestrator.tracking import Tracker
+from orchestrator.tracking.mlflow import connect
+from orchestrator.tracking.tracker import Tracker
 from tests import tiny
 from tests.registry.policies import ROWS, Exported
 

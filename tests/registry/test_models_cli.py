@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from orchestrator.config.run import UsageError
-from orchestrator.mlflow_client import connect
 from orchestrator.models_cli import app
 from orchestrator.promotion import promotion_refusal
 from orchestrator.register import register
-from orchestrator.tracking import Tracker
+from orchestrator.tracking.mlflow import connect
+from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage
 
 

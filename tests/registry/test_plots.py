@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import plots
-from orchestrator.plots import draw
+from orchestrator.tracking import plots
+from orchestrator.tracking.plots import draw
 
 
 def _write(folder: Path, lines: list[dict[str, Any]], scales: list[float] | None = None) -> Path:

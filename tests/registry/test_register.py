@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator import register as register_module
 from orchestrator.config.run import UsageError
-from orchestrator.mlflow_client import connect
 from orchestrator.model_card import render
 from orchestrator.register import Probe, RegistryError, register, verify
 from orchestrator.registry import ResolvedModel, folder_digest, resolve
+from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import ROWS, Exported, lineage
 

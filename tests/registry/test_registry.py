@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.config import ModelError
 from orchestrator.config.run import UsageError
 from orchestrator.getting import fetch, fetch_merged, is_adapter
-from orchestrator.mlflow_client import connect
 from orchestrator.register import register
 from orchestrator.registry import DamagedError, ResolvedModel, resolve
+from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import Exported, lineage
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from orchestrator.config.run import UsageError
-from orchestrator.mlflow_client import connect
 from orchestrator.models_cli import app
 from orchestrator.register import register
 from orchestrator.registry import ResolvedModel, resolve
-from orchestrator.tracking import Tracker
+from orchestrator.tracking.mlflow import connect
+from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from orchestrator import tracking
 from orchestrator.config.run import UsageError
-from orchestrator.mlflow_client import connect, flatten, redact, tracking_uri
-from orchestrator.tracking import Tracker, code_tags, read_metrics, read_scales
+from orchestrator.tracking import tracker as tracking
+from orchestrator.tracking.mlflow import connect, flatten, redact, tracking_uri
+from orchestrator.tracking.tracker import Tracker, code_tags, read_metrics, read_scales
 
 
 def _start(uri: str, folder: Path, run_id: str | None = None, **more: Any) -> Tracker:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.run import UsageError
-from orchestrator.mlflow_client import (
+from orchestrator.tracking.mlflow import (
     connect,
     experiment_id,
     first_line,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrator.tracking import METRICS_FILE
+from orchestrator.tracking.tracker import METRICS_FILE
 
 LINE_EVERY_S = 20.0
 _SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")

@@ -1,0 +1,1 @@
+"""Metrics and MLflow runs, progress on the console, and a run's plots."""
