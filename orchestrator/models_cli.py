@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.config.run import UsageError
-from orchestrator.getting import fetch, fetch_merged, free_place, is_adapter
-from orchestrator.promotion import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
-from orchestrator.registry import (
+from orchestrator.registry.aliases import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
+from orchestrator.registry.download import fetch, fetch_merged, free_place, is_adapter
+from orchestrator.registry.versions import (
     ADAPTER,
     adapter_alone,
     find_version,

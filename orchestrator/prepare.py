@@ -14,7 +14,7 @@ from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.feed import Part
 from orchestrator.record import RunRecord, pinned
-from orchestrator.registry import resolve
+from orchestrator.registry.versions import resolve
 from orchestrator.rewards import load_function
 from orchestrator.storage.mirror import refuse_unwritable
 from orchestrator.tracking.mlflow import tracking_uri

@@ -10,7 +10,7 @@ from orchestrator.points import result
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
-from orchestrator.registry import find_version
+from orchestrator.registry.versions import find_version
 from orchestrator.rewards import Judge
 from orchestrator.tracking.mlflow import connect, without_secrets
 from orchestrator.train import finish, train_on_cluster

@@ -18,11 +18,11 @@ from orchestrator.cluster.memory_table import table
 from orchestrator.cluster.placement import Kind, refuse_impossible, worker_bundle
 from orchestrator.config.run import RunConfig, RunFailed, UsageError
 from orchestrator.fit import run_workers
-from orchestrator.model_card import Lineage, Reference
 from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.service import ReferenceService
-from orchestrator.register import Probe, register
+from orchestrator.registry.model_card import Lineage, Reference
+from orchestrator.registry.register import Probe, register
 from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.storage.mirror import Mirror, home, is_uri, refuse_unshared, working_folder

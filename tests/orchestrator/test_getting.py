@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config.run import UsageError
-from orchestrator.getting import fetch
-from orchestrator.registry import ResolvedModel
+from orchestrator.registry.download import fetch
+from orchestrator.registry.versions import ResolvedModel
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from orchestrator.cli import main
 from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.prepare import prepare
 from orchestrator.record import RunRecord
-from orchestrator.registry import resolve
+from orchestrator.registry.versions import resolve
 from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
 

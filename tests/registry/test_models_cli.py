@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from orchestrator.config.run import UsageError
 from orchestrator.models_cli import app
-from orchestrator.promotion import promotion_refusal
-from orchestrator.register import register
+from orchestrator.registry.aliases import promotion_refusal
+from orchestrator.registry.register import register
 from orchestrator.tracking.mlflow import connect
 from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage

@@ -14,11 +14,11 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator import register as register_module
 from orchestrator.config.run import UsageError
-from orchestrator.model_card import render
-from orchestrator.register import Probe, RegistryError, register, verify
-from orchestrator.registry import ResolvedModel, folder_digest, resolve
+from orchestrator.registry import register as register_module
+from orchestrator.registry.model_card import render
+from orchestrator.registry.register import Probe, RegistryError, register, verify
+from orchestrator.registry.versions import ResolvedModel, folder_digest, resolve
 from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import ROWS, Exported, lineage

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.config import ModelError
 from orchestrator.config.run import UsageError
-from orchestrator.getting import fetch, fetch_merged, is_adapter
-from orchestrator.register import register
-from orchestrator.registry import DamagedError, ResolvedModel, resolve
+from orchestrator.registry.download import fetch, fetch_merged, is_adapter
+from orchestrator.registry.register import register
+from orchestrator.registry.versions import DamagedError, ResolvedModel, resolve
 from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import Exported, lineage

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from orchestrator.config.run import UsageError
 from orchestrator.models_cli import app
-from orchestrator.register import register
-from orchestrator.registry import ResolvedModel, resolve
+from orchestrator.registry.register import register
+from orchestrator.registry.versions import ResolvedModel, resolve
 from orchestrator.tracking.mlflow import connect
 from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage

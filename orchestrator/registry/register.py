@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.model_card import Lineage
-from orchestrator.packing import pack, refuse_unfit
-from orchestrator.promotion import (
+from orchestrator.registry.aliases import (
     EVAL_DIGEST_TAG,
     JUDGED_BY_TAG,
     LOSS_DIGEST_TAG,
@@ -30,7 +28,9 @@ from orchestrator.promotion import (
     PromotionRefused,
     give_alias,
 )
-from orchestrator.registry import (
+from orchestrator.registry.artifact import pack, refuse_unfit
+from orchestrator.registry.model_card import Lineage
+from orchestrator.registry.versions import (
     ADAPTER,
     ADAPTER_DIGEST_TAG,
     DIGEST_TAG,

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 
 from orchestrator.config.run import UsageError
-from orchestrator.model_card import HUB, Lineage, render
-from orchestrator.registry import ADAPTER, folder_digest, link_tree
+from orchestrator.registry.model_card import HUB, Lineage, render
+from orchestrator.registry.versions import ADAPTER, folder_digest, link_tree
 
 _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 

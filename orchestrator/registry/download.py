@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.config.run import UsageError
-from orchestrator.registry import ADAPTER, ResolvedModel, cache_folder, check_digest
+from orchestrator.registry.versions import ADAPTER, ResolvedModel, cache_folder, check_digest
 
 
 def fetch(model: ResolvedModel, to: Path) -> None:

@@ -1,6 +1,6 @@
 """Models in MLflow's registry: what a `models:/` URI stands for, and the folder here that holds it.
 
-A version's folder, as `orchestrator.register` writes it and `models.load` reads it, is a transformers folder
+A version's folder, as `orchestrator.registry.register` writes it and `models.load` reads it, is a transformers folder
 (safetensors, config, tokenizer, model card) with the adapter alone in its subfolder `adapter`. Models that
 other programs registered are read too: MLflow's transformers flavour, transformers and PEFT folders.
 """

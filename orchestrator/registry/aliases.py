@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from orchestrator.config.run import METRICS, UsageError
-from orchestrator.registry import short, versions
+from orchestrator.registry.versions import short, versions
 from orchestrator.tracking.mlflow import metric_key
 
 if TYPE_CHECKING:

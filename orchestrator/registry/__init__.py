@@ -1,0 +1,1 @@
+"""Registered models: verified when registered, compared when promoted, checked when downloaded."""
