@@ -12,12 +12,12 @@ from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config.run import RunConfig, UsageError
-from orchestrator.feed import Part
 from orchestrator.record import RunRecord, pinned
 from orchestrator.registry.versions import resolve
-from orchestrator.rewards import load_function
 from orchestrator.storage.mirror import refuse_unwritable
 from orchestrator.tracking.mlflow import tracking_uri
+from orchestrator.worker.batches import Part
+from orchestrator.worker.rewards import load_function
 from preferences.load import LoadedPairs, load_splits
 from preferences.tokenize import Rendering, tokenize
 

@@ -11,11 +11,11 @@ from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
-from orchestrator.rewards import Judge
 from orchestrator.tracking.mlflow import connect, without_secrets
 from orchestrator.train import finish, train_on_cluster
 from orchestrator.trial import trial_config
 from orchestrator.trials import TrialRecord, Trials
+from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:
     from orchestrator.searching import Searching

@@ -9,12 +9,12 @@ from rich.console import Console
 from orchestrator.cluster.connection import nodes, secrets
 from orchestrator.cluster.placement import Kind, replica_bundle
 from orchestrator.config.run import RunConfig
-from orchestrator.feed import Part
 from orchestrator.prepare import Prepared
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
-from orchestrator.rewards import Judge, start_judge
 from orchestrator.tracking.progress import Meter
+from orchestrator.worker.batches import Part
+from orchestrator.worker.rewards import Judge, start_judge
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048

@@ -33,14 +33,14 @@ from orchestrator.promoting import best_trial, promote, told
 from orchestrator.record import RunRecord
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
-from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.search import Search
 from orchestrator.tracking.mlflow import first_line, without_secrets
 from orchestrator.tracking.tracker import Tracker, code_tags
 from orchestrator.trial import NUMBER, Shared, run_trial, trial_config
 from orchestrator.trials import TrialRecord, Trials
-from orchestrator.worker import calibration_rows
+from orchestrator.worker.loop import calibration_rows
+from orchestrator.worker.rewards import Judge
 from tune_spaces.spaces import Space
 
 if TYPE_CHECKING:

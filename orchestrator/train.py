@@ -17,13 +17,11 @@ from orchestrator.cluster.memory import size
 from orchestrator.cluster.memory_table import table
 from orchestrator.cluster.placement import Kind, refuse_impossible, worker_bundle
 from orchestrator.config.run import RunConfig, RunFailed, UsageError
-from orchestrator.fit import run_workers
 from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
 from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.model_card import Lineage, Reference
 from orchestrator.registry.register import Probe, register
-from orchestrator.rewards import Judge
 from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.storage.mirror import Mirror, home, is_uri, refuse_unshared, working_folder
 from orchestrator.tracking import plots
@@ -31,7 +29,9 @@ from orchestrator.tracking.mlflow import connect as connect_to_mlflow
 from orchestrator.tracking.mlflow import run_url, tracking_uri, without_secrets
 from orchestrator.tracking.progress import following_steps, plain_console
 from orchestrator.tracking.tracker import METRICS_FILE, Tracker, code_tags, read_metrics
-from orchestrator.worker import EXPORT, JOURNAL, WorkerSetup, total_steps
+from orchestrator.worker.launch import run_workers
+from orchestrator.worker.loop import EXPORT, JOURNAL, WorkerSetup, total_steps
+from orchestrator.worker.rewards import Judge
 
 
 def check(config: RunConfig) -> None:

@@ -16,13 +16,13 @@ import ray
 from models.config import ModelConfig
 from orchestrator.config.run import METRICS, RunConfig, RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig, trial_run
-from orchestrator.rewards import Judge
 from orchestrator.tracking.progress import new_lines
 from orchestrator.tracking.tracker import METRICS_FILE
 from orchestrator.trials import read_trial
+from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:
-    from orchestrator.worker import WorkerSetup
+    from orchestrator.worker.loop import WorkerSetup
 
 Tell = Callable[..., None]
 """Gets a report's metrics, and the checkpoint written with it."""
@@ -126,7 +126,7 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
 
 
 def _setup(config: Mapping[str, Any], shared: Shared) -> "WorkerSetup":
-    from orchestrator.worker import WorkerSetup
+    from orchestrator.worker.loop import WorkerSetup
 
     point = {field: value for field, value in config.items() if "." in field}
     name = f"{config[NUMBER]:04d}"
@@ -157,8 +157,8 @@ def _alone(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
     import torch
     from ray import tune
 
-    from orchestrator.session import Alone
-    from orchestrator.worker import train_worker
+    from orchestrator.worker.loop import train_worker
+    from orchestrator.worker.session import Alone
 
     session = Alone(
         Path(setup.folder),
@@ -178,7 +178,7 @@ def _group(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
     Tune's own callback for this passes reports through a queue of one place from Train's controller, and a
     report that finds it full at the trial's end waits for ever.
     """
-    from orchestrator.fit import run_workers
+    from orchestrator.worker.launch import run_workers
 
     evaluation, path = setup.config.evaluation, Path(setup.folder) / METRICS_FILE
     position = path.stat().st_size if path.exists() else 0

@@ -30,7 +30,7 @@ from orchestrator.tracking.progress import plain_console
 from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials
-from orchestrator.worker import total_steps
+from orchestrator.worker.loop import total_steps
 from preferences.buckets import without_options
 from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space

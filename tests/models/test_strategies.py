@@ -26,8 +26,8 @@ from models.config import LoraSettings
 from models.logprobs import Scorer
 from models.parallel import Parallel, Replicated, Sharded, Zero, prepare
 from models.rows import Prompted, build_rows
-from orchestrator.metrics import StepTable
-from orchestrator.step import MicroBatch, evaluation_pass, training_step
+from orchestrator.worker.metrics import StepTable
+from orchestrator.worker.step import MicroBatch, evaluation_pass, training_step
 
 CPU = torch.device("cpu")
 STEPS, SAVED_AT, SHORT = 20, 15, 4

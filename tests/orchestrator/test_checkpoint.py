@@ -9,7 +9,7 @@ import torch
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted, build_rows
-from orchestrator.checkpoint import Progress, load, newest, save, set_aside_torn_list
+from orchestrator.worker.checkpoint import Progress, load, newest, save, set_aside_torn_list
 
 IDENTITY = {"policy": "p", "references": {"base": "b"}}
 ROWS = build_rows([Prompted([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)

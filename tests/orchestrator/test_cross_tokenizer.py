@@ -20,14 +20,14 @@ from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo import assets
-from orchestrator.metrics import StepTable
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
-from orchestrator.step import MicroBatch, pair_scores, training_step
 from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
+from orchestrator.worker.metrics import StepTable
+from orchestrator.worker.step import MicroBatch, pair_scores, training_step
 
 POSITIONS = 64
 FILM_TEMPLATE = (

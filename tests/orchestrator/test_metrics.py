@@ -9,7 +9,7 @@ import torch
 from losses.preference import preference_loss
 from losses.presets import preset
 from losses.scores import PairScores, ReferenceScores
-from orchestrator.metrics import (
+from orchestrator.worker.metrics import (
     StepCost,
     StepTable,
     Told,

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from models.config import ModelError
 from orchestrator.config.run import RewardConfig, RunFailed, UsageError
 from orchestrator.demo import assets
-from orchestrator.rewards import RewardModel, class_of, load_function
+from orchestrator.worker.rewards import RewardModel, class_of, load_function
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = """

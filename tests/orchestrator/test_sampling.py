@@ -17,10 +17,10 @@ from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted
 from orchestrator.config.run import SamplingConfig
-from orchestrator.feed import Part
-from orchestrator.policy import Policy
 from orchestrator.references.messages import Group, Scores
-from orchestrator.sampling import CHUNK, Sampler
+from orchestrator.worker.batches import Part
+from orchestrator.worker.policy import Policy
+from orchestrator.worker.sampling import CHUNK, Sampler
 from preferences.tokenize import Ragged, TokenTable
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from losses.scores import ReferenceScores
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted, build_rows
-from orchestrator.metrics import StepTable
-from orchestrator.step import MicroBatch, NonFiniteLoss, evaluation_pass, training_step
+from orchestrator.worker.metrics import StepTable
+from orchestrator.worker.step import MicroBatch, NonFiniteLoss, evaluation_pass, training_step
 
 CPU = torch.device("cpu")
 

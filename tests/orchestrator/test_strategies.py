@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
-from orchestrator.sampling import CHUNK
 from orchestrator.tracking.tracker import read_metrics
 from orchestrator.train import train
+from orchestrator.worker.sampling import CHUNK
 
 pytestmark = pytest.mark.long
 

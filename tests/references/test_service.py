@@ -19,7 +19,7 @@ from orchestrator.config.run import Resources, RewardConfig, RunFailed, UsageErr
 from orchestrator.references.client import NAMESPACE, ReferenceArrays, ReferenceClient, connect, pair_groups
 from orchestrator.references.messages import ScoringError
 from orchestrator.references.store import ScoreStore
-from orchestrator.rewards import RewardModel, start_judge
+from orchestrator.worker.rewards import RewardModel, start_judge
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.arange(6)

@@ -22,11 +22,14 @@ from transformers import get_scheduler
 from losses.config import LossConfig
 from losses.dispersion import calibrated_phi_star
 from models.config import ModelConfig, ModelError
-from orchestrator import checkpoint
-from orchestrator.checkpoint import Best, Progress
 from orchestrator.config.run import METRICS, RunConfig, RunFailed
-from orchestrator.feed import Feed, Part
-from orchestrator.metrics import (
+from orchestrator.references.client import ReferenceClient
+from orchestrator.storage.mirror import Mirror, unshared, visible
+from orchestrator.tracking.tracker import METRICS_FILE, SCALES_FILE, Tracker
+from orchestrator.worker import checkpoint
+from orchestrator.worker.batches import Feed, Part
+from orchestrator.worker.checkpoint import Best, Progress
+from orchestrator.worker.metrics import (
     StepTable,
     Told,
     best_within,
@@ -34,14 +37,11 @@ from orchestrator.metrics import (
     perf_metrics,
     training_metrics,
 )
-from orchestrator.policy import Policy, export_policy, open_policy
-from orchestrator.references.client import ReferenceClient
-from orchestrator.rewards import Judge
-from orchestrator.sampling import Sampler
-from orchestrator.session import Session
-from orchestrator.step import NonFiniteLoss, evaluation_pass, training_step
-from orchestrator.storage.mirror import Mirror, unshared, visible
-from orchestrator.tracking.tracker import METRICS_FILE, SCALES_FILE, Tracker
+from orchestrator.worker.policy import Policy, export_policy, open_policy
+from orchestrator.worker.rewards import Judge
+from orchestrator.worker.sampling import Sampler
+from orchestrator.worker.session import Session
+from orchestrator.worker.step import NonFiniteLoss, evaluation_pass, training_step
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2

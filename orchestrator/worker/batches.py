@@ -9,9 +9,9 @@ import torch
 from losses.scores import ReferenceScores
 from models.logprobs import SequenceScores
 from models.rows import Prompted, Rows, build_rows
-from orchestrator.metrics import StepCost
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
-from orchestrator.step import MicroBatch
+from orchestrator.worker.metrics import StepCost
+from orchestrator.worker.step import MicroBatch
 from preferences.batches import split
 from preferences.tokenize import TokenTable
 

@@ -17,12 +17,12 @@ from models.config import ModelError
 from models.logprobs import causal_model
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import SamplingConfig
-from orchestrator.feed import Part
-from orchestrator.policy import Policy
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.messages import Group, Ids
 from orchestrator.references.store import response_key
-from orchestrator.rewards import Judge
+from orchestrator.worker.batches import Part
+from orchestrator.worker.policy import Policy
+from orchestrator.worker.rewards import Judge
 from preferences.tokenize import Ragged, TokenTable
 
 CHUNK = 8

@@ -15,7 +15,7 @@ from losses.scores import PairScores, ReferenceScores
 from models.logprobs import SequenceScores
 from models.parallel import Parallel
 from models.rows import Rows
-from orchestrator.metrics import StepCost, StepTable
+from orchestrator.worker.metrics import StepCost, StepTable
 
 
 class NonFiniteLoss(RuntimeError):

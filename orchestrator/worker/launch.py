@@ -10,13 +10,13 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.checkpoint import set_aside_torn_list
 from orchestrator.cluster.connection import own_ctrl_c, secrets
 from orchestrator.config.run import RunConfig, RunFailed
-from orchestrator.entry import work
-from orchestrator.session import CHECKPOINTS
 from orchestrator.storage.mirror import for_ray, is_uri
-from orchestrator.worker import WorkerSetup
+from orchestrator.worker.checkpoint import set_aside_torn_list
+from orchestrator.worker.entry import work
+from orchestrator.worker.loop import WorkerSetup
+from orchestrator.worker.session import CHECKPOINTS
 
 
 def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop_per_worker`: fetch environment and setup and run `orchestrator.worker.train_worker`."""
+    """`train_loop_per_worker`: fetch environment and setup and run `orchestrator.worker.loop.train_worker`."""
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))
-    from orchestrator.session import Group
-    from orchestrator.worker import train_worker
+    from orchestrator.worker.loop.loop import train_worker
+    from orchestrator.worker.loop.session import Group
 
     setup = ray.get(settings["setup"])
     return train_worker(setup, Group(setup.folder))

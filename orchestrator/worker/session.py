@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from orchestrator import checkpoint
 from orchestrator.storage.mirror import Mirror
+from orchestrator.worker import checkpoint
 
 CHECKPOINTS = "checkpoints"
 
