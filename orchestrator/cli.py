@@ -51,7 +51,7 @@ def train(
 ) -> None:
     """Train a policy and register it; the same command again goes on where a killed run was."""
     config = load_run(run, overrides or ())
-    from orchestrator.train import train as train_run
+    from orchestrator.driver.train import train as train_run
 
     with _interruptible():
         train_run(config, fresh=fresh)
@@ -95,7 +95,7 @@ def tune(
 def score(run: RunFile, overrides: Overrides = None) -> None:
     """Score all of a run's data under its references, in bulk, so that training finds the scores stored."""
     config = load_run(run, overrides or ())
-    from orchestrator.train import score as score_run
+    from orchestrator.driver.train import score as score_run
 
     with _interruptible():
         score_run(config)
@@ -105,7 +105,7 @@ def score(run: RunFile, overrides: Overrides = None) -> None:
 def check(run: RunFile, overrides: Overrides = None) -> None:
     """Everything that can be refused before a device is held: settings, data, models, placement, tracking."""
     config = load_run(run, overrides or ())
-    from orchestrator.train import check as check_run
+    from orchestrator.driver.train import check as check_run
 
     check_run(config)
 

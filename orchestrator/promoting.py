@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import report
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
+from orchestrator.driver.prepare import Prepared
+from orchestrator.driver.record import RunRecord, open_record
+from orchestrator.driver.train import finish, train_on_cluster
 from orchestrator.points import result
-from orchestrator.prepare import Prepared
-from orchestrator.record import RunRecord, open_record
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
 from orchestrator.tracking.mlflow import connect, without_secrets
-from orchestrator.train import finish, train_on_cluster
 from orchestrator.trial import trial_config
 from orchestrator.trials import TrialRecord, Trials
 from orchestrator.worker.rewards import Judge

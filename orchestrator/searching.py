@@ -26,14 +26,14 @@ from orchestrator.cluster.connection import nodes, own_ctrl_c, secrets
 from orchestrator.cluster.placement import Kind, trial_bundles, worker_bundle
 from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig
+from orchestrator.driver.prepare import Prepared
+from orchestrator.driver.record import RunRecord
+from orchestrator.driver.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.follow import Following, Limits
 from orchestrator.matching import control_of, matched_beta
-from orchestrator.prepare import Prepared
 from orchestrator.promoting import best_trial, promote, told
-from orchestrator.record import RunRecord
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
-from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.search import Search
 from orchestrator.tracking.mlflow import first_line, without_secrets
 from orchestrator.tracking.tracker import Tracker, code_tags

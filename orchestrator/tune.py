@@ -18,16 +18,16 @@ from orchestrator.cluster.connection import connected, machines, nodes
 from orchestrator.cluster.placement import Kind, trial_bundles, trial_slots
 from orchestrator.config.run import ReferenceConfig, RunConfig, UsageError
 from orchestrator.config.sweep import SweepConfig
-from orchestrator.prepare import Prepared, with_resolved_paths
-from orchestrator.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.driver.prepare import Prepared, with_resolved_paths
+from orchestrator.driver.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
+from orchestrator.driver.train import prepared_run
 from orchestrator.references.service import ROUTER_CPUS, ReferenceService
-from orchestrator.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.search import sampled
 from orchestrator.searching import Searching
 from orchestrator.storage.mirror import is_uri, refuse_unshared
 from orchestrator.tracking.mlflow import without_secrets
 from orchestrator.tracking.progress import plain_console
-from orchestrator.train import prepared_run
 from orchestrator.trial import trial_config, trials_folder
 from orchestrator.trials import Trials
 from orchestrator.worker.loop import total_steps

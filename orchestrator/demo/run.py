@@ -17,10 +17,10 @@ from rich.table import Table
 from orchestrator.cluster.connection import connected
 from orchestrator.config.run import RunConfig, UsageError, parse_run
 from orchestrator.demo import assets, ratings
-from orchestrator.record import RunRecord
+from orchestrator.driver.record import RunRecord
+from orchestrator.driver.train import train
 from orchestrator.tracking.progress import plain_console
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.train import train
 
 _SAMPLED_PROMPTS, _SHOWN_PROMPTS = 24, 4
 _NEW_TOKENS = 20

@@ -13,7 +13,7 @@ import yaml
 from losses.presets import PRESETS, from_settings
 from models.config import LoraSettings
 from orchestrator.config.run import parse_run, run_schema
-from orchestrator.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
+from orchestrator.driver.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]

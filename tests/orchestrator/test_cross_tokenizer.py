@@ -20,12 +20,12 @@ from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo import assets
-from orchestrator.prepare import Prepared, prepare
+from orchestrator.driver.prepare import Prepared, prepare
+from orchestrator.driver.train import train
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.train import train
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, pair_scores, training_step
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.run import UsageError
-from orchestrator.record import RunRecord, locked, open_record, pinned, read_record
+from orchestrator.driver.record import RunRecord, locked, open_record, pinned, read_record
 
 
 def record(**config: Any) -> RunRecord:

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli import main
 from orchestrator.config.run import RunConfig, UsageError
-from orchestrator.prepare import prepare
-from orchestrator.record import RunRecord
+from orchestrator.driver.prepare import prepare
+from orchestrator.driver.record import RunRecord
+from orchestrator.driver.train import train
 from orchestrator.registry.versions import resolve
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

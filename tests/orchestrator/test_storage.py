@@ -16,7 +16,7 @@ import ray
 from bucket import Bucket, object_store
 
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.driver.record import RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.references.messages import Score
 from orchestrator.references.store import ScoreStore
 from orchestrator.storage import lease as hold

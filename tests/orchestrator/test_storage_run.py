@@ -13,7 +13,7 @@ from driver import Driver
 from safetensors.torch import load
 
 from orchestrator.config.run import load_run
-from orchestrator.train import train
+from orchestrator.driver.train import train
 
 pytestmark = pytest.mark.long
 

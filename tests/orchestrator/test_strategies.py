@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
+from orchestrator.driver.train import train
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.train import train
 from orchestrator.worker.sampling import CHUNK
 
 pytestmark = pytest.mark.long

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunFailed, UsageError
-from orchestrator.record import RunRecord
+from orchestrator.driver.record import RunRecord
+from orchestrator.driver.train import train
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.train import train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig, parse_sweep
-from orchestrator.record import RunRecord
+from orchestrator.driver.record import RunRecord
 from orchestrator.tracking.tracker import read_metrics
 from orchestrator.trials import TrialRecord, Trials
 from orchestrator.tune import tune

@@ -9,7 +9,7 @@ from rich.console import Console
 from orchestrator.cluster.connection import nodes, secrets
 from orchestrator.cluster.placement import Kind, replica_bundle
 from orchestrator.config.run import RunConfig
-from orchestrator.prepare import Prepared
+from orchestrator.driver.prepare import Prepared
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.tracking.progress import Meter

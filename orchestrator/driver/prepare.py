@@ -12,7 +12,7 @@ from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config.run import RunConfig, UsageError
-from orchestrator.record import RunRecord, pinned
+from orchestrator.driver.record import RunRecord, pinned
 from orchestrator.registry.versions import resolve
 from orchestrator.storage.mirror import refuse_unwritable
 from orchestrator.tracking.mlflow import tracking_uri

@@ -17,12 +17,12 @@ from orchestrator.cluster.memory import size
 from orchestrator.cluster.memory_table import table
 from orchestrator.cluster.placement import Kind, refuse_impossible, worker_bundle
 from orchestrator.config.run import RunConfig, RunFailed, UsageError
-from orchestrator.prepare import Prepared, prepare, storage_fit, with_resolved_paths
-from orchestrator.record import RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.driver.prepare import Prepared, prepare, storage_fit, with_resolved_paths
+from orchestrator.driver.record import RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.driver.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.model_card import Lineage, Reference
 from orchestrator.registry.register import Probe, register
-from orchestrator.scoring import judging, report_scores, score_split, serve, served_tables, warm
 from orchestrator.storage.mirror import Mirror, home, is_uri, refuse_unshared, working_folder
 from orchestrator.tracking import plots
 from orchestrator.tracking.mlflow import connect as connect_to_mlflow
