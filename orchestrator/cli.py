@@ -82,7 +82,7 @@ def tune(
     from orchestrator.config.sweep import load_sweep
 
     config = load_sweep(sweep, [*(overrides or ()), *(f"{name}={value}" for name, value in limits.items())])
-    from orchestrator import tune as search
+    from orchestrator.search import tune as search
 
     with _interruptible():
         if dry_run:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
 
 STEPS, EVERY = 100, 10
 GAINS = {

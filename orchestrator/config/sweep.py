@@ -23,7 +23,7 @@ from orchestrator.config.run import (
     parse_run,
     read_yaml,
 )
-from orchestrator.points import KL
+from orchestrator.search.report.labels import KL
 from tune_spaces.schedulers import Fifo, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, applied, parse
 

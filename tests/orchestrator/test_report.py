@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from searches import ACCURACY, KL
 
-from orchestrator import points, report
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import labels as points
+from orchestrator.search.report import ranking as report
 
 
 def _trial(number: int, accuracy: float | None = None, **more: object) -> TrialRecord:

@@ -16,8 +16,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, SearchConfig
-from orchestrator.search import Search, sampled
-from orchestrator.trials import TrialRecord, Trials
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.searcher import Search, sampled
 from tune_spaces.spaces import SPACES, Ask, Space, SpaceError, parse
 
 Point = Mapping[str, Any]

@@ -10,7 +10,7 @@ import yaml
 
 from losses.presets import PRESETS
 from orchestrator.config.sweep import SweepConfig, load_sweep, parse_sweep, trial_run
-from orchestrator.search import sampled
+from orchestrator.search.searcher import sampled
 from tune_spaces.losses import FAMILIES
 from tune_spaces.schedulers import Asha, Pbt, build
 from tune_spaces.spaces import SPACES, Space

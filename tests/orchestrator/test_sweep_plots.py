@@ -10,11 +10,11 @@ import pytest
 import searches
 from searches import ACCURACY, KL
 
-from orchestrator import sweep_plots
-from orchestrator.importance import importance
-from orchestrator.points import ABSENT
-from orchestrator.sweep_data import Evaluated, Search, hull
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import write as sweep_plots
+from orchestrator.search.report.figures import Evaluated, Search, hull
+from orchestrator.search.report.importance import importance
+from orchestrator.search.report.labels import ABSENT
 
 ALL = ["trials.png", "history.png", "parallel.png", "importance.png", "frontier.png", "search.html"]
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig, parse_sweep
 from orchestrator.driver.record import RunRecord
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.tune import tune
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.trials import TrialRecord, Trials
-from orchestrator.tune import tune
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cluster")]
 

@@ -11,8 +11,8 @@ import yaml
 from driver import Driver
 from mlflow import MlflowClient
 
+from orchestrator.search.journal import TrialRecord, Trials
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.trials import TrialRecord, Trials
 
 pytestmark = pytest.mark.long
 STEPS = 40

@@ -3,22 +3,22 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import report
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.driver.prepare import Prepared
 from orchestrator.driver.record import RunRecord, open_record
 from orchestrator.driver.train import finish, train_on_cluster
-from orchestrator.points import result
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.report import ranking as report
+from orchestrator.search.report.labels import result
+from orchestrator.search.trial import trial_config
 from orchestrator.tracking.mlflow import connect, without_secrets
-from orchestrator.trial import trial_config
-from orchestrator.trials import TrialRecord, Trials
 from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:
-    from orchestrator.searching import Searching
+    from orchestrator.search.runner import Searching
 
 
 def best_trial(trials: Trials, sweep: SweepConfig) -> TrialRecord | None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import points
-from orchestrator.sweep_data import MARKERS, OTHER_MARKER, Look, Search, hull, time_unit
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import labels as points
+from orchestrator.search.report.figures import MARKERS, OTHER_MARKER, Look, Search, hull, time_unit
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

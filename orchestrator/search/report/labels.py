@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
 
 KL = "eval/kl/"
 FAMILY, BETA = "loss.preset", "loss.beta"

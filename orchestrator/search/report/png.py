@@ -5,8 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import points
-from orchestrator.sweep_data import Axis, Search, hull, time_unit
+from orchestrator.search.report import labels as points
+from orchestrator.search.report.figures import Axis, Search, hull, time_unit
 from orchestrator.tracking.plots import STYLE, WIDTH, save, stacked
 
 if TYPE_CHECKING:

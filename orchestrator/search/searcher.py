@@ -13,8 +13,8 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, Point, SearchConfig
-from orchestrator.proposals import GridSource, OptunaSource, Proposal, Source, text
-from orchestrator.trials import TrialRecord, Trials
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.samplers import GridSource, OptunaSource, Proposal, Source, text
 from tune_spaces.domains import SpaceError
 from tune_spaces.spaces import Space
 

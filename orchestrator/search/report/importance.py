@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import points
+from orchestrator.search.report import labels as points
 
 LEAST = 8  # points; fewer say nothing about several fields
 _FOLDS, _TREES, _SHUFFLES = 5, 100, 10

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import sweep_html, sweep_png
-from orchestrator.importance import LEAST
-from orchestrator.sweep_data import Search
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import html as sweep_html
+from orchestrator.search.report import png as sweep_png
+from orchestrator.search.report.figures import Search
+from orchestrator.search.report.importance import LEAST
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective

@@ -13,7 +13,6 @@ import yaml
 from rich.table import Table
 
 from models.config import ModelConfig
-from orchestrator import points
 from orchestrator.cluster.connection import connected, machines, nodes
 from orchestrator.cluster.placement import Kind, trial_bundles, trial_slots
 from orchestrator.config.run import ReferenceConfig, RunConfig, UsageError
@@ -23,13 +22,14 @@ from orchestrator.driver.record import MAY_CHANGE, RunRecord, locked, open_recor
 from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.driver.train import prepared_run
 from orchestrator.references.service import ROUTER_CPUS, ReferenceService
-from orchestrator.search import sampled
-from orchestrator.searching import Searching
+from orchestrator.search.journal import Trials
+from orchestrator.search.report import labels as points
+from orchestrator.search.runner import Searching
+from orchestrator.search.searcher import sampled
+from orchestrator.search.trial import trial_config, trials_folder
 from orchestrator.storage.mirror import is_uri, refuse_unshared
 from orchestrator.tracking.mlflow import without_secrets
 from orchestrator.tracking.progress import plain_console
-from orchestrator.trial import trial_config, trials_folder
-from orchestrator.trials import Trials
 from orchestrator.worker.loop import total_steps
 from preferences.buckets import without_options
 from tune_spaces.schedulers import build

@@ -16,9 +16,9 @@ import ray
 from models.config import ModelConfig
 from orchestrator.config.run import METRICS, RunConfig, RunFailed, UsageError
 from orchestrator.config.sweep import Point, SweepConfig, trial_run
+from orchestrator.search.journal import read_trial
 from orchestrator.tracking.progress import new_lines
 from orchestrator.tracking.tracker import METRICS_FILE
-from orchestrator.trials import read_trial
 from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:

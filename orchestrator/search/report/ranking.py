@@ -15,8 +15,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator import points
-from orchestrator.trials import TrialRecord
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import labels as points
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective

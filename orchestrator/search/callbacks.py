@@ -9,12 +9,13 @@ from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.live import Live
 
-from orchestrator import points, report
 from orchestrator.config.sweep import Objective, SweepConfig
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.report import labels as points
+from orchestrator.search.report import ranking as report
+from orchestrator.search.trial import NUMBER
 from orchestrator.tracking.progress import LINE_EVERY_S, new_lines
 from orchestrator.tracking.tracker import METRICS_FILE, Tracker
-from orchestrator.trial import NUMBER
-from orchestrator.trials import TrialRecord, Trials
 
 REFRESH_S = 1.0
 _ENDS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}

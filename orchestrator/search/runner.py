@@ -21,7 +21,6 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
-from orchestrator import proposals, report, sweep_plots
 from orchestrator.cluster.connection import nodes, own_ctrl_c, secrets
 from orchestrator.cluster.placement import Kind, trial_bundles, worker_bundle
 from orchestrator.config.run import RunFailed, UsageError
@@ -29,16 +28,19 @@ from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.driver.prepare import Prepared
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.scoring import judging, report_scores, score_split, serve, served_tables, warm
-from orchestrator.follow import Following, Limits
-from orchestrator.matching import control_of, matched_beta
-from orchestrator.promoting import best_trial, promote, told
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
-from orchestrator.search import Search
+from orchestrator.search import samplers as proposals
+from orchestrator.search.callbacks import Following, Limits
+from orchestrator.search.controls import control_of, matched_beta
+from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.promote import best_trial, promote, told
+from orchestrator.search.report import ranking as report
+from orchestrator.search.report import write as sweep_plots
+from orchestrator.search.searcher import Search
+from orchestrator.search.trial import NUMBER, Shared, run_trial, trial_config
 from orchestrator.tracking.mlflow import first_line, without_secrets
 from orchestrator.tracking.tracker import Tracker, code_tags
-from orchestrator.trial import NUMBER, Shared, run_trial, trial_config
-from orchestrator.trials import TrialRecord, Trials
 from orchestrator.worker.loop import calibration_rows
 from orchestrator.worker.rewards import Judge
 from tune_spaces.spaces import Space

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator import points
-from orchestrator.importance import Importance, importance
-from orchestrator.report import Ranked, rank
+from orchestrator.search.journal import TrialRecord
+from orchestrator.search.report import labels as points
+from orchestrator.search.report.importance import Importance, importance
+from orchestrator.search.report.ranking import Ranked, rank
 from orchestrator.tracking.plots import COLOURS
 from orchestrator.tracking.tracker import read_metrics
-from orchestrator.trials import TrialRecord
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective
