@@ -1,0 +1,1 @@
+"""What a search found, for a person: ranking, tables and pictures."""
