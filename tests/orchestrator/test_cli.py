@@ -15,7 +15,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.config.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("cluster")

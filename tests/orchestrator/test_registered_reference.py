@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.config.run import RunConfig, UsageError
 from orchestrator.driver.prepare import prepare
 from orchestrator.driver.record import RunRecord

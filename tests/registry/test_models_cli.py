@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from orchestrator.cli.models import app
 from orchestrator.config.run import UsageError
-from orchestrator.models_cli import app
 from orchestrator.registry.aliases import promotion_refusal
 from orchestrator.registry.register import register
 from orchestrator.tracking.mlflow import connect

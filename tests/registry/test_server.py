@@ -19,8 +19,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from orchestrator.cli.models import app
 from orchestrator.config.run import UsageError
-from orchestrator.models_cli import app
 from orchestrator.registry.register import register
 from orchestrator.registry.versions import ResolvedModel, resolve
 from orchestrator.tracking.mlflow import connect

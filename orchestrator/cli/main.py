@@ -11,7 +11,7 @@ import typer
 
 from losses.settings import LossError
 from models.config import ModelError
-from orchestrator import models_cli
+from orchestrator.cli import models as models_cli
 from orchestrator.cluster import job_secrets as mailbox
 from orchestrator.config.run import RunFailed, UsageError, load_run, run_schema
 from preferences.pairs import DataError
