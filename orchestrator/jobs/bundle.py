@@ -254,7 +254,7 @@ def _walk(root: Path, *, hidden: str) -> Iterator[Path]:
 
 def _code() -> dict[str, Path]:
     """The packages that this very program runs."""
-    home = Path(__file__).parents[1]
+    home = Path(__file__).parents[2]
     return {
         file.relative_to(home).as_posix(): file
         for package in PACKAGES

@@ -12,8 +12,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))
-    from orchestrator.worker.loop.loop import train_worker
-    from orchestrator.worker.loop.session import Group
+    from orchestrator.worker.loop import train_worker
+    from orchestrator.worker.session import Group
 
     setup = ray.get(settings["setup"])
     return train_worker(setup, Group(setup.folder))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from orchestrator.cluster.connection.connection import NAMESPACE, worker_environment
+from orchestrator.cluster.connection import NAMESPACE, worker_environment
 
 from orchestrator.config.run import RunConfig, parse_run
 
