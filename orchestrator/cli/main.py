@@ -12,8 +12,9 @@ import typer
 from losses.settings import LossError
 from models.config import ModelError
 from orchestrator.cli import models as models_cli
-from orchestrator.cluster import job_secrets as mailbox
-from orchestrator.config.run import RunFailed, UsageError, load_run, run_schema
+from orchestrator.cluster.job_secrets import take
+from orchestrator.config.run import load_run, run_schema
+from orchestrator.errors import RunFailed, UsageError
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
 
@@ -37,7 +38,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        from orchestrator.tracking.tracker import code_tags
+        from orchestrator.tracking.code_version import code_tags
 
         print(f"polyref {code_tags()['polyref.version']}")
         raise typer.Exit
@@ -157,7 +158,7 @@ def main() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
     _quiet_libraries()
     try:
-        mailbox.take()
+        take()
         app()
     except (UsageError, DataError, ModelError, LossError, SpaceError) as error:
         _complain(str(error), code=2)

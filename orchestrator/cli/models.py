@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
+from orchestrator.redaction import redact
 from orchestrator.registry.aliases import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
-from orchestrator.registry.download import fetch, fetch_merged, free_place, is_adapter
-from orchestrator.registry.versions import (
+from orchestrator.registry.download import (
     ADAPTER,
     adapter_alone,
-    find_version,
-    names,
+    fetch,
+    fetch_merged,
+    free_place,
+    is_adapter,
     resolve_version,
-    split_ref,
-    versions,
 )
-from orchestrator.tracking.mlflow import URI_VARIABLE, connect, redact, tracking_uri
+from orchestrator.registry.versions import find_version, names, split_ref, versions
+from orchestrator.tracking.mlflow import URI_VARIABLE, connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,7 +12,7 @@ import os
 import secrets as random
 from collections.abc import Mapping
 
-from orchestrator.config.run import RunFailed
+from orchestrator.errors import RunFailed
 
 BOX = "POLYREF_MAILBOX"
 """Set for a job that was given secrets: the name they are kept under."""

@@ -14,13 +14,13 @@ from orchestrator.cluster.memory import (
     STRATEGIES,
     Load,
     Memory,
-    Shape,
     Sizing,
     Strategy,
     fewest_workers,
     memory,
     replica,
 )
+from orchestrator.cluster.model_shape import Shape
 
 MODELS = {
     "0.135B": Shape.of_numbers(

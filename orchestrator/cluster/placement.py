@@ -4,7 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.run import Resources, RunConfig, UsageError
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sections import Resources
+from orchestrator.errors import UsageError
 
 REFERENCE_ROLE, TRAINER_ROLE = "polyref_reference", "polyref_trainer"
 """Custom resources that a cluster file gives to the nodes meant for references and for workers. Where some

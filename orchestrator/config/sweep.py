@@ -11,18 +11,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from losses.config import LossConfig
-from orchestrator.config.run import (
-    METRICS,
-    EvaluationConfig,
-    RunConfig,
-    Settings,
-    UsageError,
-    did_you_mean,
-    explain,
-    override,
-    parse_run,
-    read_yaml,
-)
+from orchestrator.config.problems import explain
+from orchestrator.config.run import RunConfig, parse_run
+from orchestrator.config.sections import METRICS, EvaluationConfig, Settings
+from orchestrator.config.yaml import override, read_yaml
+from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.search.report.labels import KL
 from tune_spaces.schedulers import Fifo, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, applied, parse
@@ -293,4 +286,6 @@ def _refuse_unmeasurable(base: RunConfig, metric: str, source: str) -> None:
     try:
         EvaluationConfig.model_validate(settings)
     except ValidationError as error:
-        raise UsageError(explain(error, source=f"{source}: objective {metric}")) from None
+        raise UsageError(
+            explain(error, source=f"{source}: objective {metric}", of=EvaluationConfig)
+        ) from None

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.cluster.connection import connected
-from orchestrator.config.run import RunConfig, UsageError, parse_run
-from orchestrator.demo import assets, ratings
+from orchestrator.config.run import RunConfig, parse_run
+from orchestrator.demo.assets import AssetError, human_ratings, lexicon, smollm2
+from orchestrator.demo.ratings import build, read_movie_reviews, write
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.train import train
+from orchestrator.errors import UsageError
+from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.progress import plain_console
-from orchestrator.tracking.tracker import read_metrics
 
 _SAMPLED_PROMPTS, _SHOWN_PROMPTS = 24, 4
 _NEW_TOKENS = 20
@@ -43,11 +45,11 @@ def run_demo(folder: str, *, fresh: bool) -> None:
     if fresh:
         shutil.rmtree(root, ignore_errors=True)
     try:
-        model, rated, sentiment = assets.smollm2(), assets.human_ratings(), assets.lexicon()
-    except assets.AssetError as error:
+        model, rated, sentiment = smollm2(), human_ratings(), lexicon()
+    except AssetError as error:
         raise UsageError(str(error)) from error
-    rows = ratings.build(ratings.read_movie_reviews(rated))
-    data = ratings.write(rows, root / "data")
+    rows = build(read_movie_reviews(rated))
+    data = write(rows, root / "data")
 
     reference, policy = (_run(name, root, model, data) for name in ("reference", "policy"))
     with connected():

@@ -11,14 +11,15 @@ import numpy as np
 from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
-from orchestrator.config.run import RunConfig, UsageError
+from orchestrator.config.run import RunConfig
 from orchestrator.driver.record import RunRecord, pinned
-from orchestrator.registry.versions import resolve
-from orchestrator.storage.mirror import refuse_unwritable
+from orchestrator.errors import UsageError
+from orchestrator.registry.download import resolve
+from orchestrator.storage.probe import refuse_unwritable
 from orchestrator.tracking.mlflow import tracking_uri
-from orchestrator.worker.batches import Part
 from orchestrator.worker.rewards import load_function
 from preferences.load import LoadedPairs, load_splits
+from preferences.split import Part
 from preferences.tokenize import Rendering, tokenize
 
 _POLICY_ROWS = "the policy"

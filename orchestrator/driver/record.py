@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
 from orchestrator.storage.mirror import Mirror
 
 Kept = Path | Mirror

@@ -6,15 +6,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from orchestrator.cluster.connection import nodes, secrets
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.placement import Kind, replica_bundle
+from orchestrator.cluster.worker_environment import secrets
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import Prepared
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.tracking.progress import Meter
-from orchestrator.worker.batches import Part
 from orchestrator.worker.rewards import Judge, start_judge
+from preferences.split import Part
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.run import RunConfig, UsageError, did_you_mean, load_run, override, read_yaml
+from orchestrator.config.functions import PACKAGES
+from orchestrator.config.run import RunConfig, load_run
 from orchestrator.config.sweep import load_sweep
-from orchestrator.tracking.mlflow import redact
+from orchestrator.config.yaml import override, read_yaml
+from orchestrator.errors import UsageError, did_you_mean
+from orchestrator.redaction import redact
 
 LIMIT_MB = 50
-PACKAGES = ("losses", "models", "preferences", "tune_spaces", "orchestrator")
 _OF_RUN, _OF_SWEEP, _OF_REGISTRY = ("train", "score", "check"), ("tune",), ("models",)
 _DATA = ("data.train", "data.eval")
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")

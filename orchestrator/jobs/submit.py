@@ -1,6 +1,6 @@
 """`polyref submit`: a command as a job on a cluster, through Ray's job API.
 
-The job runs in a folder that has the files the command needs (see `orchestrator.jobs.bundle`), with polyref as the
+The job runs in a folder that has the files the command needs (see `bundle.py`), with polyref as the
 nodes have it installed. Its log is streamed, and its exit code is the command's.
 """
 
@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from orchestrator import environment
-from orchestrator.cluster import job_secrets as mailbox
-from orchestrator.cluster.connection import secrets as known_secrets
-from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.cluster.job_secrets import BOX, NAMES, put
+from orchestrator.cluster.worker_environment import secrets as known_secrets
+from orchestrator.environment import changed
+from orchestrator.errors import RunFailed, UsageError
 from orchestrator.jobs.bundle import PACKAGES, Parcel, holds_credentials, megabytes, pack
-from orchestrator.tracking.mlflow import first_line
+from orchestrator.redaction import first_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
@@ -35,7 +35,7 @@ _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OURS = (mailbox.BOX, mailbox.NAMES)
+_OURS = (BOX, NAMES)
 
 
 def submit(
@@ -68,7 +68,7 @@ def submit(
     client, headers = connect(address)
     server = client.get_address()
     if hidden:
-        variables[mailbox.BOX] = mailbox.put(hidden, server=server, headers=headers)
+        variables[BOX] = put(hidden, server=server, headers=headers)
     job = _submitted(client, parcel, variables, code=code)
     say(f"{job}: {_listing(parcel, code=code)} ({megabytes(parcel.size)}) to {server}")
     if not wait:
@@ -100,9 +100,7 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         os.environ.update(_unproxied(where))
-        with environment.changed(
-            RAY_API_SERVER_ADDRESS=where
-        ):  # Ray prefers its variables to what it is given
+        with changed(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
             return JobSubmissionClient(where, headers=dict(headers)), headers
     except AuthenticationError as error:
         have = "the token here is another" if token else "there is no token here"
@@ -176,9 +174,7 @@ def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, cod
     with tempfile.TemporaryDirectory(prefix="polyref-") as folder:
         parcel.write(Path(folder))
         try:
-            with environment.changed(
-                RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_unproxied(client.get_address())
-            ):
+            with changed(RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_unproxied(client.get_address())):
                 return str(
                     client.submit_job(
                         entrypoint=shlex.join([*program, *parcel.command]),

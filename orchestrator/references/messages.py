@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from orchestrator.config.run import RunFailed
+from orchestrator.errors import RunFailed
 
 Ids = NDArray[np.int32]
 Offsets = NDArray[np.int64]

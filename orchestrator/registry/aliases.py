@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from orchestrator.config.run import METRICS, UsageError
+from orchestrator.config.sections import METRICS
+from orchestrator.errors import UsageError
 from orchestrator.registry.versions import short, versions
 from orchestrator.tracking.mlflow import metric_key
 

@@ -15,9 +15,10 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
+from orchestrator.files import folder_digest, link_tree
+from orchestrator.registry.download import ADAPTER
 from orchestrator.registry.model_card import HUB, Lineage, render
-from orchestrator.registry.versions import ADAPTER, folder_digest, link_tree
 
 _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 

@@ -1,18 +1,178 @@
-"""`polyref models get`: a registered version as a folder that transformers, peft and vLLM load.
+"""Registered versions as folders on this machine: resolved, downloaded, checked against their digest, copied.
 
-What is copied is checked against the digest it was registered with; the folder appears whole or not at all.
+A copy is a folder that transformers, peft and vLLM load; it appears whole or not at all.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.config.run import UsageError
-from orchestrator.registry.versions import ADAPTER, ResolvedModel, cache_folder, check_digest
+from orchestrator.errors import UsageError
+from orchestrator.files import cache_folder, folder_digest, link_tree
+from orchestrator.redaction import first_line, redact
+from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, find_version, short
+from orchestrator.tracking.mlflow import connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+class DamagedError(UsageError):
+    """A version's files are not those that were registered."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """One registered version, with its transformers folder on this machine."""
+
+    folder: Path
+    name: str
+    version: int
+    run_id: str | None
+    digest: str | None
+    """Digest of the folder's files when it was registered; None for models registered by other programs."""
+
+    @property
+    def uri_pinned(self) -> str:
+        """`models:/name/version`: what a run's record keeps, since an alias may move."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def resolve(uri: str, tracking_uri: str, *, cache: Path | None = None) -> ResolvedModel:
+    """The version that `models:/name@alias` or `models:/name/3` stands for, downloaded if it is not local.
+
+    Raises UsageError for a URI without alias or version, an unknown name, alias or version, a version that is
+    still being registered, and a model that is not a whole causal language model.
+    """
+    client = connect(tracking_uri)
+    return resolve_version(client, find_version(client, uri), tracking_uri, cache=cache)
+
+
+def resolve_version(
+    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
+) -> ResolvedModel:
+    """The version with its folder, downloaded if it is not local. Raises UsageError as `resolve` does."""
+    cache = cache or cache_folder()
+    folder = _transformers_folder(_local_root(client, version, tracking_uri, cache), version, cache)
+    digest = version.tags.get(DIGEST_TAG)
+    return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
+
+
+def check_digest(
+    folder: Path, expected: str | None, uri: str, *, remedy: str = "register the model again"
+) -> None:
+    """Raise DamagedError unless the folder's files are those registered; None checks nothing."""
+    if expected is not None and (actual := folder_digest(folder)) != expected:
+        raise DamagedError(
+            f"the files of {uri} are not those that were registered (digest {short(actual)}, "
+            f"registered {short(expected)}): they were changed or damaged since; {remedy}"
+        )
+
+
+def adapter_alone(
+    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
+) -> ResolvedModel | None:
+    """The adapter in a version of polyref's, had without the merged model; None where there is none."""
+    digest = version.tags.get(ADAPTER_DIGEST_TAG)
+    if digest is None:
+        return None
+    cache = cache or cache_folder()
+    folder = _local(client, version, tracking_uri, cache, f"model/{ADAPTER}", digest)
+    return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
+
+
+def _local_root(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, cache: Path) -> Path:
+    return _local(client, version, tracking_uri, cache, "", version.tags.get(DIGEST_TAG))
+
+
+def _local(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    tracking_uri: str,
+    cache: Path,
+    part: str,
+    digest: str | None,
+) -> Path:
+    """The version's artifacts (`part` of them): where they lie when that is on this machine, else downloaded.
+
+    A download is checked before it counts; one that was finished is not made again.
+    """
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    source = client.get_model_version_download_uri(version.name, str(version.version))
+    if is_local_uri(source) and (local := Path(local_file_uri_to_path(source)) / part).is_dir():
+        return local
+    source = f"{source.rstrip('/')}/{part}" if part else source
+    target = cache / hashlib.sha256(f"{tracking_uri} {source} {digest}".encode()).hexdigest()[:24]
+    if target.is_dir():
+        return target
+    where = f"models:/{version.name}/{version.version}"
+    with _downloaded(source, tracking_uri, where, cache) as whole:
+        check_digest(whole if part else whole / "model", digest, where)
+        _move(whole, target)
+    return target
+
+
+@contextmanager
+def _downloaded(source: str, tracking_uri: str, where: str, cache: Path) -> Iterator[Path]:
+    """A copy of an artifact folder, gone afterwards unless it was moved."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        try:
+            whole = mlflow.artifacts.download_artifacts(source, dst_path=scratch, tracking_uri=tracking_uri)
+        except (MlflowException, OSError) as error:
+            raise UsageError(
+                f"the files of {where} cannot be had from {redact(source)}: "
+                f"{first_line(error)}; check that the artifact store is reachable from here"
+            ) from error
+        yield Path(whole)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Put a finished folder in its place; another process that was faster made the same one."""
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Path:
+    """The folder under `root` that transformers loads, or of an adapter alone the one that peft loads."""
+    if (root / "config.json").is_file() or (root / "adapter_config.json").is_file():
+        return root
+    model, adapter, tokenizer = root / "model", root / "peft", root / "components" / "tokenizer"
+    if (adapter / "adapter_config.json").is_file():  # the base that MLflow put beside it lacks weights
+        model = adapter
+    elif not (model / "config.json").is_file():
+        where = f"models:/{version.name}/{version.version}"
+        raise UsageError(
+            f"{where} holds no transformers model and no adapter: register a causal language model's folder"
+        )
+    if (model / "tokenizer_config.json").is_file() or not tokenizer.is_dir():
+        return model
+    # MLflow's own layout keeps the tokenizer apart; transformers wants both in one folder.
+    target = cache / hashlib.sha256(f"joined {root.resolve()}".encode()).hexdigest()[:24]
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as part:
+            joined = Path(part) / "model"
+            link_tree(model, joined)
+            link_tree(tokenizer, joined)
+            _move(joined, target)
+    return target
 
 
 def fetch(model: ResolvedModel, to: Path) -> None:
@@ -94,3 +254,7 @@ def _in_place(to: Path) -> Iterator[Path]:
         os.replace(part, to)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+ADAPTER = "adapter"
+"""The subfolder of a version's folder that holds the adapter alone."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.tracking.mlflow import redact, without_secrets
+from orchestrator.redaction import redact, without_secrets
 
 HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
 """A model on the hub as a run's record pins it."""

@@ -5,16 +5,16 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from orchestrator.config.run import RunFailed, UsageError
+from models.probe import Probe, _logits
+from orchestrator.errors import RunFailed, UsageError
+from orchestrator.files import folder_digest
+from orchestrator.redaction import first_line, redact, without_secrets
 from orchestrator.registry.aliases import (
     EVAL_DIGEST_TAG,
     JUDGED_BY_TAG,
@@ -29,28 +29,10 @@ from orchestrator.registry.aliases import (
     give_alias,
 )
 from orchestrator.registry.artifact import pack, refuse_unfit
+from orchestrator.registry.download import ADAPTER, DamagedError, ResolvedModel, check_digest, resolve_version
 from orchestrator.registry.model_card import Lineage
-from orchestrator.registry.versions import (
-    ADAPTER,
-    ADAPTER_DIGEST_TAG,
-    DIGEST_TAG,
-    STATE_TAG,
-    VERIFIED,
-    VERIFYING,
-    DamagedError,
-    ResolvedModel,
-    check_digest,
-    folder_digest,
-    resolve_version,
-)
-from orchestrator.tracking.mlflow import (
-    URI_VARIABLE,
-    connect,
-    first_line,
-    metric_key,
-    redact,
-    without_secrets,
-)
+from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, STATE_TAG, VERIFIED, VERIFYING
+from orchestrator.tracking.mlflow import URI_VARIABLE, connect, metric_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORT_TAG = "polyref.export"
-_PROBE_ROWS, _PROBE_TOKENS = 4, 16
 # Allowed difference of logits in units of the largest: merging an adapter and another device's order of sums
 # move float32 by about 1e-6 a layer, half precision by its own rounding.
 _FULL_PRECISION, _HALF_PRECISION = 2e-4, 4e-2
@@ -67,58 +48,6 @@ _FULL_PRECISION, _HALF_PRECISION = 2e-4, 4e-2
 
 class RegistryError(RunFailed):
     """What came back from the registry is not the model that was trained."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A few token rows and the trained model's logits for them, taken before it was exported."""
-
-    rows: Tensor
-    """(R, T) token ids, all rows equally long."""
-    logits: Tensor
-    """(R, T, V) float32."""
-    dtype: torch.dtype
-    """What the model in hand computed in."""
-
-    @classmethod
-    def of(
-        cls,
-        model: "torch.nn.Module",
-        sequences: Sequence[Sequence[int]],
-        *,
-        logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> "Probe":
-        """Run the model in hand (adapter on) over the first tokens of a few sequences.
-
-        `logits` runs it where a plain call does not, as with a model in shards: (R, T) ids -> (R, T, V).
-
-        Raises ValueError when all sequences are empty.
-        """
-        chosen = [s for s in sequences if len(s) > 0][:_PROBE_ROWS]
-        if not chosen:
-            raise ValueError("a probe needs at least one token row that is not empty")
-        length = min(_PROBE_TOKENS, *(len(s) for s in chosen))
-        parameter = next(model.parameters())
-        rows = torch.tensor([list(map(int, s[:length])) for s in chosen])
-        return cls(rows, _logits(model, rows) if logits is None else logits(rows), parameter.dtype)
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, for a registration by another process."""
-        save_file(
-            {"rows": self.rows, "logits": self.logits},
-            path,
-            {"dtype": str(self.dtype).removeprefix("torch.")},
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> "Probe":
-        """Read what `save` wrote."""
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            dtype = getattr(torch, file.metadata()["dtype"])
-        tensors = load_file(path)
-        return cls(tensors["rows"], tensors["logits"], dtype)
 
 
 def register(
@@ -195,17 +124,6 @@ def verify(folder: Path, probe: Probe) -> None:
         raise RegistryError(
             f"its logits differ by {apart:.1e} of the largest, where {allowed:.0e} is rounding"
         )
-
-
-def _logits(model: "torch.nn.Module", rows: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits: Tensor = model(input_ids=rows.to(next(model.parameters()).device), use_cache=False).logits
-    finally:
-        model.train(was_training)
-    return logits.float().cpu().contiguous()
 
 
 def _upload(

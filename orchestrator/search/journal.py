@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
 
 TRIAL = "trial.json"
 

@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
+from orchestrator.driver.execute import train_on_cluster
+from orchestrator.driver.finish import finish
 from orchestrator.driver.prepare import Prepared
 from orchestrator.driver.record import RunRecord, open_record
-from orchestrator.driver.train import finish, train_on_cluster
+from orchestrator.redaction import without_secrets
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
 from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.report import ranking as report
 from orchestrator.search.report.labels import result
+from orchestrator.search.report.ranking import rank
 from orchestrator.search.trial import trial_config
-from orchestrator.tracking.mlflow import connect, without_secrets
+from orchestrator.tracking.mlflow import connect
 from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 def best_trial(trials: Trials, sweep: SweepConfig) -> TrialRecord | None:
     """The best repeat of the best point; a control is there to be compared with. None without any result."""
     objective = sweep.objective[0]
-    for point in report.rank(list(trials), sweep.objective):
+    for point in rank(list(trials), sweep.objective):
         given = {t.number: v for t in point.trials if (v := result(t, objective.metric)) is not None}
         if given and point.rank is not None and point.control_of is None:
             return trials[(max if objective.mode == "max" else min)(given, key=lambda number: given[number])]

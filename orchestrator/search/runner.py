@@ -21,28 +21,32 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
-from orchestrator.cluster.connection import nodes, own_ctrl_c, secrets
+from orchestrator.cluster.connection import own_ctrl_c
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.placement import Kind, trial_bundles, worker_bundle
-from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.cluster.worker_environment import secrets
 from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.driver.prepare import Prepared
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.scoring import judging, report_scores, score_split, serve, served_tables, warm
+from orchestrator.errors import RunFailed, UsageError
+from orchestrator.redaction import first_line, without_secrets
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
-from orchestrator.search import samplers as proposals
-from orchestrator.search.callbacks import Following, Limits
+from orchestrator.search.callbacks import Following
 from orchestrator.search.controls import control_of, matched_beta
 from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.limits import Limits
 from orchestrator.search.promote import best_trial, promote, told
-from orchestrator.search.report import ranking as report
-from orchestrator.search.report import write as sweep_plots
+from orchestrator.search.report.tables import summary
+from orchestrator.search.report.write import draw, not_drawn, write_csv
+from orchestrator.search.samplers import text
 from orchestrator.search.searcher import Search
 from orchestrator.search.trial import NUMBER, Shared, run_trial, trial_config
-from orchestrator.tracking.mlflow import first_line, without_secrets
-from orchestrator.tracking.tracker import Tracker, code_tags
-from orchestrator.worker.loop import calibration_rows
+from orchestrator.tracking.code_version import code_tags
+from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.rewards import Judge
+from orchestrator.worker.setup import calibration_rows
 from tune_spaces.spaces import Space
 
 if TYPE_CHECKING:
@@ -301,21 +305,21 @@ class Searching:
         """Print the ranking, and write table and pictures to the search's folder and to MLflow."""
         trials, objectives = list(self.trials), self.sweep.objective
         primary = self.base.references.primary
-        controls = {proposals.text(trial.point): trial.control for trial in trials if trial.control}
+        controls = {text(trial.point): trial.control for trial in trials if trial.control}
         self.console.print(
-            report.summary(
+            summary(
                 trials,
                 objectives,
                 primary=primary,
-                control=lambda point: controls.get(proposals.text(point)),
+                control=lambda point: controls.get(text(point)),
                 width=self.console.width,
             )
         )
         table = self.folder / "trials.csv"
-        report.write_csv(trials, table)
+        write_csv(trials, table)
         folders = {trial.number: self.trials.path(trial) for trial in trials}
-        drawn = sweep_plots.draw(trials, objectives, folders, self.folder / "plots", primary=primary)
-        for sentence in sweep_plots.not_drawn(trials, objectives):
+        drawn = draw(trials, objectives, folders, self.folder / "plots", primary=primary)
+        for sentence in not_drawn(trials, objectives):
             self.console.print(sentence)
         self.tracker.log_files(drawn, under="plots")
         self.tracker.log_files([table])

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from models.config import ModelConfig
-from orchestrator.config.run import METRICS, RunConfig, RunFailed, UsageError
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sections import METRICS
 from orchestrator.config.sweep import Point, SweepConfig, trial_run
+from orchestrator.errors import RunFailed, UsageError
 from orchestrator.search.journal import read_trial
-from orchestrator.tracking.progress import new_lines
-from orchestrator.tracking.tracker import METRICS_FILE
+from orchestrator.tracking.metrics_file import METRICS_FILE, new_lines
 from orchestrator.worker.rewards import Judge
 
 if TYPE_CHECKING:
-    from orchestrator.worker.loop import WorkerSetup
+    from orchestrator.worker.setup import WorkerSetup
 
 Tell = Callable[..., None]
 """Gets a report's metrics, and the checkpoint written with it."""
@@ -126,7 +127,7 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
 
 
 def _setup(config: Mapping[str, Any], shared: Shared) -> "WorkerSetup":
-    from orchestrator.worker.loop import WorkerSetup
+    from orchestrator.worker.setup import WorkerSetup
 
     point = {field: value for field, value in config.items() if "." in field}
     name = f"{config[NUMBER]:04d}"

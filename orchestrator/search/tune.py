@@ -13,24 +13,28 @@ import yaml
 from rich.table import Table
 
 from models.config import ModelConfig
-from orchestrator.cluster.connection import connected, machines, nodes
+from orchestrator.cluster.connection import connected
+from orchestrator.cluster.nodes import machines, nodes
 from orchestrator.cluster.placement import Kind, trial_bundles, trial_slots
-from orchestrator.config.run import ReferenceConfig, RunConfig, UsageError
+from orchestrator.cluster.shared_storage import refuse_unshared
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.driver.prepare import Prepared, with_resolved_paths
 from orchestrator.driver.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run
 from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
 from orchestrator.driver.train import prepared_run
+from orchestrator.errors import UsageError
+from orchestrator.redaction import without_secrets
 from orchestrator.references.service import ROUTER_CPUS, ReferenceService
 from orchestrator.search.journal import Trials
-from orchestrator.search.report import labels as points
+from orchestrator.search.report.labels import text
 from orchestrator.search.runner import Searching
 from orchestrator.search.searcher import sampled
 from orchestrator.search.trial import trial_config, trials_folder
-from orchestrator.storage.mirror import is_uri, refuse_unshared
-from orchestrator.tracking.mlflow import without_secrets
+from orchestrator.storage.paths import is_uri
 from orchestrator.tracking.progress import plain_console
-from orchestrator.worker.loop import total_steps
+from orchestrator.worker.setup import total_steps
 from preferences.buckets import without_options
 from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space
@@ -100,7 +104,7 @@ def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
     console.print(_space_table(space))
     console.print(f"\n{samples} of its points:")
     for point in sampled(space, samples, seed=sweep.search.seed):
-        told = (f"{field} {points.text(value)}" for field, value in point.items())
+        told = (f"{field} {text(value)}" for field, value in point.items())
         console.print("  " + ", ".join(told))
     console.print(f"\n{_trials_text(sweep, space)} of {total} steps each")
     with connected(wait_minutes=base.placement.wait_minutes):
@@ -150,7 +154,7 @@ def _refuse_unfit(
         try:
             run = trial_config(sweep, base, point, repeat=0, name="trial")
         except UsageError as error:
-            said = ", ".join(f"{field} {points.text(value)}" for field, value in point.items())
+            said = ", ".join(f"{field} {text(value)}" for field, value in point.items())
             raise UsageError(
                 f"{sweep.name}: the space has a point that makes no valid run ({said}):\n{error}\n"
                 "Narrow a field under space, or leave a named space out"

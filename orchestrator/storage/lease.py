@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.errors import RunFailed, UsageError
 from preferences import buckets
 
 log = logging.getLogger(__name__)

@@ -5,257 +5,31 @@ is made from the store when the process starts, and what is worth keeping is put
 """
 
 import contextlib
-import hashlib
 import logging
-import os
 import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow.fs as pafs
 
-from orchestrator.config.run import RunConfig, RunFailed, UsageError
-from orchestrator.storage import lease as hold
+from orchestrator.storage.lease import NAME, Hold, of_folder
+from orchestrator.storage.object_store import _fetch, _put
+from orchestrator.storage.paths import _shown, answering, is_uri, working_folder
+from orchestrator.storage.probe import _SEEN, beacon
 from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-_SEEN = ".seen-"
-_CHUNK = 64 * 2**20
-_SEEN_WITHIN_S, _ANSWER_WITHIN_S = 5.0, 60.0
 _AT_MOST_ONE_IN = 20  # seconds of copying, of a thread that copies now and then
-_LOCAL = pafs.LocalFileSystem()
-
-
-def is_uri(place: str) -> bool:
-    """Whether a `storage_path` is an object store's URI, not a folder."""
-    return "://" in place
-
-
-def home(config: RunConfig) -> str:
-    """The folder or URI that a run is kept at."""
-    return buckets.join(config.storage_path, config.name)
-
-
-def refuse_unwritable(storage_path: str) -> None:
-    """Try it: write a file and remove it.
-
-    Raises:
-        UsageError: nothing can be written there; says why and what to do.
-    """
-    if not is_uri(storage_path):
-        folder = Path(storage_path)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UsageError(
-                f"storage_path {storage_path} cannot be written ({error.strerror}); name a folder that can"
-            ) from None
-        return
-    shown = buckets.without_options(storage_path)
-    if not buckets.is_bucket(storage_path):
-        schemes = ", ".join(f"{scheme}://" for scheme in buckets.SCHEMES)
-        raise UsageError(
-            f"storage_path {shown} is a URI that runs cannot be kept at; give a folder that all nodes share, "
-            f"or one of {schemes}"
-        )
-    try:
-        with beacon(storage_path):
-            pass
-    except buckets.FAILURES as error:
-        raise UsageError(
-            f"storage_path {shown} cannot be written ({buckets.reason(error)}); "
-            f"{buckets.remedy(storage_path)}"
-        ) from None
-
-
-def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
-    """Ray Train's `storage_filesystem` and `storage_path` of a run's checkpoints.
-
-    Ray's own processes do not get the keys that the command has in its environment, so the filesystem takes
-    them along; it crosses processes in memory and is never written.
-    """
-    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    where = urlsplit(kept_at)
-    if where.scheme != "s3" or "@" in where.netloc or not key or not secret:
-        return None, kept_at
-    store, path = buckets.opened(kept_at)
-    named = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    options = {"endpoint_override": named.netloc, "scheme": named.scheme} if named.netloc else {}
-    options |= {k: v for k, v in parse_qsl(where.query) if k in ("endpoint_override", "scheme")}
-    session = os.environ.get("AWS_SESSION_TOKEN")
-    return (
-        pafs.S3FileSystem(
-            access_key=key, secret_key=secret, session_token=session, region=store.region, **options
-        ),
-        path,
-    )
-
-
-@contextlib.contextmanager
-def answering(place: str) -> Iterator[None]:
-    """Inside, a storage that fails ends the command with one line.
-
-    Raises:
-        RunFailed: the storage failed.
-    """
-    try:
-        yield
-    except buckets.FAILURES as error:
-        remedy = buckets.remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
-        raise RunFailed(
-            f"{_shown(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
-            "The same command goes on from what is kept"
-        ) from error
-
-
-def _shown(place: str) -> str:
-    return buckets.without_options(place) if is_uri(place) else place
 
 
 # ---- one storage for all nodes ----
 
 
-def refuse_unshared(storage_path: str) -> None:
-    """Nothing with one node; else every node looks for a file that is written here.
-
-    Raises:
-        UsageError: a node does not see it, which names the node and the remedy.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from orchestrator.cluster.connection import secrets
-
-    alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(alive) < 2:
-        return
-    gone = (  # a node that has just gone says nothing
-        ray.exceptions.NodeDiedError,
-        ray.exceptions.LocalRayletDiedError,
-        ray.exceptions.WorkerCrashedError,
-        ray.exceptions.ObjectLostError,
-        ray.exceptions.TaskUnschedulableError,
-    )
-    look, environment = ray.remote(num_cpus=0, max_retries=0)(_look), ray.put(secrets(os.environ))
-    with contextlib.ExitStack() as stack:
-        with answering(storage_path):
-            written = stack.enter_context(beacon(storage_path))
-        asked = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                written, environment
-            ): address
-            for node, address in alive.items()
-        }
-        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_WITHIN_S)
-        for answer in answered:
-            try:
-                why = ray.get(answer)
-            except gone:
-                continue
-            except ray.exceptions.RayError as error:
-                raise UsageError(_unable(asked[answer], error)) from error
-            if why is not None:
-                raise UsageError(unshared(storage_path, asked[answer], why))
-    if silent:
-        log.warning(
-            "whether storage_path %s is shared was not answered within %.0f s by: %s",
-            _shown(storage_path),
-            _ANSWER_WITHIN_S,
-            ", ".join(sorted(asked[answer] for answer in silent)),
-        )
-
-
-def _look(written: str, environment: dict[str, str]) -> str | None:
-    os.environ.update(environment)
-    return visible(written)
-
-
-def _unable(node: str, error: BaseException) -> str:
-    lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
-    return (
-        f"node {node} could not look for storage_path ({lines[-1].strip()}); "
-        "polyref must be installed there as it is here"
-    )
-
-
-def unshared(storage_path: str, node: str, why: str) -> str:
-    """The refusal of a storage that a node does not reach, `why` being what `visible` said there."""
-    if is_uri(storage_path):
-        return (
-            f"storage_path {buckets.without_options(storage_path)}: node {node} cannot read it ({why}); "
-            f"{buckets.remedy(storage_path)}, on all nodes"
-        )
-    return (
-        f"storage_path {storage_path} is not shared: node {node} does not see it ({why}); mount it on all "
-        "nodes (NFS, EFS, Filestore), or give the URI of an object store, as in s3://bucket/runs"
-    )
-
-
-def visible(written: str) -> str | None:
-    """Why this process does not see a file that another one wrote; None if it does.
-
-    A mount may lag behind: it is looked for during some seconds.
-    """
-    try:
-        if is_uri(written):
-            store, path = buckets.opened(written)
-            found = store.get_file_info(path).type == pafs.FileType.File
-            return None if found else "the store has no such object there"
-        give_up = time.monotonic() + _SEEN_WITHIN_S
-        while not Path(written).exists():
-            if time.monotonic() >= give_up:
-                above = Path(written).parent
-                return "the folder there is another one" if above.is_dir() else "no such folder there"
-            time.sleep(0.2)
-    except buckets.FAILURES as error:
-        return buckets.reason(error)
-    return None
-
-
-@contextlib.contextmanager
-def beacon(storage_path: str) -> Iterator[str]:
-    """Inside, a small file of a name that never was lies in the storage; yields its place."""
-    place = buckets.join(storage_path, f"{_SEEN}{uuid.uuid4().hex}")
-    if is_uri(place):
-        store, path = buckets.opened(place)
-        with store.open_output_stream(path) as stream:
-            stream.write(b"polyref")
-        try:
-            yield place
-        finally:
-            with contextlib.suppress(*buckets.FAILURES):
-                store.delete_file(path)
-    else:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_bytes(b"polyref")
-        try:
-            yield place
-        finally:
-            Path(place).unlink(missing_ok=True)
-
-
 # ---- a run's files ----
-
-
-def working_folder(kept_at: str, worker: int | None = None) -> Path:
-    """Where a run is worked on: its folder itself, or on this machine a copy of what an object store keeps.
-
-    The command has one, and each worker that writes, by its rank: they may be on one machine.
-    """
-    if not is_uri(kept_at):
-        return Path(kept_at)
-    place = kept_at.partition("?")[0]
-    whose = "driver" if worker is None else f"worker-{worker}"
-    cache = Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser()
-    digest = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
-    return cache.absolute() / "runs" / f"{place.rpartition('/')[2]}-{digest}" / whose
 
 
 class Mirror:
@@ -359,7 +133,7 @@ class Mirror:
                 for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
                     if entry.type == pafs.FileType.Directory:
                         self._store.delete_dir(entry.path)
-                    elif entry.base_name != hold.NAME:
+                    elif entry.base_name != NAME:
                         self._store.delete_file(entry.path)
             elif self.folder.exists():
                 doomed = self.folder.with_name(f".{self.folder.name}.removed")
@@ -412,9 +186,9 @@ class Mirror:
         with contextlib.ExitStack() as stack:
             with self.answering():
                 if self._store is None:
-                    stack.enter_context(hold.of_folder(self.folder))
+                    stack.enter_context(of_folder(self.folder))
                 else:
-                    mine = hold.Hold(self._store, self._root, str(self))
+                    mine = Hold(self._store, self._root, str(self))
                     mine.take()
                     stack.enter_context(mine.kept())
             yield
@@ -446,43 +220,3 @@ def _repeat(action: Callable[[], None], seconds: float, stop: threading.Event, p
                 log.warning("%s does not answer (%s); it is tried again", place, buckets.reason(error))
             away = True
         pause = max(seconds, _AT_MOST_ONE_IN * (time.monotonic() - began))  # files grow, and so does the time
-
-
-def _fetch(store: pafs.FileSystem, path: str, target: Path) -> None:
-    """Replace `target` with a copy of the file or folder kept at `path`; without one it goes."""
-    kind = store.get_file_info(path).type
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if kind == pafs.FileType.NotFound:
-            _discard(target)
-            return
-        if kind == pafs.FileType.Directory:
-            part.mkdir()
-        pafs.copy_files(
-            path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK
-        )
-        if kind == pafs.FileType.Directory:
-            _discard(target)
-        os.replace(part, target)
-    finally:
-        _discard(part)
-
-
-def _put(source: Path, store: pafs.FileSystem, path: str) -> None:
-    """Keep a file or a folder; what a folder held before and no longer holds goes after the rest is there."""
-    pafs.copy_files(  # one thread: Arrow's parallel uploads may block each other
-        str(source), path, source_filesystem=_LOCAL, destination_filesystem=store, use_threads=False
-    )
-    if source.is_dir():
-        here = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
-        for entry in store.get_file_info(pafs.FileSelector(path, recursive=True)):
-            if entry.is_file and os.path.relpath(entry.path, path) not in here:
-                store.delete_file(entry.path)
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

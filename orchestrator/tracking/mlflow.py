@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from orchestrator import environment
-from orchestrator.config.run import UsageError
+from orchestrator.environment import changed
+from orchestrator.errors import UsageError
+from orchestrator.redaction import first_line, redact, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,35 +22,6 @@ _PARAM_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 8000, 250  # MLflow's limits
 _SETTINGS_PER_BATCH = 100
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _environment = threading.Lock()
-_SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
-_SECRET_VALUES = (
-    # An unescaped secret may hold slashes: up to the last @.
-    (re.compile(r"\b((?:s3[an]?|gs|gcs|abfss?)://)[^/@:?\s]*:[^\s\"']*@"), r"\1***@"),
-    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@"), r"\1***@"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
-    (
-        re.compile(r"([?&](?:[\w.-]*(?:token|secret|password|signature|key)|sig)=)[^&\s]+", re.IGNORECASE),
-        r"\1***",
-    ),
-)
-
-
-def redact(text: str) -> str:
-    """The text without `user:password@` in URIs, signed query parameters and hub tokens."""
-    for pattern, shown in _SECRET_VALUES:
-        text = pattern.sub(shown, text)
-    return text
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    """Nested settings with the values of secret fields hidden and all text redacted, fit to be shown."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(inner) for inner in value]
-    if value and _SECRET_KEY.search(name):
-        return "***"
-    return redact(value) if isinstance(value, str) else value
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -148,7 +120,7 @@ def _impatient_http() -> Iterator[None]:
     # MLflow reads these at every request and offers no argument for them.
     with (
         _environment,
-        environment.changed(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
+        changed(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
     ):
         yield
 
@@ -200,9 +172,3 @@ def metric_key(name: str) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def first_line(error: Exception) -> str:
-    """The error in one line, redacted."""
-    lines = redact(str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.tracking.tracker import read_metrics, read_scales
+from orchestrator.tracking.metrics_file import read_metrics, read_scales
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,6 @@
 """What a person sees of long work: a bar on a terminal, plain lines in a job's log."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrator.tracking.tracker import METRICS_FILE
+from orchestrator.tracking.metrics_file import METRICS_FILE, new_lines
 
 LINE_EVERY_S = 20.0
 _SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
@@ -91,16 +90,3 @@ def _follow(path: Path, total: int, console: Console, stop: threading.Event) -> 
                 shown = step
             if ended:
                 return
-
-
-def new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
-    """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
-    if not path.exists():
-        return 0, []
-    with path.open("rb") as file:
-        file.seek(0 if path.stat().st_size < position else position)
-        lines = []
-        for line in iter(file.readline, b""):
-            with contextlib.suppress(ValueError):  # torn by a crash
-                lines.append(json.loads(line))
-        return file.tell(), lines

@@ -11,60 +11,34 @@ exactly, so what MLflow already holds of them stays true.
 import json
 import logging
 import math
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.run import UsageError
-from orchestrator.tracking.mlflow import (
-    connect,
-    experiment_id,
-    first_line,
-    flatten,
-    log_settings,
-    metric_key,
-    redact,
+from orchestrator.errors import UsageError
+from orchestrator.files import _replace
+from orchestrator.redaction import first_line, redact
+from orchestrator.tracking.metrics_file import (
+    METRICS_FILE,
+    SCALES_FILE,
+    _drop_torn_line,
+    _keep_until,
+    read_scales,
 )
+from orchestrator.tracking.mlflow import connect, experiment_id, flatten, log_settings, metric_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
 _MOST_SCALES = 20_000
 _KEY = "polyref.key"
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _SEND_SECONDS, _LONGEST_BACKOFF_SECONDS = 1.0, 60.0
-
-
-def code_tags(folder: Path | None = None) -> dict[str, str]:
-    """Which code ran: polyref's version and, inside a git checkout, the commit."""
-    try:
-        tags = {"polyref.version": version("polyref")}
-    except PackageNotFoundError:  # run from a working folder, as in a submitted job
-        tags = {"polyref.version": "not installed"}
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return tags
-    return tags | {"mlflow.source.git.commit": done.stdout.strip()}
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` in order; a last line torn by a crash is left out."""
-    path = folder / METRICS_FILE
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Tracker:
@@ -299,28 +273,6 @@ class _Sender:
 def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
     keys = client.get_run(run_id).data.metrics
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
-
-
-def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def read_scales(folder: Path) -> list[float]:
-    """The dispersion scales that `Tracker.log_scales` kept."""
-    path = folder / SCALES_FILE
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
-
-
-def _drop_torn_line(path: Path) -> None:
-    data = path.read_bytes()
-    os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _existing_run(client: "MlflowClient", run_id: str | None) -> Any:

@@ -1,7 +1,7 @@
 """From the plan of a step to the micro-batches of one rank, reference scores included."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -13,32 +13,7 @@ from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.worker.metrics import StepCost
 from orchestrator.worker.step import MicroBatch
 from preferences.batches import split
-from preferences.tokenize import TokenTable
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows of one split, as every worker holds them.
-
-    Attributes:
-        policy: token ids under the policy's tokenizer and template, N rows.
-        references: the same rows under each served reference's own.
-        soft_labels: (N,) probability that chosen beats rejected.
-        sources: (N,) file and line of each row, to name it in a message.
-        paired: whether rows have a rejected response.
-        soft: whether the data has labels other than 1.
-    """
-
-    policy: TokenTable
-    references: dict[str, TokenTable]
-    soft_labels: np.ndarray
-    sources: tuple[str, ...]
-    paired: bool
-    soft: bool
-
-    def __len__(self) -> int:
-        return len(self.soft_labels)
-
+from preferences.split import Part
 
 Ticket = tuple[str, int]
 """(split, step): names a batch between asking for its scores and using them."""

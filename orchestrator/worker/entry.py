@@ -8,7 +8,7 @@ from typing import Any
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop_per_worker`: fetch environment and setup and run `orchestrator.worker.loop.train_worker`."""
+    """`train_loop_per_worker`: load environment and setup, and run `loop.train_worker`."""
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))

@@ -10,13 +10,16 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.cluster.connection import own_ctrl_c, secrets
-from orchestrator.config.run import RunConfig, RunFailed
-from orchestrator.storage.mirror import for_ray, is_uri
+from orchestrator.cluster.connection import own_ctrl_c
+from orchestrator.cluster.worker_environment import secrets
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import RunFailed
+from orchestrator.storage.object_store import for_ray
+from orchestrator.storage.paths import is_uri
 from orchestrator.worker.checkpoint import set_aside_torn_list
 from orchestrator.worker.entry import work
-from orchestrator.worker.loop import WorkerSetup
 from orchestrator.worker.session import CHECKPOINTS
+from orchestrator.worker.setup import WorkerSetup
 
 
 def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:

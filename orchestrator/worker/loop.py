@@ -7,11 +7,9 @@ reference scores are asked for two batches before they are needed, so replicas s
 import logging
 import math
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +18,13 @@ import torch
 from transformers import get_scheduler
 
 from losses.config import LossConfig
-from losses.dispersion import calibrated_phi_star
-from models.config import ModelConfig, ModelError
-from orchestrator.config.run import METRICS, RunConfig, RunFailed
-from orchestrator.references.client import ReferenceClient
-from orchestrator.storage.mirror import Mirror, unshared, visible
-from orchestrator.tracking.tracker import METRICS_FILE, SCALES_FILE, Tracker
-from orchestrator.worker import checkpoint
-from orchestrator.worker.batches import Feed, Part
-from orchestrator.worker.checkpoint import Best, Progress
+from models.config import ModelError
+from orchestrator.config.sections import METRICS
+from orchestrator.errors import RunFailed
+from orchestrator.storage.mirror import Mirror
+from orchestrator.tracking.tracker import Tracker
+from orchestrator.worker.batches import Feed
+from orchestrator.worker.checkpoint import Best, Progress, load_best, save, save_best
 from orchestrator.worker.metrics import (
     StepTable,
     Told,
@@ -38,54 +34,23 @@ from orchestrator.worker.metrics import (
     training_metrics,
 )
 from orchestrator.worker.policy import Policy, export_policy, open_policy
-from orchestrator.worker.rewards import Judge
-from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
+from orchestrator.worker.setup import BEST, EXPORT, JOURNAL, WorkerSetup, total_steps
+from orchestrator.worker.start import (
+    _best,
+    _calibrated,
+    _feed,
+    _journal,
+    _refuse_elsewhere,
+    _refuse_out_of_step,
+    _resume,
+    _sampler,
+)
 from orchestrator.worker.step import NonFiniteLoss, evaluation_pass, training_step
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2
-CALIBRATION_PAIRS = 2048
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-EXPORT, BEST = "export", "best.safetensors"
-JOURNAL = (METRICS_FILE, SCALES_FILE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSetup:
-    """Everything a worker needs, made once by the command that starts the run.
-
-    Attributes:
-        config: the run file.
-        policy: the policy's start, pinned; every worker locates it on its own node.
-        train, held_out: object references to `Part`s.
-        routers: handles of the served references' routers by name.
-        identity: fingerprints and digests that a checkpoint must share to be resumed.
-        start_is: the reference that equals the policy's start, if one does.
-        bundle: what each worker asks for; decided by the command, which sees what an autoscaler may start.
-        folder: the run's folder, or its URI on an object store.
-        seen: a file in the storage that the command wrote; a worker that does not see it is elsewhere.
-        tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
-        judge: what rewards sampled responses, where a reward is set.
-        export: whether the trained policy is exported; a search exports only the one it promotes.
-        neighbours: runs like this one on the machine at once, which share its cores.
-    """
-
-    config: RunConfig
-    policy: ModelConfig
-    train: ray.ObjectRef
-    held_out: ray.ObjectRef | None
-    routers: Mapping[str, Any]
-    identity: dict[str, Any]
-    start_is: str | None
-    bundle: Mapping[str, float]
-    folder: str
-    tracking_uri: str
-    tracking_run: str
-    seen: str | None = None
-    judge: Judge | None = None
-    export: bool = True
-    neighbours: int = 1
 
 
 def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
@@ -169,14 +134,14 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
         }
         if due:
             progress = replace(progress, step=taken, schedule=schedule.state_dict())
-            session.report(metrics, partial(checkpoint.save, parallel=policy.parallel, progress=progress))
+            session.report(metrics, partial(save, parallel=policy.parallel, progress=progress))
         elif evaluated:
             session.report(metrics)
     run.close()
     if setup.export:
         if run.best is not None:
             mirror.pull(BEST)
-            checkpoint.load_best(mirror.folder / BEST, policy.parallel)
+            load_best(mirror.folder / BEST, policy.parallel)
         probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
         export_policy(policy, mirror.folder / EXPORT, probes=probes)
         if rank == 0:
@@ -189,37 +154,6 @@ def _train(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, An
         "phi_star": progress.phi_star,
         "sharing_refused": policy.sharing_refused,
     }
-
-
-def _best(config: RunConfig, mirror: Mirror) -> Best | None:
-    """What an earlier start kept as the best, where the best is kept."""
-    evaluation = config.evaluation
-    return checkpoint.best_in(mirror.folder / BEST, evaluation.metric) if evaluation.keep == "best" else None
-
-
-def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -> None:
-    """Raise unless every rank goes on from the same point: storage may show one of them an older state.
-
-    Another start of the workers puts it right.
-    """
-    mine = torch.tensor([progress.step, -1 if best is None else best.step], dtype=torch.float64)
-    parallel = policy.parallel
-    summed = parallel.all_reduce_sum(mine.to(parallel.device, copy=True)).cpu()
-    if not torch.equal(summed, mine * parallel.world_size):
-        raise RuntimeError(f"workers see different states of the run: step {progress.step} here, not on all")
-
-
-def total_steps(config: RunConfig, pairs: int) -> int:
-    """Optimizer steps of a run over so many training pairs."""
-    training = config.training
-    plan = BatchPlan(pairs, training.pairs_per_step, training.seed)
-    return training.max_steps or training.epochs * plan.steps_per_epoch
-
-
-def calibration_rows(pairs: int, seed: int) -> np.ndarray:
-    """The seeded sample of so many training pairs that stands for all where a mean over them is needed."""
-    count = min(CALIBRATION_PAIRS, pairs)
-    return np.sort(np.random.default_rng(seed).choice(pairs, size=count, replace=False))
 
 
 class _Run:
@@ -320,7 +254,7 @@ class _Run:
         if self.best is not None and sign * value <= sign * self.best.value:
             return
         self.best = Best(metric=evaluation.metric, step=step, metrics=metrics)
-        checkpoint.save_best(self._mirror.folder / BEST, self._policy.parallel, self.best)
+        save_best(self._mirror.folder / BEST, self._policy.parallel, self.best)
         if self._journal is not None:  # rank 0, which wrote it
             self._mirror.push(BEST)
 
@@ -353,87 +287,3 @@ class _Run:
 
     def _table(self, pairs: int) -> StepTable:
         return StepTable(pairs, self._names, self._policy.parallel.device)
-
-
-def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_size: int) -> Feed:
-    return Feed(
-        part,
-        order=setup.config.references.ordered,
-        client=ReferenceClient(
-            setup.routers,
-            {name: part.references[name] for name in setup.config.references.ordered},
-            in_process=[n for n, r in setup.config.references.models.items() if r.in_process],
-        ),
-        score_start=policy.score_start,
-        on_any_rank=policy.parallel.on_any_rank,
-        rank=rank,
-        world_size=world_size,
-        tokens_per_microbatch=setup.config.training.tokens_per_microbatch,
-        shared_rows=policy.sharing_refused is None,
-        pad_id=policy.pad_id,
-        device=policy.parallel.device,
-        flops=policy.flops,
-    )
-
-
-def _refuse_elsewhere(setup: WorkerSetup) -> None:
-    """A node that came after the command had looked at all may have another folder of the same name."""
-    why = None if setup.seen is None else visible(setup.seen)
-    if why is not None:
-        node = ray.util.get_node_ip_address()
-        raise RuntimeError(unshared(setup.config.storage_path, node, why))
-
-
-def _journal(setup: WorkerSetup, folder: Path, progress: Progress) -> Tracker:
-    """The run's metrics, without those that came after the checkpoint it goes on from."""
-    after = progress.step or -1
-    return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=after)
-
-
-def _sampler(setup: WorkerSetup, session: Session, policy: Policy, feed: Feed | None) -> Sampler | None:
-    sampling, references = setup.config.evaluation.sampling, setup.config.references
-    if sampling is None or feed is None:
-        return None
-    return Sampler(
-        sampling,
-        policy,
-        feed.part,
-        feed.client,
-        names=references.ordered,
-        in_process=[name for name, reference in references.models.items() if reference.in_process],
-        judge=setup.judge,
-        rank=session.rank,
-        world_size=session.world_size,
-        seed=setup.config.training.seed,
-    )
-
-
-def _resume(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> Progress:
-    """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
-    with session.checkpoint() as folder:
-        if folder is None:
-            return Progress(identity=setup.identity)
-        progress = checkpoint.load(folder, policy.parallel, identity=setup.identity)
-    # The rate is this run's, not the checkpoint's: a search may go on from another trial's with a new one.
-    rate = setup.config.training.learning_rate
-    scaled = rate * schedule.lr_lambdas[0](progress.step)
-    groups = len(policy.parallel.optimizer.param_groups)  # another strategy may group weights otherwise
-    rates = {"base_lrs": [rate] * groups, "_last_lr": [scaled] * groups, "lr_lambdas": [None] * groups}
-    schedule.load_state_dict(progress.schedule | rates)
-    policy.parallel.set_learning_rate(scaled)  # loading a schedule leaves the optimizer's
-    return progress
-
-
-def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[LossConfig, Progress]:
-    """The loss with `phi_star: auto` resolved from the primary's scores of a seeded sample of pairs.
-
-    Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
-    """
-    loss = config.loss
-    if not loss.needs_calibration:
-        return loss, progress
-    if progress.phi_star is None:
-        sample = calibration_rows(len(feed.part), config.training.seed)
-        progress = replace(progress, phi_star=calibrated_phi_star(feed.primary_entropies(sample)))
-    assert progress.phi_star is not None
-    return loss.with_phi_star(progress.phi_star), progress

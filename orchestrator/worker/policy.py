@@ -17,9 +17,9 @@ from models.config import ModelConfig, ModelError
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer, SequenceScores
 from models.parallel import Parallel, prepare, shards, together, trained_weights
+from models.probe import Probe
 from models.rows import Rows
 from orchestrator.config.run import RunConfig
-from orchestrator.registry.register import Probe
 
 # Dense bfloat16 matrix FLOP/s that vendors state, for model FLOPs utilisation.
 _PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}

@@ -1,10 +1,7 @@
 """Judges of sampled responses: a function of the user's, or a model that classifies text, as a Ray actor."""
 
-import functools
-import importlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from models.config import ModelConfig, ModelError
-from orchestrator.cluster.connection import nodes, secrets
+from orchestrator.cluster.nodes import nodes
 from orchestrator.cluster.placement import Kind, replica_bundle
-from orchestrator.config.run import RewardConfig, RunFailed, UsageError, did_you_mean
+from orchestrator.cluster.worker_environment import secrets
+from orchestrator.config.functions import import_function
+from orchestrator.config.sections import RewardConfig
+from orchestrator.errors import RunFailed, UsageError, did_you_mean
 
 FIELD = "evaluation.sampling.reward"
 BATCH_TEXTS = 16
@@ -88,8 +88,12 @@ def load_function(path: str) -> Judge:
         UsageError: there is no such module or function, or it cannot be imported or called.
     """
     folder = os.getcwd()
-    _function(path, folder)
+    _import(path, folder)
     return _FunctionJudge(path, folder)
+
+
+def _import(path: str, folder: str) -> Callable[[list[str], list[str]], Iterable[Any]]:
+    return import_function(path, folder, field=f"{FIELD}.function", example=_EXAMPLE)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class _FunctionJudge:
     folder: str
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        who, function = f"{FIELD}.function {self.path}", _function(self.path, self.folder)
+        who, function = f"{FIELD}.function {self.path}", _import(self.path, self.folder)
         try:
             return _checked(who, function(list(prompts), list(responses)), responses)
         except RunFailed:
@@ -245,40 +249,6 @@ def class_of(names: Mapping[int, str], label: str | int | None) -> int | None:
         hint = did_you_mean(label, names.values()) if isinstance(label, str) else f"; it has {shown}"
         raise UsageError(f"{FIELD}.label: the model has no class {label!r}{hint}")
     return found[0]
-
-
-@functools.cache
-def _function(path: str, folder: str) -> Callable[[list[str], list[str]], Iterable[Any]]:
-    """Import `package.module:function`, from the working folders as well."""
-    field = f"{FIELD}.function"
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise UsageError(f"{field}: {path!r} is not of the form package.module:function, e.g. {_EXAMPLE}")
-    for place in (folder, os.getcwd()):
-        if place not in sys.path:
-            sys.path.insert(0, place)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or f"{module_name}.".startswith(f"{error.name}."):
-            raise UsageError(
-                f"{field}: there is no module {module_name}, neither in {folder} nor installed; start the "
-                "command where it lies (of a job: in its working directory), or install it on every node"
-            ) from None
-        raise UsageError(f"{field}: {module_name} needs {error.name}, which is not installed") from error
-    except Exception as error:  # whatever a module of the user's may raise
-        message = f"{field}: {module_name} cannot be imported: {type(error).__name__}: {error}"
-        raise UsageError(message) from error
-    function = getattr(module, name, None)
-    if function is None:
-        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise UsageError(f"{field}: {module_name} has no {name!r}{did_you_mean(name, known)}")
-    if not callable(function):
-        raise UsageError(
-            f"{field}: {path} is no function but {type(function).__name__}; name a function of prompts and "
-            "responses that returns one number for each response"
-        )
-    return function
 
 
 def _checked(who: str, rewards: Iterable[Any], responses: list[str]) -> list[float]:

@@ -16,13 +16,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from models.config import ModelError
 from models.logprobs import causal_model
 from models.rows import Prompted, build_rows
-from orchestrator.config.run import SamplingConfig
+from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.messages import Group, Ids
 from orchestrator.references.store import response_key
-from orchestrator.worker.batches import Part
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.rewards import Judge
+from preferences.split import Part
 from preferences.tokenize import Ragged, TokenTable
 
 CHUNK = 8

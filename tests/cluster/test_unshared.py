@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from orchestrator.config.run import UsageError
-from orchestrator.storage import mirror as storage
+from orchestrator.cluster.shared_storage import refuse_unshared
+from orchestrator.errors import UsageError
 from tests.cluster.hosts import until
 
 pytestmark = pytest.mark.cluster
@@ -55,10 +55,10 @@ def test_a_folder_that_a_node_does_not_share_is_refused(own_disk, tmp_path):
 
     until(joined, ray.nodes)
     try:
-        storage.refuse_unshared(str(tmp_path / "runs"))
+        refuse_unshared(str(tmp_path / "runs"))
         why = r"is not shared: node \S+ does not see it \(no such folder there\); mount it on all nodes"
         with pytest.raises(UsageError, match=rf"storage_path {own_disk}/runs {why}"):
-            storage.refuse_unshared(str(own_disk / "runs"))
+            refuse_unshared(str(own_disk / "runs"))
         assert list((own_disk / "runs").iterdir()) == []
     finally:
         ray.shutdown()

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.demo import assets, ratings
+from orchestrator.demo.assets import human_ratings, lexicon
+from orchestrator.demo.ratings import (
+    LONGEST,
+    MIN_SHARE,
+    PROMPT,
+    SHORTEST,
+    DemoRows,
+    RatedText,
+    build,
+    read_movie_reviews,
+    vote_share,
+    write,
+)
 from preferences.config import DataConfig
 from preferences.load import load_pairs
 
@@ -18,13 +30,13 @@ votes = st.lists(st.integers(-4, 4), min_size=1, max_size=6)
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[ratings.RatedText]:
-    return ratings.read_movie_reviews(assets.human_ratings())
+def texts() -> list[RatedText]:
+    return read_movie_reviews(human_ratings())
 
 
 @pytest.fixture(scope="module")
-def rows(texts: list[ratings.RatedText]) -> ratings.DemoRows:
-    return ratings.build(texts)
+def rows(texts: list[RatedText]) -> DemoRows:
+    return build(texts)
 
 
 def brute_force(one, other) -> float:
@@ -33,22 +45,22 @@ def brute_force(one, other) -> float:
 
 
 def full_texts(row: dict) -> list[str]:
-    opening = row["prompt"].removeprefix(ratings.PROMPT)
+    opening = row["prompt"].removeprefix(PROMPT)
     return [opening + row[name] for name in ("chosen", "rejected", "completion") if name in row]
 
 
 @settings(deadline=None, max_examples=100)
 @given(votes, votes)
 def test_vote_share_is_the_share_of_all_pairings(one, other) -> None:
-    assert ratings.vote_share(one, other) == pytest.approx(brute_force(one, other), abs=1e-12)
-    assert ratings.vote_share(one, other) + ratings.vote_share(other, one) == pytest.approx(1.0)
+    assert vote_share(one, other) == pytest.approx(brute_force(one, other), abs=1e-12)
+    assert vote_share(one, other) + vote_share(other, one) == pytest.approx(1.0)
 
 
 def test_every_review_is_read_with_its_raters(texts) -> None:
     assert len(texts) == 10_603  # 10,605 lines, two of them twice
     assert {len(text.ratings) for text in texts} <= set(range(13, 31))
     assert {rating for text in texts for rating in text.ratings} == set(range(-4, 5))
-    assert texts[2] == ratings.RatedText(
+    assert texts[2] == RatedText(
         "Effective but too tepid biopic", (-1, 0, -1, 0, -1, -1, -1, -1, 0, -2, 1, 1, -1, -1, -1)
     )
 
@@ -66,7 +78,7 @@ def test_soft_labels_are_the_raters_votes_and_at_least_the_stated_share(texts, r
     for row in rows.train + rows.eval:
         chosen, rejected = (raters[text] for text in full_texts(row))
         assert row["soft_label"] == pytest.approx(brute_force(chosen, rejected), abs=1e-6)
-        assert row["soft_label"] >= ratings.MIN_SHARE
+        assert row["soft_label"] >= MIN_SHARE
         assert row["meta"]["chosen_rating"] == pytest.approx(sum(chosen) / len(chosen), abs=1e-4)
         assert row["meta"]["disagreement"] >= 0
 
@@ -80,15 +92,15 @@ def test_labels_spread_over_the_whole_range(rows) -> None:
 def test_texts_are_short_and_responses_continue_the_prompt(rows) -> None:
     for row in rows.train + rows.eval:
         for text, name in zip(full_texts(row), ("chosen", "rejected"), strict=True):
-            assert ratings.SHORTEST <= len(text.split()) <= ratings.LONGEST
+            assert SHORTEST <= len(text.split()) <= LONGEST
             assert row[name].startswith(" ")
         assert row["chosen"] != row["rejected"]
 
 
 def test_prompt_is_the_longest_shared_opening() -> None:
-    one = ratings.RatedText("This film is a joy", (3, 4))
-    other = ratings.RatedText("This film is a bore", (-3, 3))
-    built = ratings.build([one, other], train=1, held_out=0, reviews=0, seed=0)
+    one = RatedText("This film is a joy", (3, 4))
+    other = RatedText("This film is a bore", (-3, 3))
+    built = build([one, other], train=1, held_out=0, reviews=0, seed=0)
     assert built.train == [
         {
             "prompt": "Movie review: This film is a",
@@ -101,23 +113,23 @@ def test_prompt_is_the_longest_shared_opening() -> None:
 
 
 def test_built_the_same_from_the_same_seed_only(texts, rows) -> None:
-    assert ratings.build(texts, **COUNTS) == rows
-    assert ratings.build(texts, **{**COUNTS, "seed": 1}) != rows
+    assert build(texts, **COUNTS) == rows
+    assert build(texts, **{**COUNTS, "seed": 1}) != rows
 
 
 def test_held_out_pairs_do_not_depend_on_how_many_are_trained_on(texts, rows) -> None:
-    fewer = ratings.build(texts, **{**COUNTS, "train": 8})
+    fewer = build(texts, **{**COUNTS, "train": 8})
     assert fewer.eval == rows.eval
     assert fewer.train == rows.train[:8]
 
 
 def test_more_than_there_is_is_refused(texts) -> None:
     with pytest.raises(ValueError, match="ask for fewer"):
-        ratings.build(texts, train=5_000, held_out=0, reviews=0, seed=0)
+        build(texts, train=5_000, held_out=0, reviews=0, seed=0)
 
 
 def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
-    paths = ratings.write(rows, tmp_path)
+    paths = write(rows, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "reviews.jsonl", "train.jsonl"]
     assert [
         json.loads(line) for line in paths["train"].read_text(encoding="utf-8").splitlines()
@@ -133,7 +145,7 @@ def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
 
 
 def test_a_simple_lexicon_mostly_agrees_with_the_held_out_majority(rows) -> None:
-    score = assets.lexicon()
+    score = lexicon()
     margins = [score(chosen) - score(rejected) for chosen, rejected in map(full_texts, rows.eval)]
     agreement = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / len(margins)
     assert 0.6 < agreement < 0.8

@@ -17,9 +17,10 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator.cluster.connection import NODE_TYPES
+from orchestrator.cluster.nodes import NODE_TYPES
 from orchestrator.cluster.placement import REFERENCE_ROLE, TRAINER_ROLE, refuse_impossible
-from orchestrator.config.run import UsageError, load_run, parse_run
+from orchestrator.config.run import load_run, parse_run
+from orchestrator.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "configs" / "clusters"

@@ -25,9 +25,9 @@ TEXTS = [
 
 @cache
 def folder() -> str:
-    from orchestrator.demo import assets
+    from orchestrator.demo.assets import smollm2
 
-    return str(assets.smollm2())
+    return str(smollm2())
 
 
 @cache

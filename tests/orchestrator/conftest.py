@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import ray
-from orchestrator.cluster.connection import NAMESPACE, worker_environment
 
+from orchestrator.cluster.connection import NAMESPACE
+from orchestrator.cluster.worker_environment import worker_environment
 from orchestrator.config.run import RunConfig, parse_run
 
 WORDS = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]

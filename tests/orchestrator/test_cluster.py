@@ -9,7 +9,8 @@ import ray
 
 from orchestrator.cluster import connection as cluster
 from orchestrator.cluster.connection import connected
-from orchestrator.config.run import UsageError
+from orchestrator.cluster.nodes import nodes
+from orchestrator.errors import UsageError
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_node_types_may_be_told_where_no_autoscaler_is_seen(monkeypatch: pytest.
     gone = trainer | {"Alive": False}
     monkeypatch.setattr(ray, "nodes", lambda: [head, trainer, gone])
     monkeypatch.setenv("POLYREF_NODE_TYPES", json.dumps(TYPES))
-    assert [node.get("GPU", 0) for node in cluster.nodes()] == [0, 4, 4, 4]
+    assert [node.get("GPU", 0) for node in nodes()] == [0, 4, 4, 4]
 
 
 @pytest.mark.parametrize("told", ["trainers", '["trainers"]', '{"trainers": {"max_workers": 4}}'])
@@ -65,4 +66,4 @@ def test_node_types_told_wrongly_are_refused(told: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setenv("POLYREF_NODE_TYPES", told)
     with pytest.raises(UsageError, match=r"POLYREF_NODE_TYPES is not .* in JSON .*; write"):
-        cluster.nodes()
+        nodes()

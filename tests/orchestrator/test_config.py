@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.run import RunConfig, UsageError, load_run, parse_run, run_schema
+from orchestrator.config.run import RunConfig, load_run, parse_run, run_schema
+from orchestrator.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("orchestrator/demo/*.yaml")])

@@ -19,13 +19,13 @@ from models.logprobs import Scorer
 from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.demo import assets
+from orchestrator.demo.assets import gpt2_tokenizer, smollm2
 from orchestrator.driver.prepare import Prepared, prepare
 from orchestrator.driver.train import train
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, pair_scores, training_step
 
@@ -48,7 +48,7 @@ TOO_LONG = ("Rated " + "a😀b " * 24, "good", "bad")
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama behind SmolLM2's own tokenizer and chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
     model = tiny.llama(
         vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=2
     )
@@ -58,7 +58,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 of few positions behind its own tokenizer, with a template that it lacks by itself."""
-    tokenizer = AutoTokenizer.from_pretrained(assets.gpt2_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer())
     tokenizer.chat_template = FILM_TEMPLATE
     model = tiny.gpt2(
         vocab_size=len(tokenizer),
@@ -197,7 +197,7 @@ def rendered(folder: Path, row: dict[str, Any], side: str) -> tuple[list[int], l
 @pytest.mark.smollm2
 def test_a_real_model_against_itself_begins_at_log_2() -> None:
     """Models and step alone: the frozen copy's scores, then one training step of the policy."""
-    folder = str(assets.smollm2())
+    folder = str(smollm2())
     frozen = ModelConfig(model=folder, dtype="float32")
     policy = PolicyConfig(model=folder, dtype="float32", adapter=LoraSettings(r=4, alpha=8))
     tokenizer: Any = load_tokenizer(locate(frozen), frozen)
@@ -240,7 +240,7 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("cluster")
 def test_a_run_of_a_real_model_against_itself_begins_at_log_2(tmp_path: Path) -> None:
-    folder = assets.smollm2()
+    folder = smollm2()
     config = run_over([plain(TEXTS[0]), plain(TEXTS[2])], folder, folder, tmp_path / "real")
     training = config.training.model_copy(update={"max_steps": 1, "pairs_per_step": 2})
     config = config.model_copy(update={"training": training})

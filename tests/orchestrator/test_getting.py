@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.run import UsageError
-from orchestrator.registry.download import fetch
-from orchestrator.registry.versions import ResolvedModel
+from orchestrator.errors import UsageError
+from orchestrator.registry.download import ResolvedModel, fetch
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import pytest
 
 from orchestrator.cluster.placement import Kind, reference_needs, refuse_impossible, worker_needs
-from orchestrator.config.run import RunConfig, UsageError, parse_run
+from orchestrator.config.run import RunConfig, parse_run
+from orchestrator.errors import UsageError
 
 
 def run(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.run import UsageError
 from orchestrator.driver.record import RunRecord, locked, open_record, pinned, read_record
+from orchestrator.errors import UsageError
 
 
 def record(**config: Any) -> RunRecord:

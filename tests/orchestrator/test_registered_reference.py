@@ -14,12 +14,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli.main import main
-from orchestrator.config.run import RunConfig, UsageError
+from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import prepare
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.train import train
-from orchestrator.registry.versions import resolve
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.errors import UsageError
+from orchestrator.registry.download import resolve
+from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

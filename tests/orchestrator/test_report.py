@@ -13,6 +13,8 @@ from searches import ACCURACY, KL
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report import labels as points
 from orchestrator.search.report import ranking as report
+from orchestrator.search.report.tables import live_table, summary, table
+from orchestrator.search.report.write import write_csv
 
 
 def _trial(number: int, accuracy: float | None = None, **more: object) -> TrialRecord:
@@ -63,7 +65,7 @@ def test_points_that_none_is_better_than_in_all_objectives_come_first() -> None:
         (3, False),
         (5, False),
     ]
-    assert "* no other" in _text(report.table(ranked, [ACCURACY, KL]))
+    assert "* no other" in _text(table(ranked, [ACCURACY, KL]))
 
 
 def test_differences_are_of_the_seeds_that_both_have() -> None:
@@ -97,7 +99,7 @@ def test_one_control_serves_all_points_it_is_equal_to() -> None:
 @pytest.mark.parametrize("width", [80, 160])
 def test_everything_is_readable_in_few_columns(tmp_path: Path, width: int) -> None:
     records, _ = searches.search(tmp_path, points=9, repeats=3, controls=True, failed=[2], kl=True, seed=1)
-    text = _text(report.summary(records, [ACCURACY, KL], primary="base", width=width), width)
+    text = _text(summary(records, [ACCURACY, KL], primary="base", width=width), width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in text
@@ -116,7 +118,7 @@ def test_what_runs_is_shown_first_and_a_line_per_trial() -> None:
     records = [_trial(n, n / 10, point={**point, "training.learning_rate": 1e-6 * n}) for n in range(1, 7)]
     records[1].status, records[4].status, records[5].status = "running", "failed", "pending"
     records[5].result = {}
-    text = _text(report.live_table(records, [ACCURACY], max_steps=100, rows=5))
+    text = _text(live_table(records, [ACCURACY], max_steps=100, rows=5))
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == ["2", "4", "3", "1", "5"]
     assert "10/100" in lines[1]
@@ -126,13 +128,13 @@ def test_what_runs_is_shown_first_and_a_line_per_trial() -> None:
 
 def test_a_search_without_results_is_still_told() -> None:
     records = [_trial(1, status="failed", reason=None), _trial(2, status="pending")]
-    assert "no reason was recorded" in _text(report.summary(records, [ACCURACY]))
-    assert isinstance(report.live_table([], [ACCURACY]), Table)
+    assert "no reason was recorded" in _text(summary(records, [ACCURACY]))
+    assert isinstance(live_table([], [ACCURACY]), Table)
 
 
 def test_csv_has_every_trial(tmp_path: Path) -> None:
     records, _ = searches.search(tmp_path / "trials", points=4, failed=[2])
-    report.write_csv(records, tmp_path / "trials.csv")
+    write_csv(records, tmp_path / "trials.csv")
     with (tmp_path / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows] == ["1", "2", "3", "4"]

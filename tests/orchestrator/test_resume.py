@@ -14,7 +14,7 @@ from driver import Driver
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.tracking.metrics_file import read_metrics
 
 STEPS, SAVE_EVERY = 40, 4
 

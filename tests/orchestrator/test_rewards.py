@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from models.config import ModelError
-from orchestrator.config.run import RewardConfig, RunFailed, UsageError
-from orchestrator.demo import assets
+from orchestrator.config.sections import RewardConfig
+from orchestrator.demo.assets import lexicon
+from orchestrator.errors import RunFailed, UsageError
 from orchestrator.worker.rewards import RewardModel, class_of, load_function
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
         ("needy:f", "needy needs nothing_like_this, which is not installed"),
         ("bad:f", "bad cannot be imported: ZeroDivisionError: division by zero"),
         ("my_rewards:length", "my_rewards has no 'length'; did you mean 'lengths'"),
-        ("my_rewards:number", "is no function but int; name a function of prompts and responses"),
+        ("my_rewards:number", "is of type int, not a function such as orchestrator.demo.rewards:sentiment"),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_folder, path, told):
@@ -98,7 +99,7 @@ def test_results_that_are_no_rewards_end_the_run_by_name(working_folder, name, t
 
 @pytest.mark.smollm2
 def test_the_example_likes_favourable_responses():
-    score = assets.lexicon()
+    score = lexicon()
     responses = [" a great, funny film", " a dull mess", ""]
     found = load_function("orchestrator.demo.rewards:sentiment").score(["A bad"] * 3, responses)
     assert found == [score(response) for response in responses]

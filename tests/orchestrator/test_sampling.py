@@ -16,11 +16,11 @@ from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted
-from orchestrator.config.run import SamplingConfig
+from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.messages import Group, Scores
-from orchestrator.worker.batches import Part
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import CHUNK, Sampler
+from preferences.split import Part
 from preferences.tokenize import Ragged, TokenTable
 
 CPU = torch.device("cpu")

@@ -21,23 +21,21 @@ from models.load import locate
 from models.logprobs import Scorer
 from models.parallel import prepare
 from models.rows import Prompted, Rows, build_rows
-from orchestrator.cluster import memory_table as sizing_table
 from orchestrator.cluster.memory import (
     GIB,
     STRATEGIES,
     Load,
-    Shape,
     Strategy,
     _activations,
     _casts,
-    _counted,
     fewest_workers,
     memory,
     possible,
     replica,
-    shape_of,
     size,
 )
+from orchestrator.cluster.memory_table import MODELS, documented, table
+from orchestrator.cluster.model_shape import Shape, _counted, shape_of
 from orchestrator.config.run import RunConfig, parse_run
 from tests import tiny
 
@@ -76,12 +74,12 @@ def _rows() -> Rows:
     [("0.135B", 134_515_008), ("1.2B", 1_235_814_400), ("8B", 8_030_261_248), ("70B", 70_553_706_496)],
 )
 def test_the_documented_models_have_their_published_sizes(name: str, parameters: int) -> None:
-    assert sizing_table.MODELS[name].parameters == parameters
+    assert MODELS[name].parameters == parameters
 
 
 def test_an_adapter_on_every_linear_layer_of_a_known_model() -> None:
     """Llama 3.1 8B with rank 16 trains 41,943,040 weights, as PEFT prints for it."""
-    assert sizing_table.MODELS["8B"].with_lora(16).adapter == 41_943_040
+    assert MODELS["8B"].with_lora(16).adapter == 41_943_040
 
 
 def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> None:
@@ -176,7 +174,7 @@ def test_split_states_are_what_a_rank_of_four_holds() -> None:
 
 
 def test_what_moves_to_main_memory_leaves_the_device() -> None:
-    load = Load(sizing_table.MODELS["8B"], checkpointing=True)
+    load = Load(MODELS["8B"], checkpointing=True)
     for name, stage in (("fsdp", 0), ("deepspeed", 3)):
         near, far = (memory(load, Strategy(name, stage, offload), 4) for offload in (False, True))
         assert far.host == near.weights + near.gradients + near.moments
@@ -188,7 +186,7 @@ def test_what_moves_to_main_memory_leaves_the_device() -> None:
 
 
 def test_one_worker_under_fsdp_is_one_worker() -> None:
-    load = Load(sizing_table.MODELS["1.2B"])
+    load = Load(MODELS["1.2B"])
     assert memory(load, Strategy("fsdp"), 1) == memory(load, Strategy("ddp"), 1)
 
 
@@ -248,7 +246,7 @@ def test_activations_are_bounded_and_not_by_much(
 
 
 def test_fewest_workers_fit_and_half_of_them_do_not() -> None:
-    load = Load(sizing_table.MODELS["8B"], checkpointing=True)
+    load = Load(MODELS["8B"], checkpointing=True)
     strategy = Strategy("deepspeed", 3)
     fewest = fewest_workers(load, strategy, 40)
     assert fewest is not None
@@ -260,13 +258,13 @@ def test_fewest_workers_fit_and_half_of_them_do_not() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_more_workers_never_need_more_each(strategy: Strategy) -> None:
-    load = Load(sizing_table.MODELS["1.2B"])
+    load = Load(MODELS["1.2B"])
     needs = [memory(load, strategy, workers).device for workers in (2, 4, 8, 16)]
     assert needs == sorted(needs, reverse=True)
 
 
 def test_quantised_weights_are_split_by_nobody() -> None:
-    load = Load(sizing_table.MODELS["8B"].with_lora(16), frozen_bytes=0.516, quantized=True)
+    load = Load(MODELS["8B"].with_lora(16), frozen_bytes=0.516, quantized=True)
     assert {str(s) for s in STRATEGIES if possible(load, s)} == {"ddp", "ZeRO-1", "ZeRO-2", "ZeRO-2, offload"}
     assert (
         memory(load, Strategy("ddp"), 1).weights
@@ -275,7 +273,7 @@ def test_quantised_weights_are_split_by_nobody() -> None:
 
 
 def test_a_reference_is_its_weights_and_one_pass() -> None:
-    shape = sizing_table.MODELS["8B"]
+    shape = MODELS["8B"]
     need = replica(shape, 2.0, 2.0)
     assert need.weights == 2 * 8_030_261_248
     assert need.gradients == need.moments == 0
@@ -318,7 +316,7 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
 
     console = Console(width=100)
     with console.capture() as said:
-        console.print(sizing_table.table(found))
+        console.print(table(found))
     text = said.get()
     assert "ZeRO-1, offload *" in text
     assert "reference other:" in text
@@ -329,4 +327,4 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
 def test_the_documentation_says_what_is_computed() -> None:
     page = (ROOT / "docs" / "sizing.md").read_text()
     written = page.split("<!-- sizing: begin -->\n")[1].split("<!-- sizing: end -->")[0]
-    assert written == sizing_table.documented()
+    assert written == documented()

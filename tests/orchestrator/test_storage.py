@@ -15,14 +15,18 @@ import pytest
 import ray
 from bucket import Bucket, object_store
 
-from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.cluster.shared_storage import refuse_unshared, unshared
 from orchestrator.driver.record import RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.errors import RunFailed, UsageError
+from orchestrator.redaction import redact
 from orchestrator.references.messages import Score
 from orchestrator.references.store import ScoreStore
 from orchestrator.storage import lease as hold
 from orchestrator.storage import mirror as storage
+from orchestrator.storage import probe
 from orchestrator.storage.mirror import Mirror
-from orchestrator.tracking.mlflow import redact
+from orchestrator.storage.object_store import for_ray
+from orchestrator.storage.probe import refuse_unwritable, visible
 from preferences.buckets import without_options
 
 
@@ -289,7 +293,7 @@ def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tm
     for home in (f"{bucket.uri}/one", str(tmp_path / "one"), str(tmp_path / "new")):
         with Mirror(home).beacon() as written:
             assert written.startswith(f"{home}/.seen-")
-            assert storage.visible(written) is None
+            assert visible(written) is None
     assert bucket.keys() == []
     assert list(tmp_path.rglob(".seen-*")) == []
 
@@ -320,9 +324,9 @@ def _gone(*_: object) -> None:
 
 
 def test_storage_that_can_be_written(bucket, tmp_path):
-    storage.refuse_unwritable(str(tmp_path / "new" / "folder"))
-    storage.refuse_unwritable(f"{bucket.uri}/new/prefix")
-    storage.refuse_unwritable(f"{bucket.uri}/new/prefix?region=us-east-1")
+    refuse_unwritable(str(tmp_path / "new" / "folder"))
+    refuse_unwritable(f"{bucket.uri}/new/prefix")
+    refuse_unwritable(f"{bucket.uri}/new/prefix?region=us-east-1")
     assert bucket.keys() == []
 
 
@@ -339,13 +343,13 @@ def test_storage_that_cannot_be_written(bucket, tmp_path):
         ("abfss://container/runs", r"cannot be written \(.*account name\); .*abfss://container@account"),
     ):
         with pytest.raises(UsageError, match=f"storage_path {place} {said}"):
-            storage.refuse_unwritable(place)
+            refuse_unwritable(place)
 
 
 def test_ray_gets_the_keys_of_the_command(bucket, monkeypatch):
     endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     for place in ("one", f"one?endpoint_override={endpoint}&scheme=http"):
-        store, path = storage.for_ray(f"{bucket.uri}/{place}")
+        store, path = for_ray(f"{bucket.uri}/{place}")
         crossed = pickle.dumps(store)
         with monkeypatch.context() as elsewhere:
             for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
@@ -353,20 +357,20 @@ def test_ray_gets_the_keys_of_the_command(bucket, monkeypatch):
             with pickle.loads(crossed).open_output_stream(f"{path}/file") as stream:
                 stream.write(b"written")
         assert bucket.get("one/file") == b"written"
-    assert storage.for_ray("/a/folder") == (None, "/a/folder")
+    assert for_ray("/a/folder") == (None, "/a/folder")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")  # nodes have roles of their own
-    assert storage.for_ray(f"{bucket.uri}/one") == (None, f"{bucket.uri}/one")
+    assert for_ray(f"{bucket.uri}/one") == (None, f"{bucket.uri}/one")
 
 
 def test_a_key_in_a_uri_is_not_shown(bucket):
     with pytest.raises(UsageError) as refused:
-        storage.refuse_unwritable("s3://someone:hidden@no-such-bucket/runs?region=us-east-1")
+        refuse_unwritable("s3://someone:hidden@no-such-bucket/runs?region=us-east-1")
     assert "storage_path s3://no-such-bucket/runs cannot" in str(refused.value)
     assert "hidden" not in str(refused.value)
     with pytest.raises(
         UsageError, match=r"storage_path s3://bucket/runs cannot be written .*syntax"
     ) as refused:
-        storage.refuse_unwritable("s3://someone:hid/den@bucket/runs")  # its client repeats it
+        refuse_unwritable("s3://someone:hid/den@bucket/runs")  # its client repeats it
     assert "hid" not in str(refused.value)
 
 
@@ -423,35 +427,33 @@ def test_nodes_that_cannot_look_are_told_and_those_that_are_gone_are_not(tmp_pat
     monkeypatch.setattr(ray, "get", get)
 
     answers |= {"1" * 56: None, "2" * 56: ray.exceptions.NodeDiedError("gone")}
-    storage.refuse_unshared(str(tmp_path))
+    refuse_unshared(str(tmp_path))
     assert "was not answered within 60 s by: 10.0.0.3" in caplog.text
     cause = ModuleNotFoundError("No module named 'orchestrator'")
     answers["3" * 56] = ray.exceptions.RayTaskError("_look", "Traceback", cause)
     with pytest.raises(
         UsageError, match=r"node 10.0.0.3 could not look .*No module named 'orchestrator'\); poly"
     ):
-        storage.refuse_unshared(str(tmp_path))
+        refuse_unshared(str(tmp_path))
     answers["3" * 56] = "no such folder there"
     with pytest.raises(UsageError, match=r"not shared: node 10.0.0.3 does not see it"):
-        storage.refuse_unshared(str(tmp_path))
+        refuse_unshared(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_another_process_wrote_is_seen_or_why_not(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_SEEN_WITHIN_S", 0.3)
+    monkeypatch.setattr(probe, "_SEEN_WITHIN_S", 0.3)
     for place in (str(tmp_path / "runs"), f"{bucket.uri}/runs"):
         with storage.beacon(place) as written:
-            assert storage.visible(written) is None
-        assert storage.visible(written) is not None
-    assert storage.visible(f"{tmp_path}/runs/x") == "the folder there is another one"
-    assert storage.visible(f"{tmp_path}/elsewhere/x") == "no such folder there"
-    assert storage.unshared("/x", "10.0.0.3", "no such folder there") == (
+            assert visible(written) is None
+        assert visible(written) is not None
+    assert visible(f"{tmp_path}/runs/x") == "the folder there is another one"
+    assert visible(f"{tmp_path}/elsewhere/x") == "no such folder there"
+    assert unshared("/x", "10.0.0.3", "no such folder there") == (
         "storage_path /x is not shared: node 10.0.0.3 does not see it (no such folder there); mount it on "
         "all nodes (NFS, EFS, Filestore), or give the URI of an object store, as in s3://bucket/runs"
     )
-    assert "node 10.0.0.3 cannot read it (denied); check" in storage.unshared(
-        "s3://b/x", "10.0.0.3", "denied"
-    )
+    assert "node 10.0.0.3 cannot read it (denied); check" in unshared("s3://b/x", "10.0.0.3", "denied")
 
 
 def test_scores_are_kept_on_a_store(bucket):

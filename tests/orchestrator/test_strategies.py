@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.train import train
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.sampling import CHUNK
 
 pytestmark = pytest.mark.long

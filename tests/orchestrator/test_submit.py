@@ -21,9 +21,9 @@ import requests
 import yaml
 from ray.job_submission import JobInfo, JobStatus
 
-from orchestrator.cluster import job_secrets as mailbox
-from orchestrator.cluster.connection import secrets
-from orchestrator.config.run import RunFailed, UsageError
+from orchestrator.cluster.job_secrets import BOX, NAMES, put
+from orchestrator.cluster.worker_environment import secrets
+from orchestrator.errors import RunFailed, UsageError
 from orchestrator.jobs.bundle import LIMIT_MB, PACKAGES, pack
 from orchestrator.jobs.submit import _followed, _outcome, _submitted, connect, submit
 
@@ -240,7 +240,7 @@ def test_a_tokenizer_is_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_workers_get_what_the_job_was_given() -> None:
-    given = {mailbox.NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
+    given = {NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
     assert secrets(given) == {"JUDGE_KEY": "a", "HF_TOKEN": "b"}
 
 
@@ -384,7 +384,7 @@ def running(temp: Path) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def unclaimed(head: str) -> tuple[str, float]:
     """Where secrets lie since when that nobody takes."""
-    box = mailbox.put({"A": PASSWORD}, server=head, headers=bearer())
+    box = put({"A": PASSWORD}, server=head, headers=bearer())
     assert left_at(head, box) == 200
     return box, time.monotonic()
 
@@ -486,7 +486,7 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     assert f"Basic {password}" in tracking[1], printed.out + printed.err
     [job] = [job for job in details(head) if job["entrypoint"] == "polyref models list"]
     assert job["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] == tracking[0]
-    box = job["runtime_env"]["env_vars"][mailbox.BOX]
+    box = job["runtime_env"]["env_vars"][BOX]
     for place in (json.dumps(job), printed.out, printed.err):
         assert PASSWORD not in place
     logs = Path(f"/tmp/polyref-{os.getpid()}")
@@ -499,7 +499,7 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
 @pytest.mark.usefixtures("token")
 def test_secrets_are_handed_out_once(head: str) -> None:
     client, _ = connect(head)
-    variables = {mailbox.BOX: "gcs://polyref-taken.zip"}
+    variables = {BOX: "gcs://polyref-taken.zip"}
     job = client.submit_job(entrypoint="polyref models list", runtime_env={"env_vars": variables})
     until(lambda: client.get_job_info(job).status.is_terminal(), 120, lambda: client.get_job_logs(job))
     assert client.get_job_info(job).driver_exit_code == 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from losses.presets import preset
-from orchestrator.config.run import UsageError
 from orchestrator.config.sweep import SweepConfig, load_sweep, parse_sweep, sweep_schema, trial_run
+from orchestrator.errors import UsageError
 from orchestrator.search.controls import control_of, matched_beta
 
 RUN: dict[str, Any] = {

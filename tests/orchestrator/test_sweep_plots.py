@@ -11,10 +11,10 @@ import searches
 from searches import ACCURACY, KL
 
 from orchestrator.search.journal import TrialRecord
-from orchestrator.search.report import write as sweep_plots
 from orchestrator.search.report.figures import Evaluated, Search, hull
 from orchestrator.search.report.importance import importance
 from orchestrator.search.report.labels import ABSENT
+from orchestrator.search.report.write import draw, not_drawn
 
 ALL = ["trials.png", "history.png", "parallel.png", "importance.png", "frontier.png", "search.html"]
 
@@ -29,7 +29,7 @@ def test_pictures_of_a_whole_search(tmp_path: Path) -> None:
     records, folders = searches.search(
         tmp_path / "trials", points=9, repeats=2, controls=True, failed=[3], kl=True, seed=1
     )
-    drawn = sweep_plots.draw(records, [ACCURACY, KL], folders, tmp_path / "plots", primary="base")
+    drawn = draw(records, [ACCURACY, KL], folders, tmp_path / "plots", primary="base")
     assert [path.name for path in drawn] == ALL
     assert all(_decodes(path) for path in drawn[:-1])
     assert not list(tmp_path.rglob("*.part"))
@@ -40,18 +40,18 @@ def test_pictures_of_a_whole_search(tmp_path: Path) -> None:
     assert str(last) in page
     for record in records:
         assert f"trial {record.number}" in page
-    assert sweep_plots.not_drawn(records, [ACCURACY, KL]) == []
+    assert not_drawn(records, [ACCURACY, KL]) == []
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     records, folders = searches.search(tmp_path / "trials", points=3)
-    names = [path.name for path in sweep_plots.draw(records, [ACCURACY], folders, tmp_path)]
+    names = [path.name for path in draw(records, [ACCURACY], folders, tmp_path)]
     assert names == ["trials.png", "history.png", "parallel.png", "search.html"]
-    assert sweep_plots.not_drawn(records, [ACCURACY]) == [
+    assert not_drawn(records, [ACCURACY]) == [
         "importance is not drawn: it needs 8 points with a result, and there are 3"
     ]
     pending = [TrialRecord(number=1, point_id=1)]
-    assert sweep_plots.draw(pending, [ACCURACY], {1: tmp_path / "0001"}, tmp_path / "none") == []
+    assert draw(pending, [ACCURACY], {1: tmp_path / "0001"}, tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
 
 
@@ -152,5 +152,5 @@ def test_any_value_can_be_drawn(tmp_path: Path, value: object) -> None:
     axes = {axis.name: axis for axis in search.axes()}
     assert {label for _, label in axes["what"].ticks} >= {"not set"}
     assert ABSENT not in {label for _, label in axes["what"].ticks}
-    (page,) = [p for p in sweep_plots.draw(records, [ACCURACY], folders, tmp_path) if p.suffix == ".html"]
+    (page,) = [p for p in draw(records, [ACCURACY], folders, tmp_path) if p.suffix == ".html"]
     assert "<b>" not in page.read_text()[-60_000:]

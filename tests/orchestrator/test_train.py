@@ -13,10 +13,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config.run import RunFailed, UsageError
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.train import train
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.errors import RunFailed, UsageError
+from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

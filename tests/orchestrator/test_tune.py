@@ -18,7 +18,7 @@ from orchestrator.config.sweep import SweepConfig, parse_sweep
 from orchestrator.driver.record import RunRecord
 from orchestrator.search.journal import TrialRecord, Trials
 from orchestrator.search.tune import tune
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cluster")]
 

@@ -12,7 +12,7 @@ from driver import Driver
 from mlflow import MlflowClient
 
 from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.tracking.tracker import read_metrics
+from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.long
 STEPS = 40

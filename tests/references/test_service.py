@@ -15,7 +15,8 @@ import torch
 from ray.util import list_named_actors
 from transformers import LlamaForSequenceClassification
 
-from orchestrator.config.run import Resources, RewardConfig, RunFailed, UsageError
+from orchestrator.config.sections import Resources, RewardConfig
+from orchestrator.errors import RunFailed, UsageError
 from orchestrator.references.client import NAMESPACE, ReferenceArrays, ReferenceClient, connect, pair_groups
 from orchestrator.references.messages import ScoringError
 from orchestrator.references.store import ScoreStore

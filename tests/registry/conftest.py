@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from orchestrator.registry.register import Probe
+from models.probe import Probe
 from orchestrator.tracking.mlflow import connect
 from orchestrator.tracking.tracker import Tracker
 from tests import tiny

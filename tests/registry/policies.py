@@ -5,8 +5,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from models.probe import Probe
 from orchestrator.registry.model_card import Lineage, Reference
-from orchestrator.registry.register import Probe
 
 ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from orchestrator.cli.models import app
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
 from orchestrator.registry.aliases import promotion_refusal
 from orchestrator.registry.register import register
 from orchestrator.tracking.mlflow import connect

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.tracking import plots
-from orchestrator.tracking.plots import draw
+from orchestrator.tracking.plots import _collect, _running_mean, draw
 
 
 def _write(folder: Path, lines: list[dict[str, Any]], scales: list[float] | None = None) -> Path:
@@ -76,10 +75,10 @@ def test_a_folder_without_metrics(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     lines = [_line(1), _line(2, loss=None), _line(3)]
-    series = plots._collect(lines)
+    series = _collect(lines)
     assert series["loss"].steps == [1, 3]
     assert draw(_write(tmp_path, lines))
 
 
 def test_the_bold_line_is_the_running_mean() -> None:
-    assert plots._running_mean([1, 2, 3, 4, 10], 3) == pytest.approx([2, 3, 17 / 3])
+    assert _running_mean([1, 2, 3, 4, 10], 3) == pytest.approx([2, 3, 17 / 3])

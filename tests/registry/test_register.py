@@ -14,11 +14,13 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.config.run import UsageError
+from models.probe import Probe
+from orchestrator.errors import UsageError
+from orchestrator.files import folder_digest
 from orchestrator.registry import register as register_module
+from orchestrator.registry.download import ResolvedModel, resolve
 from orchestrator.registry.model_card import render
-from orchestrator.registry.register import Probe, RegistryError, register, verify
-from orchestrator.registry.versions import ResolvedModel, folder_digest, resolve
+from orchestrator.registry.register import RegistryError, register, verify
 from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import ROWS, Exported, lineage

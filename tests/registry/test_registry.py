@@ -11,10 +11,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.config import ModelError
-from orchestrator.config.run import UsageError
-from orchestrator.registry.download import fetch, fetch_merged, is_adapter
+from orchestrator.errors import UsageError
+from orchestrator.registry.download import (
+    DamagedError,
+    ResolvedModel,
+    fetch,
+    fetch_merged,
+    is_adapter,
+    resolve,
+)
 from orchestrator.registry.register import register
-from orchestrator.registry.versions import DamagedError, ResolvedModel, resolve
 from orchestrator.tracking.mlflow import connect
 from tests import tiny
 from tests.registry.policies import Exported, lineage

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from orchestrator.cli.models import app
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
+from orchestrator.registry.download import ResolvedModel, resolve
 from orchestrator.registry.register import register
-from orchestrator.registry.versions import ResolvedModel, resolve
 from orchestrator.tracking.mlflow import connect
 from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage

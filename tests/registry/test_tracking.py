@@ -13,10 +13,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config.run import UsageError
+from orchestrator.errors import UsageError
+from orchestrator.redaction import redact
 from orchestrator.tracking import tracker as tracking
-from orchestrator.tracking.mlflow import connect, flatten, redact, tracking_uri
-from orchestrator.tracking.tracker import Tracker, code_tags, read_metrics, read_scales
+from orchestrator.tracking.code_version import code_tags
+from orchestrator.tracking.metrics_file import read_metrics, read_scales
+from orchestrator.tracking.mlflow import connect, flatten, tracking_uri
+from orchestrator.tracking.tracker import Tracker
 
 
 def _start(uri: str, folder: Path, run_id: str | None = None, **more: Any) -> Tracker:

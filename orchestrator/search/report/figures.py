@@ -15,8 +15,8 @@ from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report import labels as points
 from orchestrator.search.report.importance import Importance, importance
 from orchestrator.search.report.ranking import Ranked, rank
+from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.plots import COLOURS
-from orchestrator.tracking.tracker import read_metrics
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective

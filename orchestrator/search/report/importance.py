@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.search.report import labels as points
+from orchestrator.search.report.labels import ABSENT, is_log, is_number, varied
 
 LEAST = 8  # points; fewer say nothing about several fields
 _FOLDS, _TREES, _SHUFFLES = 5, 100, 10
@@ -55,13 +55,11 @@ def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> I
     )  # slow to import, and only the end of a search needs it
     from sklearn.model_selection import KFold
 
-    fields = points.varied(drawn)
+    fields = varied(drawn)
     target = np.asarray(values, dtype=np.float64)
     if len(drawn) < LEAST or not fields or target.std() == 0:
         return None
-    table = np.column_stack(
-        [_codes([point.get(field, points.ABSENT) for point in drawn]) for field in fields]
-    )
+    table = np.column_stack([_codes([point.get(field, ABSENT) for point in drawn]) for field in fields])
     rng = np.random.default_rng(0)
     rises, error = [], 0.0
     for fitted, unseen in KFold(_FOLDS, shuffle=True, random_state=0).split(table):
@@ -91,11 +89,11 @@ def _shuffled(
 
 def _codes(values: Sequence[Any]) -> NDArray[np.float64]:
     """Numbers, their logarithms where they span decades; below all numbers one for every other kind."""
-    present = [float(value) for value in values if points.is_number(value)]
-    log = bool(present) and points.is_log(present)
+    present = [float(value) for value in values if is_number(value)]
+    log = bool(present) and is_log(present)
     known = [float(np.log10(value)) if log else value for value in present]
     low, spread = (min(known), max(known) - min(known)) if known else (0.0, 1.0)
-    kinds = sorted({repr(value) for value in values if not points.is_number(value)})
+    kinds = sorted({repr(value) for value in values if not is_number(value)})
     below = {kind: low - (i + 1) * (spread or 1.0) for i, kind in enumerate(kinds)}
     left = iter(known)
-    return np.array([next(left) if points.is_number(value) else below[repr(value)] for value in values])
+    return np.array([next(left) if is_number(value) else below[repr(value)] for value in values])

@@ -5,8 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.search.report import labels as points
 from orchestrator.search.report.figures import Axis, Search, hull, time_unit
+from orchestrator.search.report.labels import metric_name, trial_numbers
 from orchestrator.tracking.plots import STYLE, WIDTH, save, stacked
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _trials(search: Search) -> "Figure | None":
     figure, axes = stacked(len(present), height=3.6)
     best = {trial.number for trial in search.best.trials} if search.best else set()
     for ax, (objective, curves) in zip(axes, present, strict=True):
-        name = points.metric_name(objective.metric)
+        name = metric_name(objective.metric)
         ax.set(title=f"{_capital(name)} of {len(curves)} trials", ylabel=name)
         for curve in curves:
             is_best = curve.record.number in best
@@ -75,7 +75,7 @@ def _ends(search: Search) -> "list[Line2D]":
     if any(record.status == "failed" for record in search.records):
         handles.append(Line2D([], [], color="black", linestyle="none", marker="x", label="failed"))
     if search.best is not None:
-        told = f"the first of the ranking:\n{points.trial_numbers(search.best.trials)}"
+        told = f"the first of the ranking:\n{trial_numbers(search.best.trials)}"
         handles.append(Line2D([], [], color=_GREY, linewidth=2.4, label=told))
     return handles
 
@@ -89,7 +89,7 @@ def _history(search: Search) -> "Figure | None":
     figure, axes = stacked(len(present), height=3.4)
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
     for ax, (objective, ended) in zip(axes, present, strict=True):
-        name = points.metric_name(objective.metric)
+        name = metric_name(objective.metric)
         ax.set(title=f"{_capital(name)} of trials as they ended", ylabel=name)
         times = [one.seconds / seconds for one in ended]
         ax.step(times, [one.best for one in ended], where="post", color="black", linewidth=1.4, zorder=1)
@@ -181,7 +181,7 @@ def _importance(search: Search) -> "Figure | None":
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.axvline(0, color=_GREY, linewidth=0.8)
-        ax.set(title=f"What {points.metric_name(metric)} depended on", xlabel=one.told)
+        ax.set(title=f"What {metric_name(metric)} depended on", xlabel=one.told)
     return figure
 
 
@@ -192,7 +192,7 @@ def _frontier(search: Search) -> "Figure | None":
         return None
     figure, axes = stacked(len(present), height=3.6)
     for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
-        name = points.metric_name(metric)
+        name = metric_name(metric)
         ax.set(title=f"{_capital(name)} against divergence; lines: the best of each loss", ylabel=name)
         for look, own in search.by_look(evaluations).items():
             for one in own:
@@ -208,7 +208,7 @@ def _frontier(search: Search) -> "Figure | None":
                 )
             x, y = zip(*hull(own), strict=True)
             ax.step(x, y, where="post", color=look.colour, linewidth=1.8)
-    axes[-1].set_xlabel(f"{points.metric_name(kl)} (nats per response)")
+    axes[-1].set_xlabel(f"{metric_name(kl)} (nats per response)")
     _families(axes[0], search, lines=True)
     return figure
 

@@ -1,8 +1,11 @@
 """Pictures of a search, as PNG and on a page to point at: what was not measured is not drawn."""
 
+import csv
+import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report import html as sweep_html
@@ -49,3 +52,24 @@ def not_drawn(records: Iterable[TrialRecord], objectives: "Sequence[Objective]")
             f"importance is not drawn: it needs {LEAST} points with a result, and there are {with_result}"
         ]
     return []
+
+
+def write_csv(records: Sequence[TrialRecord], path: Path) -> None:
+    """Every trial in one row: its record, the fields it drew, its last metrics."""
+    kept = ("number", "point_id", "repeat", "control_of", "status", "step", "seconds", "reason", "mlflow_run")
+    fields = dict.fromkeys(name for record in records for name in record.point)
+    metrics = dict.fromkeys(name for record in records for name in record.result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*kept, *fields, *metrics])
+        for record in sorted(records, key=lambda record: record.number):
+            row = [getattr(record, name) for name in kept]
+            row += [_csv_value(record.point.get(name)) for name in fields]
+            writer.writerow(row + [record.result.get(name) for name in metrics])
+    os.replace(part, path)
+
+
+def _csv_value(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | tuple | dict | bool) else value

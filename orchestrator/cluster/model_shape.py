@@ -1,0 +1,173 @@
+"""A model's numbers of weights and widths, counted without reading any weight."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.config import LoraSettings, ModelConfig, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from models.locate import Located
+
+
+_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+
+
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.516}  # NF4 with doubly quantised scales: 4.127 bits a weight
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a decoder-only model decides memory: numbers of weights, and widths of its activations.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        intermediate: width of a token's MLP (of all the experts it is sent to).
+        attention: heads times head width.
+        vocabulary: rows of the lm head.
+        body: weights in all layers.
+        layer: weights in the largest layer.
+        root: weights outside the layers, a tied head once.
+        adapter: weights of a LoRA adapter.
+        lora: of them per rank, with one on every linear layer; 0 where that was not counted.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    attention: int
+    vocabulary: int
+    body: int
+    layer: int
+    root: int
+    adapter: int = 0
+    lora: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model without an adapter."""
+        return self.body + self.root
+
+    @classmethod
+    def of_numbers(
+        cls,
+        *,
+        layers: int,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        vocabulary: int,
+        head_width: int | None = None,
+        tied: bool = False,
+    ) -> "Shape":
+        """A Llama-like model from its config's numbers."""
+        query = heads * (head_width or hidden // heads)
+        key = kv_heads * (head_width or hidden // heads)
+        linear = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+        linear += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+        layer = sum(rows * columns for rows, columns in linear) + 2 * hidden
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            intermediate=intermediate,
+            attention=query,
+            vocabulary=vocabulary,
+            body=layers * layer,
+            layer=layer,
+            root=vocabulary * hidden * (1 if tied else 2) + hidden,
+            lora=layers * sum(rows + columns for rows, columns in linear),
+        )
+
+    def with_lora(self, rank: int) -> "Shape":
+        """The same model with a LoRA adapter of that rank on every linear layer; 0 for none."""
+        return replace(self, adapter=rank * self.lora)
+
+
+def weight_bytes(config: ModelConfig, device_type: str) -> tuple[float, float]:
+    """Bytes of a frozen weight in a layer and outside the layers."""
+    outer = _DTYPE_BYTES[config.dtype_on(device_type)]
+    return _QUANTIZED_BYTES.get(config.quantization, outer), outer
+
+
+def shape_of(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
+    """Count a located model's weights without reading any, with a new adapter where `lora` asks for one.
+
+    Raises ModelError where the config cannot be read or its architecture is unknown.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = located.base_path or located.path
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if place.suffix == ".gguf":
+        place, arguments["gguf_file"] = place.parent, place.name
+    try:
+        settings = AutoConfig.from_pretrained(place, **arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{config.model}: its weights cannot be counted: {error}") from error
+    adapter = _adapter(model, lora) if lora is not None else 0
+    if lora is None and located.kind == "adapter":
+        adapter = _held(located.path / "adapter_model.safetensors")
+    return replace(_counted(model), adapter=adapter)
+
+
+def _counted(model: "nn.Module") -> Shape:
+    from torch import nn
+
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    each = [_weights(layer) for layer in max(lists, key=_weights, default=())]
+    hidden = text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or 1
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    wide = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
+    wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    return Shape(
+        layers=len(each),
+        hidden=hidden,
+        intermediate=experts * wide,
+        attention=heads * (getattr(text, "head_dim", None) or hidden // heads),
+        vocabulary=text.vocab_size,
+        body=sum(each),
+        layer=max(each, default=0),
+        root=_weights(model) - sum(each),
+    )
+
+
+def _weights(module: "nn.Module") -> int:
+    """Weights of a module; a tied one once."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _adapter(model: Any, lora: LoraSettings) -> int:
+    import copy
+
+    import torch
+
+    from models.adapters import add_lora
+
+    with torch.device("meta"):
+        adapted = add_lora(copy.deepcopy(model), lora)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+def _held(file: Path) -> int:
+    """Weights in a safetensors file, by its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return sum(_product(shape) for shape in shapes)
+
+
+def _product(numbers: list[int]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total

@@ -1,0 +1,80 @@
+"""Environment variables that workers and replicas get from the driver."""
+
+import json
+from collections.abc import Mapping
+
+from orchestrator.cluster.job_secrets import NAMES
+
+# Train's controller polls workers every 2 s by default, and every report waits for a poll.
+_DRIVER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+# Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job, and
+# a bar that loads weights none in a log.
+_WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+# A cluster of our own on this machine has no nodes that a cloud could take away.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
+# What a worker needs to reach a hub or a server as the driver does.
+_PASSED_ON = (
+    "DS_ACCELERATOR",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_EC2_METADATA_DISABLED",
+    "NO_PROXY",
+    "no_proxy",
+)
+
+
+# Ray writes runtime environments to its logs, so these travel as objects. Proxies may hold a password.
+_SECRET = (
+    "HF_TOKEN",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is not secret of the environment that every Ray worker of a run gets.
+
+    Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
+    """
+    job = json.loads(environment.get(JOB, "{}")).get("runtime_env") or {}
+    names = (*_DRIVER_ENVIRONMENT, *_LOCAL_ENVIRONMENT, *_PASSED_ON)
+    ours = _WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
+    return {name: value for name, value in ours.items() if name not in job.get("env_vars", {})}
+
+
+def secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
+    names = (*_SECRET, *environment.get(NAMES, "").split(","))
+    return {name: environment[name] for name in names if name in environment}

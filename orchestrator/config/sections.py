@@ -1,0 +1,245 @@
+"""The sections of a run file."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.config import ModelConfig
+from orchestrator.errors import did_you_mean
+
+POLICY = "policy"
+"""The reference model name that means: the policy's own start, scored in process with the adapter off."""
+
+
+class Settings(BaseModel):
+    """Base of the run file's sections: frozen, and a field that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Settings):
+    """What one replica or worker asks of Ray; `null` means the default for the cluster at hand."""
+
+    cpu: float | None = Field(default=None, ge=0)
+    gpu: float | None = Field(default=None, ge=0)
+    custom: dict[str, float] = Field(default_factory=dict)
+
+
+class ReferenceConfig(ModelConfig):
+    """One frozen reference model: what it is, and how many copies serve it with which resources."""
+
+    replicas: int = Field(default=1, ge=1)
+    resources: Resources = Resources()
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the policy's workers score it themselves, with their adapter off."""
+        return self.model == POLICY
+
+    @model_validator(mode="after")
+    def _in_process_has_no_settings(self) -> "ReferenceConfig":
+        extra = sorted(self.model_fields_set - {"model"})
+        if self.in_process and extra:
+            raise ValueError(
+                f"`model: policy` is the policy's own start, so {', '.join(extra)} cannot be set here; "
+                "leave it out, or name the model itself"
+            )
+        return self
+
+
+class ReferencesConfig(Settings):
+    """The references by name. `primary` centres the trust region and gives entropy and accuracy."""
+
+    primary: str | None = None
+    mode: Literal["live", "precompute"] = "live"
+    models: dict[str, ReferenceConfig] = Field(default_factory=dict)
+    use: tuple[str, ...] | None = Field(default=None, description="those of models to use; default all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_those_used(cls, values: Any) -> Any:
+        """A model that is not in `use` is as good as not in the file."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("models"), Mapping):
+            return values
+        use = values.get("use")
+        if use is None:
+            return values
+        models = values["models"]
+        for name in [use] if isinstance(use, str) else use:
+            if name not in models:
+                raise ValueError(f"use names {name!r}{did_you_mean(str(name), models)}")
+        return {**values, "models": {name: model for name, model in models.items() if name in use}}
+
+    @model_validator(mode="after")
+    def _primary_is_named(self) -> "ReferencesConfig":
+        names = list(self.models)
+        if not names and self.primary is not None:
+            raise ValueError(f"primary names {self.primary!r}, but references.models is empty")
+        if names and self.primary is None:
+            raise ValueError(f"primary must name one of the references: {', '.join(names)}")
+        if names and self.primary not in names:
+            left_out = ", and use leaves it out" if self.use is not None else ""
+            raise ValueError(f"primary is {self.primary!r}{left_out}{did_you_mean(str(self.primary), names)}")
+        return self
+
+    @property
+    def ordered(self) -> list[str]:
+        """Names with the primary first, the others as the file has them: the order losses see."""
+        return sorted(self.models, key=lambda name: name != self.primary)
+
+
+class TrainingConfig(Settings):
+    """The optimisation: how long, how much per step, how fast."""
+
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    pairs_per_step: int = Field(default=64, ge=1)
+    tokens_per_microbatch: int = Field(default=8192, ge=1)
+    learning_rate: float = Field(default=5.0e-6, gt=0, allow_inf_nan=False)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: int = Field(default=200, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class ParallelConfig(Settings):
+    """How many policy workers, what each asks of the cluster, and how they share the policy."""
+
+    workers: int = Field(default=1, ge=1)
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        default="ddp", description="a whole policy per worker; shards by FSDP2; ZeRO by DeepSpeed"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        default=None,
+        description="deepspeed shards the optimizer (1), gradients too (2, the default), weights too (3)",
+    )
+    offload: bool = Field(default=False, description="keep what is sharded in main memory (fsdp, deepspeed)")
+    resources: Resources = Resources()
+    max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
+
+    @model_validator(mode="after")
+    def _settings_suit_the_strategy(self) -> "ParallelConfig":
+        if self.zero_stage is not None and self.strategy != "deepspeed":
+            raise ValueError(
+                f"zero_stage is DeepSpeed's, and strategy is {self.strategy}: set strategy: deepspeed, "
+                "or leave zero_stage out"
+            )
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload needs sharded states: set strategy: fsdp or deepspeed")
+        return self
+
+    @property
+    def stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+        return self.zero_stage or 2
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are cut, and not gradients and moments alone."""
+        return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.stage == 3)
+
+
+class RewardConfig(Settings):
+    """What judges sampled responses: a Python function, or a model that classifies text, as an actor."""
+
+    function: str | None = Field(
+        default=None, description="package.module:function, (prompts, responses) -> one number each"
+    )
+    model: str | None = Field(default=None, description="a sequence classifier: hub id or folder")
+    revision: str | None = None
+    label: str | int | None = Field(default=None, description="the class whose probability is the reward")
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> "RewardConfig":
+        if (self.function is None) == (self.model is None):
+            raise ValueError("a reward is either function: package.module:name or model: ..., not both")
+        of_model = self.revision is not None or self.label is not None or self.resources != Resources()
+        if self.function is not None and of_model:
+            raise ValueError("revision, label and resources are for a reward model, not for a function")
+        return self
+
+
+class SamplingConfig(Settings):
+    """Responses that the policy writes at every evaluation, for KL and reward."""
+
+    prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the file")
+    max_new_tokens: int = Field(default=64, ge=1)
+    kl_budget: float | None = Field(
+        default=None, gt=0, description="nats per response to the primary, for the metrics at a KL budget"
+    )
+    reward: RewardConfig | None = None
+
+
+METRICS: Mapping[str, Literal["max", "min"]] = {
+    "eval/accuracy": "max",
+    "eval/label_nll": "min",
+    "eval/loss": "min",
+    "eval/rewards/margins": "max",
+    "eval/margin": "max",
+    "eval/margin_at_kl": "max",
+    "eval/reward": "max",
+    "eval/reward_at_kl": "max",
+}
+"""What a run can be judged by, and which way is better."""
+
+
+class EvaluationConfig(Settings):
+    """Held-out evaluation: before the first step, every so many steps, and at the end."""
+
+    every_steps: int = Field(default=50, ge=1)
+    metric: str = Field(
+        default="eval/accuracy",
+        description="what the run is judged by; shown first at its end",
+        json_schema_extra={"enum": list(METRICS)},
+    )
+    sampling: SamplingConfig | None = None
+    keep: Literal["last", "best"] = Field(
+        default="last", description="which weights are exported: the last, or the best by metric"
+    )
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> "EvaluationConfig":
+        if self.metric not in METRICS:
+            raise ValueError(f"metric {self.metric!r} is none{did_you_mean(self.metric, METRICS)}")
+        sampling = self.sampling or SamplingConfig()
+        if self.metric in ("eval/reward", "eval/reward_at_kl") and sampling.reward is None:
+            raise ValueError(
+                f"metric {self.metric} needs a reward; set evaluation.sampling.reward: "
+                "{function: package.module:name} or {model: ...}"
+            )
+        if self.metric.endswith("_at_kl"):
+            if sampling.kl_budget is None:
+                raise ValueError(
+                    f"metric {self.metric} needs a budget; set evaluation.sampling.kl_budget, "
+                    "in nats per response"
+                )
+            if self.keep != "best":
+                raise ValueError(
+                    f"metric {self.metric} is the best within the budget, so its weights are the ones to "
+                    "keep; set evaluation.keep: best"
+                )
+        return self
+
+
+class TrackingConfig(Settings):
+    """Where MLflow records the run, and the registered model its result becomes a version of."""
+
+    uri: str | None = Field(
+        default=None, description="default: MLFLOW_TRACKING_URI, else sqlite under storage_path"
+    )
+    experiment: str = "polyref"
+    registered_model: str | None = None
+    alias: str | None = Field(default=None, description="alias that the version asks for")
+
+
+class PlacementConfig(Settings):
+    """How long references and workers that fit the cluster may wait for other jobs to make room."""
+
+    wait_minutes: float = Field(default=10, gt=0)

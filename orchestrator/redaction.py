@@ -1,0 +1,43 @@
+"""Hiding secrets in what is shown, logged or kept."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
+
+
+_SECRET_VALUES = (
+    # An unescaped secret may hold slashes: up to the last @.
+    (re.compile(r"\b((?:s3[an]?|gs|gcs|abfss?)://)[^/@:?\s]*:[^\s\"']*@"), r"\1***@"),
+    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@"), r"\1***@"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
+    (
+        re.compile(r"([?&](?:[\w.-]*(?:token|secret|password|signature|key)|sig)=)[^&\s]+", re.IGNORECASE),
+        r"\1***",
+    ),
+)
+
+
+def redact(text: str) -> str:
+    """The text without `user:password@` in URIs, signed query parameters and hub tokens."""
+    for pattern, shown in _SECRET_VALUES:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Nested settings with the values of secret fields hidden and all text redacted, fit to be shown."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner) for inner in value]
+    if value and _SECRET_KEY.search(name):
+        return "***"
+    return redact(value) if isinstance(value, str) else value
+
+
+def first_line(error: Exception) -> str:
+    """The error in one line, redacted."""
+    lines = redact(str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,79 @@
+"""Copies between an object store and this machine."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import pyarrow.fs as pafs
+
+from preferences import buckets
+
+_CHUNK = 64 * 2**20
+
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
+    """Ray Train's `storage_filesystem` and `storage_path` of a run's checkpoints.
+
+    Ray's own processes do not get the keys that the command has in its environment, so the filesystem takes
+    them along; it crosses processes in memory and is never written.
+    """
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    where = urlsplit(kept_at)
+    if where.scheme != "s3" or "@" in where.netloc or not key or not secret:
+        return None, kept_at
+    store, path = buckets.opened(kept_at)
+    named = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    options = {"endpoint_override": named.netloc, "scheme": named.scheme} if named.netloc else {}
+    options |= {k: v for k, v in parse_qsl(where.query) if k in ("endpoint_override", "scheme")}
+    session = os.environ.get("AWS_SESSION_TOKEN")
+    return (
+        pafs.S3FileSystem(
+            access_key=key, secret_key=secret, session_token=session, region=store.region, **options
+        ),
+        path,
+    )
+
+
+def _fetch(store: pafs.FileSystem, path: str, target: Path) -> None:
+    """Replace `target` with a copy of the file or folder kept at `path`; without one it goes."""
+    kind = store.get_file_info(path).type
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if kind == pafs.FileType.NotFound:
+            _discard(target)
+            return
+        if kind == pafs.FileType.Directory:
+            part.mkdir()
+        pafs.copy_files(
+            path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK
+        )
+        if kind == pafs.FileType.Directory:
+            _discard(target)
+        os.replace(part, target)
+    finally:
+        _discard(part)
+
+
+def _put(source: Path, store: pafs.FileSystem, path: str) -> None:
+    """Keep a file or a folder; what a folder held before and no longer holds goes after the rest is there."""
+    pafs.copy_files(  # one thread: Arrow's parallel uploads may block each other
+        str(source), path, source_filesystem=_LOCAL, destination_filesystem=store, use_threads=False
+    )
+    if source.is_dir():
+        here = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+        for entry in store.get_file_info(pafs.FileSelector(path, recursive=True)):
+            if entry.is_file and os.path.relpath(entry.path, path) not in here:
+                store.delete_file(entry.path)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

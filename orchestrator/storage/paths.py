@@ -1,0 +1,56 @@
+"""Folders and URIs that runs are kept at."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import RunFailed
+from preferences import buckets
+
+
+def is_uri(place: str) -> bool:
+    """Whether a `storage_path` is an object store's URI, not a folder."""
+    return "://" in place
+
+
+def home(config: RunConfig) -> str:
+    """The folder or URI that a run is kept at."""
+    return buckets.join(config.storage_path, config.name)
+
+
+@contextlib.contextmanager
+def answering(place: str) -> Iterator[None]:
+    """Inside, a storage that fails ends the command with one line.
+
+    Raises:
+        RunFailed: the storage failed.
+    """
+    try:
+        yield
+    except buckets.FAILURES as error:
+        remedy = buckets.remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
+        raise RunFailed(
+            f"{_shown(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
+            "The same command goes on from what is kept"
+        ) from error
+
+
+def _shown(place: str) -> str:
+    return buckets.without_options(place) if is_uri(place) else place
+
+
+def working_folder(kept_at: str, worker: int | None = None) -> Path:
+    """Where a run is worked on: its folder itself, or on this machine a copy of what an object store keeps.
+
+    The command has one, and each worker that writes, by its rank: they may be on one machine.
+    """
+    if not is_uri(kept_at):
+        return Path(kept_at)
+    place = kept_at.partition("?")[0]
+    whose = "driver" if worker is None else f"worker-{worker}"
+    cache = Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser()
+    digest = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
+    return cache.absolute() / "runs" / f"{place.rpartition('/')[2]}-{digest}" / whose

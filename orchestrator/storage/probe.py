@@ -1,0 +1,95 @@
+"""Whether a storage can be written, and whether another process sees what was written."""
+
+import contextlib
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from orchestrator.errors import UsageError
+from orchestrator.storage.paths import is_uri
+from preferences import buckets
+
+_SEEN = ".seen-"
+
+
+_SEEN_WITHIN_S = 5.0
+
+
+def refuse_unwritable(storage_path: str) -> None:
+    """Try it: write a file and remove it.
+
+    Raises:
+        UsageError: nothing can be written there; says why and what to do.
+    """
+    if not is_uri(storage_path):
+        folder = Path(storage_path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UsageError(
+                f"storage_path {storage_path} cannot be written ({error.strerror}); name a folder that can"
+            ) from None
+        return
+    shown = buckets.without_options(storage_path)
+    if not buckets.is_bucket(storage_path):
+        schemes = ", ".join(f"{scheme}://" for scheme in buckets.SCHEMES)
+        raise UsageError(
+            f"storage_path {shown} is a URI that runs cannot be kept at; give a folder that all nodes share, "
+            f"or one of {schemes}"
+        )
+    try:
+        with beacon(storage_path):
+            pass
+    except buckets.FAILURES as error:
+        raise UsageError(
+            f"storage_path {shown} cannot be written ({buckets.reason(error)}); "
+            f"{buckets.remedy(storage_path)}"
+        ) from None
+
+
+def visible(written: str) -> str | None:
+    """Why this process does not see a file that another one wrote; None if it does.
+
+    A mount may lag behind: it is looked for during some seconds.
+    """
+    try:
+        if is_uri(written):
+            store, path = buckets.opened(written)
+            found = store.get_file_info(path).type == pafs.FileType.File
+            return None if found else "the store has no such object there"
+        give_up = time.monotonic() + _SEEN_WITHIN_S
+        while not Path(written).exists():
+            if time.monotonic() >= give_up:
+                above = Path(written).parent
+                return "the folder there is another one" if above.is_dir() else "no such folder there"
+            time.sleep(0.2)
+    except buckets.FAILURES as error:
+        return buckets.reason(error)
+    return None
+
+
+@contextlib.contextmanager
+def beacon(storage_path: str) -> Iterator[str]:
+    """Inside, a small file of a name that never was lies in the storage; yields its place."""
+    place = buckets.join(storage_path, f"{_SEEN}{uuid.uuid4().hex}")
+    if is_uri(place):
+        store, path = buckets.opened(place)
+        with store.open_output_stream(path) as stream:
+            stream.write(b"polyref")
+        try:
+            yield place
+        finally:
+            with contextlib.suppress(*buckets.FAILURES):
+                store.delete_file(path)
+    else:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).write_bytes(b"polyref")
+        try:
+            yield place
+        finally:
+            Path(place).unlink(missing_ok=True)

@@ -1,0 +1,19 @@
+"""Which code ran."""
+
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def code_tags(folder: Path | None = None) -> dict[str, str]:
+    """Which code ran: polyref's version and, inside a git checkout, the commit."""
+    try:
+        tags = {"polyref.version": version("polyref")}
+    except PackageNotFoundError:  # run from a working folder, as in a submitted job
+        tags = {"polyref.version": "not installed"}
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return tags
+    return tags | {"mlflow.source.git.commit": done.stdout.strip()}

@@ -1,0 +1,49 @@
+"""A run's `metrics.jsonl` and `dispersion.json`."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from orchestrator.files import _replace
+
+METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in order; a last line torn by a crash is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_scales(folder: Path) -> list[float]:
+    """The dispersion scales that `Tracker.log_scales` kept."""
+    path = folder / SCALES_FILE
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def _drop_torn_line(path: Path) -> None:
+    data = path.read_bytes()
+    os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
+    """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
+    if not path.exists():
+        return 0, []
+    with path.open("rb") as file:
+        file.seek(0 if path.stat().st_size < position else position)
+        lines = []
+        for line in iter(file.readline, b""):
+            with contextlib.suppress(ValueError):  # torn by a crash
+                lines.append(json.loads(line))
+        return file.tell(), lines
