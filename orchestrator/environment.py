@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def changed(**variables: str) -> Iterator[None]:
+def set_environment(**variables: str) -> Iterator[None]:
     """Inside, these are set; afterwards all are as they were."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -20,7 +20,7 @@ def changed(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _never_proxy_loopback() -> None:
+def exclude_loopback_from_proxies() -> None:
     """Ray and MLflow talk to this machine over HTTP, which a proxy cannot reach."""
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, "").split(",") if host]

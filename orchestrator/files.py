@@ -3,21 +3,39 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one move."""
+    with replace_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
-def cache_folder() -> Path:
-    """Where downloaded models are kept: `$POLYREF_CACHE` or `~/.cache/polyref`."""
-    return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref") / "registry"
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which becomes `path` if the block ends without an error.
+
+    The folder is created if it is missing. A reader sees the old file or the new one, never a part of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def folder_digest(folder: Path, suffix: str = "") -> str:
+def cache_folder(kind: str) -> Path:
+    """Where polyref keeps copies of one kind on this machine: under `$POLYREF_CACHE` or `~/.cache/polyref`."""
+    root = os.environ.get("POLYREF_CACHE") or "~/.cache/polyref"
+    return Path(root).expanduser().absolute() / kind
+
+
+def digest_folder(folder: Path, suffix: str = "") -> str:
     """SHA-256 over the names and contents of all files below, or of those whose name ends with `suffix`."""
     whole = hashlib.sha256()
     for path in sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file()):

@@ -26,18 +26,18 @@ def redact(text: str) -> str:
     return text
 
 
-def without_secrets(value: Any, name: str = "") -> Any:
+def hide_secrets(value: Any, name: str = "") -> Any:
     """Nested settings with the values of secret fields hidden and all text redacted, fit to be shown."""
     if isinstance(value, Mapping):
-        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
+        return {key: hide_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without_secrets(inner) for inner in value]
+        return [hide_secrets(inner) for inner in value]
     if value and _SECRET_KEY.search(name):
         return "***"
     return redact(value) if isinstance(value, str) else value
 
 
-def first_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """The error in one line, redacted."""
     lines = redact(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

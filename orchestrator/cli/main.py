@@ -12,8 +12,8 @@ import typer
 from losses.settings import LossError
 from models.config import ModelError
 from orchestrator.cli import models as models_cli
-from orchestrator.cluster.job_secrets import take
-from orchestrator.config.run import load_run, run_schema
+from orchestrator.cluster.job_secrets import load_secrets
+from orchestrator.config.run import build_run_schema, load_run
 from orchestrator.errors import RunFailed, UsageError
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
@@ -33,14 +33,14 @@ Overrides = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def _root(
+def _show_version(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        from orchestrator.tracking.code_version import code_tags
+        from orchestrator.tracking.code_version import read_code_tags
 
-        print(f"polyref {code_tags()['polyref.version']}")
+        print(f"polyref {read_code_tags()['polyref.version']}")
         raise typer.Exit
 
 
@@ -52,9 +52,9 @@ def train(
 ) -> None:
     """Train a policy and register it; the same command again goes on where a killed run was."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import train as train_run
+    from orchestrator.driver.train import train_run as train_run
 
-    with _interruptible():
+    with _turn_ctrl_c_into_interruption():
         train_run(config, fresh=fresh)
 
 
@@ -85,20 +85,20 @@ def tune(
     config = load_sweep(sweep, [*(overrides or ()), *(f"{name}={value}" for name, value in limits.items())])
     from orchestrator.search import tune as search
 
-    with _interruptible():
+    with _turn_ctrl_c_into_interruption():
         if dry_run:
             search.dry_run(config, samples=samples)
         else:
-            search.tune(config, fresh=fresh, retry_failed=retry_failed)
+            search.run_sweep(config, fresh=fresh, retry_failed=retry_failed)
 
 
 @app.command()
 def score(run: RunFile, overrides: Overrides = None) -> None:
     """Score all of a run's data under its references, in bulk, so that training finds the scores stored."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import score as score_run
+    from orchestrator.driver.train import score_run as score_run
 
-    with _interruptible():
+    with _turn_ctrl_c_into_interruption():
         score_run(config)
 
 
@@ -106,7 +106,7 @@ def score(run: RunFile, overrides: Overrides = None) -> None:
 def check(run: RunFile, overrides: Overrides = None) -> None:
     """Everything that can be refused before a device is held: settings, data, models, placement, tracking."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import check as check_run
+    from orchestrator.driver.train import check_run as check_run
 
     check_run(config)
 
@@ -127,7 +127,7 @@ def submit(
     code: Annotated[bool, typer.Option(help="Send this polyref, instead of using the nodes'.")] = False,
 ) -> None:
     """Run a command as a job on a cluster: polyref submit -- train run.yaml loss.beta=0.2."""
-    from orchestrator.jobs.submit import submit as submit_job
+    from orchestrator.jobs.submit import submit_job as submit_job
 
     sys.exit(submit_job(command, address=address, wait=wait, env=env or (), secret=secret or (), code=code))
 
@@ -137,9 +137,9 @@ def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] =
     """Print the JSON Schema of the run file or of the sweep file, for editors."""
     if of not in ("run", "sweep"):
         raise UsageError(f"schema {of!r} does not exist; known are: run, sweep")
-    from orchestrator.config.sweep import sweep_schema
+    from orchestrator.config.sweep import build_sweep_schema
 
-    print(json.dumps(run_schema() if of == "run" else sweep_schema(), indent=2))
+    print(json.dumps(build_run_schema() if of == "run" else build_sweep_schema(), indent=2))
 
 
 @app.command()
@@ -150,7 +150,7 @@ def demo(
     """Human ratings to a registered model in some minutes on two CPU cores."""
     from orchestrator.demo.run import run_demo
 
-    with _interruptible():
+    with _turn_ctrl_c_into_interruption():
         run_demo(folder, fresh=fresh)
 
 
@@ -158,14 +158,14 @@ def main() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
     _quiet_libraries()
     try:
-        take()
+        load_secrets()
         app()
     except (UsageError, DataError, ModelError, LossError, SpaceError) as error:
-        _complain(str(error), code=2)
+        _exit_with_message(str(error), code=2)
     except RunFailed as error:
-        _complain(str(error), code=1)
+        _exit_with_message(str(error), code=1)
     except _Interrupted:
-        _complain("interrupted; the same command goes on from the last checkpoint", code=130)
+        _exit_with_message("interrupted; the same command goes on from the last checkpoint", code=130)
 
 
 class _Interrupted(Exception):
@@ -173,14 +173,14 @@ class _Interrupted(Exception):
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _turn_ctrl_c_into_interruption() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise _Interrupted from None
 
 
-def _complain(message: str, *, code: int) -> NoReturn:
+def _exit_with_message(message: str, *, code: int) -> NoReturn:
     print(f"polyref: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -12,18 +12,24 @@ import typer
 
 from orchestrator.errors import UsageError
 from orchestrator.redaction import redact
-from orchestrator.registry.aliases import ACCURACY, METRIC_PREFIX, PromotionRefused, give_alias, metrics
+from orchestrator.registry.aliases import (
+    ACCURACY,
+    METRIC_PREFIX,
+    PromotionRefused,
+    assign_alias,
+    read_metrics_of_version,
+)
 from orchestrator.registry.download import (
     ADAPTER,
-    adapter_alone,
-    fetch,
-    fetch_merged,
-    free_place,
-    is_adapter,
+    copy_merged_version,
+    copy_version,
+    is_adapter_folder,
+    resolve_adapter,
+    resolve_free_folder,
     resolve_version,
 )
-from orchestrator.registry.versions import find_version, names, split_ref, versions
-from orchestrator.tracking.mlflow import URI_VARIABLE, connect, tracking_uri
+from orchestrator.registry.versions import find_version, list_model_names, list_versions, parse_model_ref
+from orchestrator.tracking.mlflow import URI_VARIABLE, connect_to_mlflow, resolve_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,17 +57,17 @@ class _Registry:
     uri: str
 
     @classmethod
-    def open(cls, uri: str | None, storage: str) -> "_Registry":
-        address = tracking_uri(uri, storage)
+    def open_registry(cls, uri: str | None, storage: str) -> "_Registry":
+        address = resolve_tracking_uri(uri, storage)
         database = Path(address.removeprefix("sqlite:///"))
         if address.startswith("sqlite:///") and not database.is_file():
             raise UsageError(
                 f"there is no MLflow database at {database}: give --storage-path as in the run file, "
                 f"or --tracking-uri (or {URI_VARIABLE}) for a server"
             )
-        return cls(connect(address), address)
+        return cls(connect_to_mlflow(address), address)
 
-    def run(self, version: "ModelVersion") -> "Run | None":
+    def find_run(self, version: "ModelVersion") -> "Run | None":
         from mlflow.exceptions import MlflowException
 
         try:
@@ -69,14 +75,14 @@ class _Registry:
         except MlflowException:  # the run was deleted, the version stays
             return None
 
-    def describe(self, version: "ModelVersion") -> dict[str, Any]:
-        run = self.run(version)
+    def describe_version(self, version: "ModelVersion") -> dict[str, Any]:
+        run = self.find_run(version)
         return {
             "name": version.name,
             "version": int(version.version),
             "aliases": sorted(version.aliases),
-            "created": _time(version.creation_timestamp),
-            ACCURACY: metrics(self.client, version).get(ACCURACY),
+            "created": _format_time(version.creation_timestamp),
+            ACCURACY: read_metrics_of_version(self.client, version).get(ACCURACY),
             "run": run.info.run_name if run else None,
         }
 
@@ -84,8 +90,12 @@ class _Registry:
 @app.command("list")
 def list_models(uri: _Uri = None, storage: _Storage = "runs", as_json: _Json = False) -> None:
     """All registered models, their versions newest first."""
-    registry = _Registry.open(uri, storage)
-    found = [registry.describe(v) for name in names(registry.client) for v in versions(registry.client, name)]
+    registry = _Registry.open_registry(uri, storage)
+    found = [
+        registry.describe_version(v)
+        for name in list_model_names(registry.client)
+        for v in list_versions(registry.client, name)
+    ]
     _print_versions(found, as_json=as_json)
 
 
@@ -97,23 +107,27 @@ def show(
     as_json: _Json = False,
 ) -> None:
     """One version's lineage, metrics and source; for a bare name, its versions."""
-    registry = _Registry.open(uri, storage)
-    if split_ref(ref).open:
-        found = [registry.describe(v) for v in versions(registry.client, split_ref(ref).name)]
+    registry = _Registry.open_registry(uri, storage)
+    if parse_model_ref(ref).leaves_version_open:
+        found = [
+            registry.describe_version(v) for v in list_versions(registry.client, parse_model_ref(ref).name)
+        ]
         _print_versions(found, as_json=as_json)
         return
     version = find_version(registry.client, ref)
-    about = registry.describe(version)
+    about = registry.describe_version(version)
     about["source"] = redact(version.source)
     about["run_id"] = version.run_id
     about["lineage"] = {k: v for k, v in sorted(version.tags.items()) if not k.startswith(METRIC_PREFIX)}
-    about["metrics"] = metrics(registry.client, version)
+    about["metrics"] = read_metrics_of_version(registry.client, version)
     if as_json:
         print(json.dumps(about, indent=2))
         return
-    rows = [[key, _text(value)] for key, value in about.items() if not isinstance(value, dict)]
+    rows = [[key, _format_value(value)] for key, value in about.items() if not isinstance(value, dict)]
     rows += [[key, value] for key, value in about["lineage"].items()]
-    rows += [[key, _text(value)] for key, value in sorted(about["metrics"].items()) if key != ACCURACY]
+    rows += [
+        [key, _format_value(value)] for key, value in sorted(about["metrics"].items()) if key != ACCURACY
+    ]
     _print_table(["", f"{version.name}/{version.version}"], rows)
 
 
@@ -135,27 +149,27 @@ def get(
     """Copy a version, checked: a transformers folder, with the adapter alone in a subfolder if it has one."""
     if merge and adapter:
         raise UsageError("--merge gives a model without adapter, --adapter the adapter alone: choose one")
-    free_place(to)  # before anything is downloaded
-    registry = _Registry.open(uri, storage)
+    resolve_free_folder(to)  # before anything is downloaded
+    registry = _Registry.open_registry(uri, storage)
     version = find_version(registry.client, ref)
-    model = adapter_alone(registry.client, version, registry.uri) if adapter else None
+    model = resolve_adapter(registry.client, version, registry.uri) if adapter else None
     whole = model is None
     model = model or resolve_version(registry.client, version, registry.uri)
-    only_adapter = is_adapter(model.folder)
+    only_adapter = is_adapter_folder(model.folder)
     if adapter and not only_adapter:
         raise UsageError(
             f"{model.uri_pinned} has no adapter that was registered apart: leave out --adapter for the model"
             + (f", which has it in {ADAPTER}/" if (model.folder / ADAPTER).is_dir() else "")
         )
     if merge:
-        fetch_merged(model, to, base=base)
+        copy_merged_version(model, to, base=base)
     else:
-        fetch(model, to)
+        copy_version(model, to)
     checked = "checked against its digest" if model.digest else "registered without a digest, so not checked"
     print(f"{model.uri_pinned} is in {to} ({checked})")
     if only_adapter and not merge:
         remedy = "--merge makes one model of both" if whole else "without --adapter you get one model of both"
-        print(f"it is an adapter for {_base(version, to)}; {remedy}")
+        print(f"it is an adapter for {_name_adapter_base(version, to)}; {remedy}")
 
 
 @app.command()
@@ -167,10 +181,10 @@ def promote(
     storage: _Storage = "runs",
 ) -> None:
     """Give a version an alias, unless the version that has it is better."""
-    registry = _Registry.open(uri, storage)
+    registry = _Registry.open_registry(uri, storage)
     candidate = find_version(registry.client, ref)
     try:
-        holder = give_alias(registry.client, candidate, alias, force=force)
+        holder = assign_alias(registry.client, candidate, alias, force=force)
     except PromotionRefused as error:
         raise UsageError(f"{error}; --force promotes it all the same") from None
     before = f", until now version {holder.version}" if holder and holder.version != candidate.version else ""
@@ -187,26 +201,26 @@ def compare(
     """What was set differently for several versions, and how they did."""
     if len(refs) < 2:
         raise UsageError("compare needs two versions or more: NAME@ALIAS or NAME/VERSION each")
-    registry = _Registry.open(uri, storage)
+    registry = _Registry.open_registry(uri, storage)
     found = [find_version(registry.client, ref) for ref in refs]
-    runs = [registry.run(version) for version in found]
-    params = _rows([run.data.params if run else {} for run in runs])
+    runs = [registry.find_run(version) for version in found]
+    params = _align_columns([run.data.params if run else {} for run in runs])
     differing = {key: values for key, values in params.items() if len(set(values)) > 1}
-    measured = _rows([metrics(registry.client, version) for version in found])
+    measured = _align_columns([read_metrics_of_version(registry.client, version) for version in found])
     if as_json:
         print(json.dumps({"versions": refs, "params": differing, "metrics": measured}, indent=2))
         return
-    rows = [[key, *map(_text, values)] for key, values in (differing | measured).items()]
+    rows = [[key, *map(_format_value, values)] for key, values in (differing | measured).items()]
     _print_table(["", *refs], rows)
 
 
-def _base(version: "ModelVersion", adapter: Path) -> str:
+def _name_adapter_base(version: "ModelVersion", adapter: Path) -> str:
     """What an adapter belongs on: as its lineage pins it, else as its own config names it."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return redact(str(version.tags.get("base_model") or config.get("base_model_name_or_path")))
 
 
-def _rows(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _align_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: [column.get(key) for column in columns] for key in sorted(set().union(*columns))}
 
 
@@ -217,7 +231,7 @@ def _print_versions(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> Non
     if not found:
         print("no models are registered yet", file=sys.stderr)
         return
-    _print_table(list(found[0]), [[_text(value) for value in line.values()] for line in found])
+    _print_table(list(found[0]), [[_format_value(value) for value in line.values()] for line in found])
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -238,7 +252,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -246,5 +260,5 @@ def _text(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _time(milliseconds: int) -> str:
+def _format_time(milliseconds: int) -> str:
     return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%MZ}"

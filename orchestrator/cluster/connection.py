@@ -13,49 +13,49 @@ import ray
 from ray._common.utils import get_ray_address_file
 
 from orchestrator.cluster.worker_environment import (
-    _DRIVER_ENVIRONMENT,
-    _LOCAL_ENVIRONMENT,
-    _WORKER_ENVIRONMENT,
-    worker_environment,
+    DRIVER_ENVIRONMENT,
+    LOCAL_ENVIRONMENT,
+    WORKER_ENVIRONMENT,
+    build_worker_environment,
 )
-from orchestrator.environment import _never_proxy_loopback
+from orchestrator.environment import exclude_loopback_from_proxies
 from orchestrator.errors import UsageError
 
 NAMESPACE = "polyref"
 
 
 @contextlib.contextmanager
-def connected(*, wait_minutes: float = 10) -> Iterator[None]:
+def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     """Inside, `ray` is connected to RAY_ADDRESS, to this machine's running cluster, or to a new local one.
 
     A connection that was there before is left as it is. Raises UsageError where RAY_ADDRESS does not answer.
     """
-    for name, value in (_DRIVER_ENVIRONMENT | _start_timeout(wait_minutes)).items():
+    for name, value in (DRIVER_ENVIRONMENT | _start_timeout_variables(wait_minutes)).items():
         os.environ.setdefault(name, value)
-    _never_proxy_loopback()
+    exclude_loopback_from_proxies()
     if ray.is_initialized():
         yield
         return
-    address = _address()
+    address = _find_address()
     local = address == "local"
     if local:
         # Workers of a cluster of our own inherit this process's environment.
-        for name, value in (_WORKER_ENVIRONMENT | _LOCAL_ENVIRONMENT).items():
+        for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
     ray.init(
         address=address,
         namespace=NAMESPACE,
         logging_level=logging.ERROR,
-        runtime_env=None if local else {"env_vars": worker_environment(os.environ)},
+        runtime_env=None if local else {"env_vars": build_worker_environment(os.environ)},
     )
     try:
-        with _terminated_as_by_ctrl_c():
+        with _turn_sigterm_into_ctrl_c():
             yield
     finally:
         ray.shutdown()
 
 
-def _address() -> str:
+def _find_address() -> str:
     """RAY_ADDRESS; else the cluster that runs on this machine; else "local", a new one.
 
     Tried first: Ray itself would try for minutes, also where a killed cluster left its address behind.
@@ -64,7 +64,7 @@ def _address() -> str:
     if given == "local":
         return given
     if given != "auto":
-        if not _answers(given):
+        if not _is_reachable(given):
             raise UsageError(
                 f"no Ray answers at {given}, which RAY_ADDRESS names: start it (`ray up`, `ray start "
                 "--head`), correct the address, or unset it for a Ray of this machine's own"
@@ -72,10 +72,10 @@ def _address() -> str:
         return given
     noted = get_ray_address_file(None)
     started = Path(noted).read_text().strip() if os.path.exists(noted) else ""
-    return started if started and _answers(started) else "local"
+    return started if started and _is_reachable(started) else "local"
 
 
-def _answers(address: str) -> bool:
+def _is_reachable(address: str) -> bool:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -85,7 +85,7 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def own_ctrl_c() -> Iterator[None]:
+def keep_ctrl_c_handler() -> Iterator[None]:
     """Around a run of Ray Train or Tune, which leave their handler of Ctrl-C in place: puts ours back."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,7 +98,7 @@ def own_ctrl_c() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminated_as_by_ctrl_c() -> Iterator[None]:
+def _turn_sigterm_into_ctrl_c() -> Iterator[None]:
     """A job that is stopped gets SIGTERM: it ends as by Ctrl-C and leaves nothing behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -110,6 +110,6 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start_timeout(minutes: float) -> dict[str, str]:
+def _start_timeout_variables(minutes: float) -> dict[str, str]:
     """A finite wait for workers that other jobs keep from starting."""
     return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(60 * minutes)}

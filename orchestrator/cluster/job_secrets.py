@@ -14,14 +14,14 @@ from collections.abc import Mapping
 
 from orchestrator.errors import RunFailed
 
-BOX = "POLYREF_MAILBOX"
+SECRETS_LOCATION = "POLYREF_MAILBOX"
 """Set for a job that was given secrets: the name they are kept under."""
-NAMES = "POLYREF_SECRETS"
+SECRET_NAMES = "POLYREF_SECRETS"
 """Set in such a job once it has them: their names, with commas between."""
 _TIMEOUT_S = 60
 
 
-def put(secrets: Mapping[str, str], *, server: str, headers: Mapping[str, str]) -> str:
+def upload_secrets(secrets: Mapping[str, str], *, server: str, headers: Mapping[str, str]) -> str:
     """Leave secrets with the job server at `server`; what `BOX` must be for the job to find them.
 
     Raises:
@@ -43,13 +43,13 @@ def put(secrets: Mapping[str, str], *, server: str, headers: Mapping[str, str]) 
     return f"gcs://{name}"
 
 
-def take() -> None:
+def load_secrets() -> None:
     """In a job: move what was left for it into the environment, once. Does nothing where nothing was.
 
     Raises:
         RunFailed: it is gone.
     """
-    name = os.environ.pop(BOX, None)
+    name = os.environ.pop(SECRETS_LOCATION, None)
     if name is None:
         return
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -64,4 +64,4 @@ def take() -> None:
         )
     secrets = json.loads(content)
     os.environ.update(secrets)
-    os.environ[NAMES] = ",".join(secrets)
+    os.environ[SECRET_NAMES] = ",".join(secrets)

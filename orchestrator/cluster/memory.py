@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from orchestrator.cluster.model_shape import Shape, shape_of, weight_bytes
+from orchestrator.cluster.model_shape import Shape, bytes_per_weight, read_model_shape
 from orchestrator.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _MASTER, _MOMENTS = 4, 8  # float32 bytes
 
 
 @dataclass(frozen=True)
-class Load:
+class PolicyWorkload:
     """A policy as it is trained: its shape, dtypes and micro-batches.
 
     Attributes:
@@ -59,33 +59,33 @@ class Load:
     quantized: bool = False
 
     @property
-    def whole(self) -> bool:
+    def trains_all_weights(self) -> bool:
         """Whether every weight is trained."""
         return self.shape.adapter == 0
 
     @property
     def trained(self) -> int:
         """How many weights are trained."""
-        return self.shape.parameters if self.whole else self.shape.adapter
+        return self.shape.parameters if self.trains_all_weights else self.shape.adapter
 
     @property
     def frozen(self) -> float:
         """Bytes of all frozen weights."""
-        if self.whole:
+        if self.trains_all_weights:
             return 0.0
         return self.frozen_bytes * self.shape.body + self.outer_bytes * self.shape.root
 
     @property
     def layer_bytes(self) -> float:
         """Bytes of the largest layer's weights, whole, with its part of the adapter."""
-        if self.whole:
+        if self.trains_all_weights:
             return float(_MASTER * self.shape.layer)
         return self.frozen_bytes * self.shape.layer + _MASTER * self.shape.adapter / self.shape.layers
 
     @property
     def root_bytes(self) -> float:
         """Bytes of the weights outside the layers, whole."""
-        return (_MASTER if self.whole else self.outer_bytes) * self.shape.root
+        return (_MASTER if self.trains_all_weights else self.outer_bytes) * self.shape.root
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ class Memory:
         """All that lies on the device."""
         return self.weights + self.gradients + self.moments + self.activations + self.working
 
-    def fits(self, gib: float) -> bool:
+    def fits_device(self, gib: float) -> bool:
         """Whether a device of that many GiB holds it, with room for CUDA itself."""
         return self.device <= FITS * gib * GIB
 
 
-def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
+def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: int) -> Memory:
     """What each of `workers` needs under the strategy."""
     trained, frozen = load.trained, load.frozen
     weights, gradients, moments = (
@@ -147,10 +147,10 @@ def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
         float(_MOMENTS * trained),
     )
     whole = weights  # read into main memory where it is cut, before a device has any of it
-    working, host = _head(load) + _casts(load), 0.0
+    working, host = _count_head(load) + _count_casts(load), 0.0
     if strategy.name == "fsdp" and (workers > 1 or strategy.offload):
         weights, gradients, moments = weights / workers, gradients / workers, moments / workers
-        working += _whole_for_a_while(load)
+        working += _count_gathered_weights(load)
         if strategy.offload:
             weights, gradients, moments, host = 0.0, 0.0, 0.0, weights + gradients + moments
         host = max(host, whole)
@@ -161,7 +161,7 @@ def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
             gradients /= workers
         if strategy.stage == 3:
             weights /= workers
-            working += _live(load)
+            working += _count_live_weights(load)
         else:
             working += 0.0 if strategy.offload else gradients / workers if strategy.stage == 1 else gradients
         if strategy.offload:
@@ -174,25 +174,25 @@ def memory(load: Load, strategy: Strategy, workers: int) -> Memory:
             moments += masters
         if strategy.stage == 3:
             host = max(host, whole)
-    return Memory(weights, gradients, moments, _activations(load), working, host)
+    return Memory(weights, gradients, moments, _count_activations(load), working, host)
 
 
-def fewest_workers(load: Load, strategy: Strategy, gib: float) -> int | None:
+def fewest_workers(load: PolicyWorkload, strategy: Strategy, gib: float) -> int | None:
     """The fewest workers (a power of two) whose devices of `gib` GiB hold the policy; None: not so."""
     count = 1
     while count <= MOST_WORKERS:
-        if memory(load, strategy, count).fits(gib):
+        if estimate_worker_memory(load, strategy, count).fits_device(gib):
             return count
         count *= 2
     return None
 
 
-def possible(load: Load, strategy: Strategy) -> bool:
+def can_train(load: PolicyWorkload, strategy: Strategy) -> bool:
     """Whether the policy can be trained so at all: quantised weights cannot be split."""
     return not (load.quantized and (strategy.name == "fsdp" or strategy.stage == 3))
 
 
-def _activations(load: Load) -> float:
+def _count_activations(load: PolicyWorkload) -> float:
     """What the backward pass keeps of the forward pass.
 
     Per token and layer: both norms keep their float32 input and output (16 d bytes); every linear layer its
@@ -204,48 +204,48 @@ def _activations(load: Load) -> float:
     shape, size = load.shape, load.compute_bytes
     inputs = 5 if size < _MASTER else 2
     layer = (16 + inputs * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
-    residual = max(_MASTER if load.whole else load.outer_bytes, size) * shape.hidden
+    residual = max(_MASTER if load.trains_all_weights else load.outer_bytes, size) * shape.hidden
     layers = shape.layers * residual + layer if load.checkpointing else shape.layers * layer
     ends = 4 * _MASTER * shape.hidden  # embeddings, the last norm, the states that meet the head
     mask = load.row_tokens * (1 + size)  # of rows that share their prompt: which token sees which
     return float(_MARGIN * load.tokens * (layers + ends + mask))
 
 
-def _head(load: Load) -> float:
+def _count_head(load: PolicyWorkload) -> float:
     """A chunk's logits, log-probs, probabilities and gradient, and the head's own cast and gradient."""
     shape, size = load.shape, load.compute_bytes
     chunk = min(CHUNK_TOKENS, load.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER)
     matrix = shape.vocabulary * shape.hidden
-    cast = matrix * size if (_MASTER if load.whole else load.outer_bytes) != size else 0
+    cast = matrix * size if (_MASTER if load.trains_all_weights else load.outer_bytes) != size else 0
     gradient = (
-        matrix * (_MASTER + size) if load.whole else 0
+        matrix * (_MASTER + size) if load.trains_all_weights else 0
     )  # its sum and a chunk's part, before it is added
     return float(chunk + cast + gradient)
 
 
-def _casts(load: Load) -> float:
+def _count_casts(load: PolicyWorkload) -> float:
     """Half-precision copies of layers' weights that autocast makes and the backward pass needs."""
-    bytes_in_memory = _MASTER if load.whole else load.frozen_bytes
+    bytes_in_memory = _MASTER if load.trains_all_weights else load.frozen_bytes
     if bytes_in_memory <= load.compute_bytes:
         return 0.0
     return float(load.compute_bytes * (load.shape.layer if load.checkpointing else load.shape.body))
 
 
-def _whole_for_a_while(load: Load) -> float:
+def _count_gathered_weights(load: PolicyWorkload) -> float:
     """FSDP: a layer and the next one, the weights outside the layers, and their gradients, whole."""
-    gradients = 2 * _MASTER * load.shape.layer + _MASTER * load.shape.root if load.whole else 0
+    gradients = 2 * _MASTER * load.shape.layer + _MASTER * load.shape.root if load.trains_all_weights else 0
     return 2 * load.layer_bytes + load.root_bytes + gradients
 
 
-def _live(load: Load) -> float:
+def _count_live_weights(load: PolicyWorkload) -> float:
     """Stage 3: weights that DeepSpeed keeps whole for their next use, and a layer's gradients."""
     share = min(1.0, _LIVE_WEIGHTS / load.shape.parameters)
     everything = _MASTER * load.trained + load.frozen
-    gradients = _MASTER * load.shape.layer if load.whole else 0
+    gradients = _MASTER * load.shape.layer if load.trains_all_weights else 0
     return max(share * everything, 2 * load.layer_bytes + load.root_bytes) + gradients
 
 
-def replica(
+def estimate_replica_memory(
     shape: Shape, weight_bytes: float, outer_bytes: float, *, tokens: int = REFERENCE_TOKENS
 ) -> Memory:
     """What one copy of a frozen reference needs: its weights, and the widest moment of a forward pass."""
@@ -267,7 +267,7 @@ class Sizing:
         references: one replica of each reference that is served, by name.
     """
 
-    load: Load
+    load: PolicyWorkload
     own: Strategy
     workers: int
     references: Mapping[str, Memory]
@@ -276,21 +276,21 @@ class Sizing:
     def strategies(self) -> tuple[Strategy, ...]:
         """All that could train this policy, the run's own among them."""
         every = STRATEGIES if self.own in STRATEGIES else (*STRATEGIES, self.own)
-        return tuple(s for s in every if possible(self.load, s))
+        return tuple(s for s in every if can_train(self.load, s))
 
     @property
     def memory(self) -> Memory:
         """What each worker of the run needs."""
-        return memory(self.load, self.own, self.workers)
+        return estimate_worker_memory(self.load, self.own, self.workers)
 
     @property
     def other_checkpointing(self) -> Memory:
         """The same with the other choice of `training.gradient_checkpointing`."""
         other = replace(self.load, checkpointing=not self.load.checkpointing)
-        return memory(other, self.own, self.workers)
+        return estimate_worker_memory(other, self.own, self.workers)
 
 
-def size(
+def size_run(
     config: RunConfig,
     policy: "Located",
     references: Mapping[str, "Located"],
@@ -310,9 +310,9 @@ def size(
     """
     precision = config.training.precision
     half = precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
-    layer, outer = weight_bytes(config.policy, device_type)
-    load = Load(
-        shape=shape_of(policy, config.policy, lora=config.policy.adapter),
+    layer, outer = bytes_per_weight(config.policy, device_type)
+    load = PolicyWorkload(
+        shape=read_model_shape(policy, config.policy, lora=config.policy.adapter),
         frozen_bytes=layer,
         outer_bytes=outer,
         compute_bytes=2 if half else 4,
@@ -329,8 +329,10 @@ def size(
         own=Strategy(parallel.strategy, stage, parallel.offload),
         workers=parallel.workers,
         references={
-            name: replica(shape_of(references[name], reference), *weight_bytes(reference, device_type))
+            name: estimate_replica_memory(
+                read_model_shape(references[name], reference), *bytes_per_weight(reference, device_type)
+            )
             for name, reference in config.references.models.items()
-            if not reference.in_process
+            if not reference.scored_by_workers
         },
     )

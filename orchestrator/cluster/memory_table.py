@@ -12,13 +12,13 @@ from orchestrator.cluster.memory import (
     FITS,
     GIB,
     STRATEGIES,
-    Load,
     Memory,
+    PolicyWorkload,
     Sizing,
     Strategy,
+    estimate_replica_memory,
+    estimate_worker_memory,
     fewest_workers,
-    memory,
-    replica,
 )
 from orchestrator.cluster.model_shape import Shape
 
@@ -41,7 +41,7 @@ DOCUMENTED_WORKERS = 8
 _RANK = 16
 
 
-def table(sizing: Sizing) -> RenderableType:
+def format_memory_table(sizing: Sizing) -> RenderableType:
     """Every strategy's need for a run: what a worker holds, and how few workers do on common devices."""
     load = sizing.load
     drawn = Table(box=None, padding=(0, 2, 0, 0))
@@ -49,19 +49,23 @@ def table(sizing: Sizing) -> RenderableType:
     for name in ("GiB", "main memory", *(f"{device} GiB" for device in DEVICES)):
         drawn.add_column(name, justify="right")
     for strategy in sizing.strategies:
-        need, own = memory(load, strategy, sizing.workers), strategy == sizing.own
-        cells = [f"{strategy} *" if own else str(strategy), gib(need.device), gib(need.host)]
-        cells += [_count(fewest_workers(load, strategy, device)) for device in DEVICES]
+        need, own = estimate_worker_memory(load, strategy, sizing.workers), strategy == sizing.own
+        cells = [f"{strategy} *" if own else str(strategy), format_gib(need.device), format_gib(need.host)]
+        cells += [_format_worker_count(fewest_workers(load, strategy, device)) for device in DEVICES]
         drawn.add_row(*cells, style="bold" if own else None)
-    trained = "all trained" if load.whole else f"and {_weights(load.trained)} of LoRA that are trained"
+    trained = (
+        "all trained"
+        if load.trains_all_weights
+        else f"and {_format_weight_count(load.trained)} of LoRA that are trained"
+    )
     head = (
-        f"policy: {_weights(load.shape.parameters)} weights, {trained}. On GPUs, GiB that each of "
+        f"policy: {_format_weight_count(load.shape.parameters)} weights, {trained}. On GPUs, GiB that each of "
         f"{sizing.workers} worker(s) needs, and the fewest workers whose devices hold it:"
     )
-    return Group(Text(head), drawn, *(Text(line) for line in _notes(sizing)))
+    return Group(Text(head), drawn, *(Text(line) for line in _format_notes(sizing)))
 
 
-def _notes(sizing: Sizing) -> list[str]:
+def _format_notes(sizing: Sizing) -> list[str]:
     """What the table leaves out: the run's own parts, the other choice of checkpointing, and references."""
     load, need = sizing.load, sizing.memory
     parts = {
@@ -73,58 +77,63 @@ def _notes(sizing: Sizing) -> list[str]:
     }
     other = "false" if load.checkpointing else "true"
     lines = [
-        f"* this run: {', '.join(f'{gib(value)} {name}' for name, value in parts.items())}; "
-        f"{gib(sizing.other_checkpointing.device)} in all with gradient_checkpointing: {other}"
+        f"* this run: {', '.join(f'{format_gib(value)} {name}' for name, value in parts.items())}; "
+        f"{format_gib(sizing.other_checkpointing.device)} in all with gradient_checkpointing: {other}"
     ]
     for name, one in sizing.references.items():
-        lines.append(f"reference {name}: {gib(one.device)} GiB a replica, {gib(one.weights)} of it weights")
+        lines.append(
+            f"reference {name}: {format_gib(one.device)} GiB a replica, {format_gib(one.weights)} of it weights"
+        )
     lines.append(
         f"estimates for {load.tokens} tokens a micro-batch; {1 - FITS:.0%} of a device is left to CUDA itself"
     )
     return lines
 
 
-def documented() -> str:
+def format_documented_tables() -> str:
     """The documentation's tables in Markdown: a run file's defaults, but `gradient_checkpointing: true`."""
     loads = {
-        f"{name} {'LoRA' if rank else 'full'}": Load(shape.with_lora(rank), checkpointing=True)
+        f"{name} {'LoRA' if rank else 'full'}": PolicyWorkload(shape.with_lora(rank), checkpointing=True)
         for name, shape in MODELS.items()
         for rank in (_RANK, 0)
     }
-    fewest = [[str(s), *(_slashed(load, s) for load in loads.values())] for s in STRATEGIES]
+    fewest = [[str(s), *(_format_fewest_workers(load, s) for load in loads.values())] for s in STRATEGIES]
     needs = [
-        [str(s), *(_split(memory(load, s, DOCUMENTED_WORKERS)) for load in loads.values())]
+        [
+            str(s),
+            *(_format_memory(estimate_worker_memory(load, s, DOCUMENTED_WORKERS)) for load in loads.values()),
+        ]
         for s in STRATEGIES
     ]
     references = [
-        [form, *(gib(replica(shape, inner, 2.0).device) for shape in MODELS.values())]
+        [form, *(format_gib(estimate_replica_memory(shape, inner, 2.0).device) for shape in MODELS.values())]
         for form, inner in (("bfloat16", 2.0), ("8bit", 1.0), ("4bit", 0.516))
     ]
     tables = (("strategy", loads, fewest), ("strategy", loads, needs), ("reference", MODELS, references))
-    return "\n".join(_markdown([corner, *columns], rows) for corner, columns, rows in tables)
+    return "\n".join(_format_markdown([corner, *columns], rows) for corner, columns, rows in tables)
 
 
-def gib(size: float) -> str:
+def format_gib(size: float) -> str:
     """Bytes as GiB, rounded up to a tenth."""
     return f"{ceil(10 * size / GIB) / 10:.1f}"
 
 
-def _slashed(load: Load, strategy: Strategy) -> str:
-    return " / ".join(_count(fewest_workers(load, strategy, device)) for device in DEVICES)
+def _format_fewest_workers(load: PolicyWorkload, strategy: Strategy) -> str:
+    return " / ".join(_format_worker_count(fewest_workers(load, strategy, device)) for device in DEVICES)
 
 
-def _split(need: Memory) -> str:
-    return gib(need.device) + (f" + {gib(need.host)}" if need.host else "")
+def _format_memory(need: Memory) -> str:
+    return format_gib(need.device) + (f" + {format_gib(need.host)}" if need.host else "")
 
 
-def _weights(count: int) -> str:
+def _format_weight_count(count: int) -> str:
     return f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
 
 
-def _count(workers: int | None) -> str:
+def _format_worker_count(workers: int | None) -> str:
     return "–" if workers is None else str(workers)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _format_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -88,13 +88,13 @@ class Shape:
         return replace(self, adapter=rank * self.lora)
 
 
-def weight_bytes(config: ModelConfig, device_type: str) -> tuple[float, float]:
+def bytes_per_weight(config: ModelConfig, device_type: str) -> tuple[float, float]:
     """Bytes of a frozen weight in a layer and outside the layers."""
     outer = _DTYPE_BYTES[config.dtype_on(device_type)]
     return _QUANTIZED_BYTES.get(config.quantization, outer), outer
 
 
-def shape_of(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
+def read_model_shape(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
     """Count a located model's weights without reading any, with a new adapter where `lora` asks for one.
 
     Raises ModelError where the config cannot be read or its architecture is unknown.
@@ -112,18 +112,18 @@ def shape_of(located: "Located", config: ModelConfig, *, lora: LoraSettings | No
             model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{config.model}: its weights cannot be counted: {error}") from error
-    adapter = _adapter(model, lora) if lora is not None else 0
+    adapter = _count_adapter_weights(model, lora) if lora is not None else 0
     if lora is None and located.kind == "adapter":
-        adapter = _held(located.path / "adapter_model.safetensors")
-    return replace(_counted(model), adapter=adapter)
+        adapter = _count_stored_weights(located.path / "adapter_model.safetensors")
+    return replace(_count_shape(model), adapter=adapter)
 
 
-def _counted(model: "nn.Module") -> Shape:
+def _count_shape(model: "nn.Module") -> Shape:
     from torch import nn
 
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    each = [_weights(layer) for layer in max(lists, key=_weights, default=())]
+    each = [_count_weights(layer) for layer in max(lists, key=_count_weights, default=())]
     hidden = text.hidden_size
     heads = getattr(text, "num_attention_heads", None) or 1
     experts = getattr(text, "num_experts_per_tok", None) or 1
@@ -137,16 +137,16 @@ def _counted(model: "nn.Module") -> Shape:
         vocabulary=text.vocab_size,
         body=sum(each),
         layer=max(each, default=0),
-        root=_weights(model) - sum(each),
+        root=_count_weights(model) - sum(each),
     )
 
 
-def _weights(module: "nn.Module") -> int:
+def _count_weights(module: "nn.Module") -> int:
     """Weights of a module; a tied one once."""
     return sum(weight.numel() for weight in module.parameters())
 
 
-def _adapter(model: Any, lora: LoraSettings) -> int:
+def _count_adapter_weights(model: Any, lora: LoraSettings) -> int:
     import copy
 
     import torch
@@ -158,15 +158,15 @@ def _adapter(model: Any, lora: LoraSettings) -> int:
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
-def _held(file: Path) -> int:
+def _count_stored_weights(file: Path) -> int:
     """Weights in a safetensors file, by its header: 8 bytes of length, then JSON."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(_product(shape) for shape in shapes)
+    return sum(_multiply(shape) for shape in shapes)
 
 
-def _product(numbers: list[int]) -> int:
+def _multiply(numbers: list[int]) -> int:
     total = 1
     for number in numbers:
         total *= number

@@ -21,23 +21,23 @@ NODE_TYPES = "POLYREF_NODE_TYPES"
 """Set where it cannot be seen what an autoscaler may start."""
 
 
-def nodes() -> list[dict[str, float]]:
+def list_node_resources() -> list[dict[str, float]]:
     """Total resources of every node that is alive, and of those that the autoscaler may still start."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     started = Counter(node.get("Labels", {}).get(_NODE_TYPE) for node in alive)
     return [node["Resources"] for node in alive] + [
         dict(kind["resources"])
-        for name, kind in _node_types().items()
+        for name, kind in _read_node_types().items()
         for _ in range(kind["max_workers"] - started[name])
     ]
 
 
-def machines() -> int:
+def count_nodes() -> int:
     """How many nodes are alive."""
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def _node_types() -> Mapping[str, Any]:
+def _read_node_types() -> Mapping[str, Any]:
     """What the autoscaler may start: `{type: {max_workers, resources}}`.
 
     Ray has an answer of its own (`get_cluster_config`) that its open source never fills, so the file is read

@@ -11,7 +11,7 @@ from orchestrator.errors import UsageError
 REFERENCE_ROLE, TRAINER_ROLE = "polyref_reference", "polyref_trainer"
 """Custom resources that a cluster file gives to the nodes meant for references and for workers. Where some
 node has one, what belongs there asks for a crumb of it."""
-CRUMB = 0.001
+ROLE_AMOUNT = 0.001
 
 REPLICA_CPU = 0.1
 WORKER_CPU = 0.75
@@ -35,7 +35,7 @@ Node = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ClusterProfile:
     """What requests of unsaid size depend on: whether there are GPUs, and nodes kept for one role.
 
     Attributes:
@@ -47,7 +47,7 @@ class Kind:
     roles: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, nodes: Sequence[Node]) -> "Kind":
+    def from_nodes(cls, nodes: Sequence[Node]) -> "ClusterProfile":
         """Of a cluster of these nodes."""
         offered = {name for node in nodes for name, amount in node.items() if amount > 0}
         return cls("GPU" in offered, frozenset(offered & {REFERENCE_ROLE, TRAINER_ROLE}))
@@ -58,43 +58,43 @@ class Kind:
         return "cuda" if self.gpus else "cpu"
 
 
-def replica_bundle(resources: Resources, kind: Kind) -> dict[str, float]:
+def build_replica_bundle(resources: Resources, kind: ClusterProfile) -> dict[str, float]:
     """What one replica of a reference asks for; a whole GPU by default where the cluster has GPUs."""
-    return _bundle(resources, kind, cpu=REPLICA_CPU, role=REFERENCE_ROLE)
+    return _build_bundle(resources, kind, cpu=REPLICA_CPU, role=REFERENCE_ROLE)
 
 
-def worker_bundle(resources: Resources, kind: Kind) -> dict[str, float]:
+def build_worker_bundle(resources: Resources, kind: ClusterProfile) -> dict[str, float]:
     """What one policy worker asks for; a whole GPU by default where the cluster has GPUs."""
-    return _bundle(resources, kind, cpu=WORKER_CPU, role=TRAINER_ROLE)
+    return _build_bundle(resources, kind, cpu=WORKER_CPU, role=TRAINER_ROLE)
 
 
-def _bundle(resources: Resources, kind: Kind, *, cpu: float, role: str) -> dict[str, float]:
+def _build_bundle(resources: Resources, kind: ClusterProfile, *, cpu: float, role: str) -> dict[str, float]:
     default_cpu, default_gpu = (1.0, 1.0) if kind.gpus else (cpu, 0.0)
     bundle = {
         "CPU": default_cpu if resources.cpu is None else resources.cpu,
         "GPU": default_gpu if resources.gpu is None else resources.gpu,
-        **({role: CRUMB} if role in kind.roles else {}),
+        **({role: ROLE_AMOUNT} if role in kind.roles else {}),
         **resources.custom,
     }
     return {name: amount for name, amount in bundle.items() if amount > 0}
 
 
-def reference_needs(config: RunConfig, kind: Kind) -> list[Need]:
+def list_reference_needs(config: RunConfig, kind: ClusterProfile) -> list[Need]:
     """Bundles of the served references and of a reward model; those scored in process need none."""
     needs = [
-        Need(f"reference {name}", reference.replicas, replica_bundle(reference.resources, kind))
+        Need(f"reference {name}", reference.replicas, build_replica_bundle(reference.resources, kind))
         for name, reference in config.references.models.items()
-        if not reference.in_process
+        if not reference.scored_by_workers
     ]
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.model:
-        needs.append(Need("reward model", 1, replica_bundle(reward.resources, kind)))
+        needs.append(Need("reward model", 1, build_replica_bundle(reward.resources, kind)))
     return needs
 
 
-def worker_needs(config: RunConfig, kind: Kind) -> list[Need]:
+def list_worker_needs(config: RunConfig, kind: ClusterProfile) -> list[Need]:
     """Bundles of the policy's workers."""
-    bundle = worker_bundle(config.parallel.resources, kind)
+    bundle = build_worker_bundle(config.parallel.resources, kind)
     return [Need("worker", config.parallel.workers, bundle)]
 
 
@@ -104,21 +104,21 @@ def refuse_impossible(config: RunConfig, nodes: Sequence[Node]) -> None:
     Raises:
         UsageError: with the arithmetic, e.g. "needs 3 GPUs: 2 references + 1 worker; the cluster has 2".
     """
-    kind = Kind.of(nodes)
-    references, workers = reference_needs(config, kind), worker_needs(config, kind)
+    kind = ClusterProfile.from_nodes(nodes)
+    references, workers = list_reference_needs(config, kind), list_worker_needs(config, kind)
     stages = [references + workers] if config.references.mode == "live" else [references, workers]
     for stage in stages:
         _refuse_if_short(stage, nodes)
         _refuse_if_scattered(stage, nodes)
 
 
-def trial_bundles(config: RunConfig, kind: Kind) -> list[dict[str, float]]:
+def list_trial_bundles(config: RunConfig, kind: ClusterProfile) -> list[dict[str, float]]:
     """What one trial asks for: its only worker's bundle, or its driver's and then its workers'."""
-    workers = [worker_bundle(config.parallel.resources, kind)] * config.parallel.workers
+    workers = [build_worker_bundle(config.parallel.resources, kind)] * config.parallel.workers
     return workers if len(workers) == 1 else [{"CPU": TRIAL_CPU}, *workers]
 
 
-def trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: float) -> int:
+def count_trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: float) -> int:
     """How many trials run at once beside the references, which are placed first.
 
     Args:
@@ -130,22 +130,25 @@ def trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: float) -> 
         UsageError: not even one fits; with the arithmetic.
     """
     refuse_impossible(config, nodes)
-    kind, free = Kind.of(nodes), [defaultdict(float, node) for node in nodes]
-    served = reference_needs(config, kind)
+    kind, free = ClusterProfile.from_nodes(nodes), [defaultdict(float, node) for node in nodes]
+    served = list_reference_needs(config, kind)
     if config.references.mode == "precompute":  # they have gone by then, all but a judge of samples
         served = [need for need in served if not need.role.startswith("reference")]
     beside = [("reference", need.bundle) for need in served for _ in range(need.count)]
-    _place([("routers", {"CPU": routers}), *beside], free)
-    trial = [("trial", bundle) for bundle in trial_bundles(config, kind)]
+    _place_bundles([("routers", {"CPU": routers}), *beside], free)
+    trial = [("trial", bundle) for bundle in list_trial_bundles(config, kind)]
     if not all(bundle for _, bundle in trial):
         raise UsageError("a trial asks for nothing; set parallel.resources.cpu or .gpu to more than 0")
     slots = 0
-    while _place(trial, free) is None:
+    while _place_bundles(trial, free) is None:
         slots += 1
     if not slots:
-        offers, held = _offers(nodes), _sum_of([(need, need.count) for need in served]) or "nothing"
+        offers, held = (
+            _format_nodes(nodes),
+            _format_terms([(need, need.count) for need in served]) or "nothing",
+        )
         raise UsageError(
-            f"not even one trial fits: it asks for {_together(trial)}, beside {held}; nodes offer {offers}. "
+            f"not even one trial fits: it asks for {_format_bundle_sum(trial)}, beside {held}; nodes offer {offers}. "
             "Lower parallel.workers or resources (fractions are allowed, e.g. {gpu: 0.5}); "
             "references.mode: precompute scores everything first and frees the references' devices"
         )
@@ -158,7 +161,7 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
         wanted, offered = sum(amount for _, amount in terms), sum(node.get(resource, 0) for node in nodes)
         if wanted > offered + 1e-9:
             raise UsageError(
-                f"needs {_amount(wanted, resource)}: {_sum_of(terms)}; the cluster has {offered:g}. "
+                f"needs {_format_amount(wanted, resource)}: {_format_terms(terms)}; the cluster has {offered:g}. "
                 "Lower parallel.workers, a reference's replicas, or resources (fractions are allowed, "
                 "e.g. {gpu: 0.5}); references.mode: precompute lets references and workers take turns"
             )
@@ -171,11 +174,11 @@ def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
     that goes to the nodes with the fewest GPUs.
     """
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
-    homeless = _place(bundles, [defaultdict(float, node) for node in nodes])
+    homeless = _place_bundles(bundles, [defaultdict(float, node) for node in nodes])
     if homeless is not None:
         raise UsageError(
-            f"{homeless[0]} needs {_together([homeless])} on one node, and no node has room for it beside "
-            f"the rest (nodes offer: {_offers(nodes)}). Lower its resources or use larger nodes"
+            f"{homeless[0]} needs {_format_bundle_sum([homeless])} on one node, and no node has room for it beside "
+            f"the rest (nodes offer: {_format_nodes(nodes)}). Lower its resources or use larger nodes"
         )
 
 
@@ -183,10 +186,10 @@ Bundle = tuple[str, Mapping[str, float]]
 """Whose it is, and what it asks for on one node."""
 
 
-def _place(bundles: Sequence[Bundle], free: list[defaultdict[str, float]]) -> Bundle | None:
+def _place_bundles(bundles: Sequence[Bundle], free: list[defaultdict[str, float]]) -> Bundle | None:
     """Take the bundles from what is free; the first that finds no room, and then nothing is taken."""
     left = [node.copy() for node in free]
-    for role, bundle in sorted(bundles, key=lambda item: _scarcity(item[1]), reverse=True):
+    for role, bundle in sorted(bundles, key=lambda item: _rank_scarcity(item[1]), reverse=True):
         homes = [node for node in left if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
         home = min(homes, key=lambda node: (node["GPU"], node["CPU"]), default=None)
         if home is None:
@@ -197,36 +200,36 @@ def _place(bundles: Sequence[Bundle], free: list[defaultdict[str, float]]) -> Bu
     return None
 
 
-def _scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
+def _rank_scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
     custom = sum(name not in ("CPU", "GPU") for name in bundle)
     return custom, bundle.get("GPU", 0), bundle.get("CPU", 0)
 
 
-def _offers(nodes: Sequence[Node]) -> str:
+def _format_nodes(nodes: Sequence[Node]) -> str:
     """`1 CPU; 4 x 8 CPU, 1 GPU (polyref_trainer)`."""
-    counts = Counter(_offer(node) for node in nodes)
+    counts = Counter(_format_node(node) for node in nodes)
     return "; ".join(offer if count == 1 else f"{count} x {offer}" for offer, count in counts.items())
 
 
-def _offer(node: Node) -> str:
+def _format_node(node: Node) -> str:
     amounts = ", ".join(f"{node[name]:g} {name}" for name in ("CPU", "GPU") if node.get(name)) or "nothing"
     roles = [role for role in (REFERENCE_ROLE, TRAINER_ROLE) if node.get(role)]
     return f"{amounts} ({', '.join(roles)})" if roles else amounts
 
 
-def _together(bundles: Sequence[Bundle]) -> str:
+def _format_bundle_sum(bundles: Sequence[Bundle]) -> str:
     total: Counter[str] = Counter()
     for _, bundle in bundles:
         total.update(bundle)
     return ", ".join(f"{amount:g} {resource}" for resource, amount in total.items())
 
 
-def _amount(count: float, resource: str) -> str:
+def _format_amount(count: float, resource: str) -> str:
     plural = "s" if resource in ("CPU", "GPU") and count != 1 else ""
     return f"{count:g} {resource}{plural}"
 
 
-def _sum_of(terms: Sequence[tuple[Need, float]]) -> str:
+def _format_terms(terms: Sequence[tuple[Need, float]]) -> str:
     """'2 references + 1 worker' when each asks for one, '2 references x 0.5 + ...' otherwise."""
     counts: Counter[tuple[str, float]] = Counter()
     for need, amount in terms:

@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 
-from orchestrator.cluster.worker_environment import secrets
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.errors import UsageError
-from orchestrator.storage.paths import _shown, answering, is_uri
-from orchestrator.storage.probe import beacon, visible
+from orchestrator.storage.paths import explain_storage_failures, is_uri, shown_location
+from orchestrator.storage.probe import why_invisible, write_probe
 from preferences import buckets
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,13 @@ def refuse_unshared(storage_path: str) -> None:
         ray.exceptions.ObjectLostError,
         ray.exceptions.TaskUnschedulableError,
     )
-    look, environment = ray.remote(num_cpus=0, max_retries=0)(_look), ray.put(secrets(os.environ))
+    look, environment = (
+        ray.remote(num_cpus=0, max_retries=0)(_check_visibility),
+        ray.put(collect_secrets(os.environ)),
+    )
     with contextlib.ExitStack() as stack:
-        with answering(storage_path):
-            written = stack.enter_context(beacon(storage_path))
+        with explain_storage_failures(storage_path):
+            written = stack.enter_context(write_probe(storage_path))
         asked = {
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 written, environment
@@ -51,24 +54,24 @@ def refuse_unshared(storage_path: str) -> None:
             except gone:
                 continue
             except ray.exceptions.RayError as error:
-                raise UsageError(_unable(asked[answer], error)) from error
+                raise UsageError(_explain_failed_check(asked[answer], error)) from error
             if why is not None:
-                raise UsageError(unshared(storage_path, asked[answer], why))
+                raise UsageError(explain_unshared_storage(storage_path, asked[answer], why))
     if silent:
         log.warning(
             "whether storage_path %s is shared was not answered within %.0f s by: %s",
-            _shown(storage_path),
+            shown_location(storage_path),
             _ANSWER_WITHIN_S,
             ", ".join(sorted(asked[answer] for answer in silent)),
         )
 
 
-def _look(written: str, environment: dict[str, str]) -> str | None:
+def _check_visibility(written: str, environment: dict[str, str]) -> str | None:
     os.environ.update(environment)
-    return visible(written)
+    return why_invisible(written)
 
 
-def _unable(node: str, error: BaseException) -> str:
+def _explain_failed_check(node: str, error: BaseException) -> str:
     lines = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
     return (
         f"node {node} could not look for storage_path ({lines[-1].strip()}); "
@@ -76,7 +79,7 @@ def _unable(node: str, error: BaseException) -> str:
     )
 
 
-def unshared(storage_path: str, node: str, why: str) -> str:
+def explain_unshared_storage(storage_path: str, node: str, why: str) -> str:
     """The refusal of a storage that a node does not reach, `why` being what `visible` said there."""
     if is_uri(storage_path):
         return (

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 
-from orchestrator.cluster.job_secrets import NAMES
+from orchestrator.cluster.job_secrets import SECRET_NAMES
 
 # Train's controller polls workers every 2 s by default, and every report waits for a poll.
-_DRIVER_ENVIRONMENT = {
+DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
@@ -14,7 +14,7 @@ _DRIVER_ENVIRONMENT = {
 
 # Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job, and
 # a bar that loads weights none in a log.
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
@@ -23,7 +23,7 @@ _WORKER_ENVIRONMENT = {
 
 
 # A cluster of our own on this machine has no nodes that a cloud could take away.
-_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 # What a worker needs to reach a hub or a server as the driver does.
@@ -63,18 +63,18 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+def build_worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What is not secret of the environment that every Ray worker of a run gets.
 
     Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
     """
     job = json.loads(environment.get(JOB, "{}")).get("runtime_env") or {}
-    names = (*_DRIVER_ENVIRONMENT, *_LOCAL_ENVIRONMENT, *_PASSED_ON)
-    ours = _WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
+    names = (*DRIVER_ENVIRONMENT, *LOCAL_ENVIRONMENT, *_PASSED_ON)
+    ours = WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
     return {name: value for name, value in ours.items() if name not in job.get("env_vars", {})}
 
 
-def secrets(environment: Mapping[str, str]) -> dict[str, str]:
+def collect_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
-    names = (*_SECRET, *environment.get(NAMES, "").split(","))
+    names = (*_SECRET, *environment.get(SECRET_NAMES, "").split(","))
     return {name: environment[name] for name in names if name in environment}

@@ -19,13 +19,13 @@ from pydantic import (
 from losses.config import LossConfig
 from losses.presets import PRESETS, from_settings
 from models.config import PolicyConfig
-from orchestrator.config.problems import explain
+from orchestrator.config.problems import explain_validation_error
 from orchestrator.config.sections import (
     EvaluationConfig,
     ParallelConfig,
     PlacementConfig,
     ReferencesConfig,
-    Settings,
+    Section,
     TrackingConfig,
     TrainingConfig,
 )
@@ -34,20 +34,20 @@ from orchestrator.errors import UsageError
 from preferences.config import DataConfig
 
 
-def _loss(value: Any) -> Any:
+def _parse_loss(value: Any) -> Any:
     if not isinstance(value, Mapping | LossConfig):
         raise ValueError(f"must be a section such as {{preset: dpo, beta: 0.1}}, got {value!r}")
     return from_settings(value) if isinstance(value, Mapping) else value
 
 
-class RunConfig(Settings):
+class RunConfig(Section):
     """A whole run file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     policy: PolicyConfig
     references: ReferencesConfig = ReferencesConfig()
     data: DataConfig
-    loss: Annotated[LossConfig, BeforeValidator(_loss)]
+    loss: Annotated[LossConfig, BeforeValidator(_parse_loss)]
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -110,7 +110,7 @@ class RunConfig(Settings):
                 f"parallel.strategy {self.parallel.strategy} reads it into main memory: set attention: sdpa, "
                 "or strategy: ddp"
             )
-        if self.policy.adapter is None and any(r.in_process for r in self.references.models.values()):
+        if self.policy.adapter is None and any(r.scored_by_workers for r in self.references.models.values()):
             raise ValueError(
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "
                 "not set: set policy.adapter, or name the reference's model itself"
@@ -126,7 +126,7 @@ class RunConfig(Settings):
                 "evaluation.sampling.kl_budget is of KL to the primary reference, but references.models is "
                 "empty: add one, or leave the budget out"
             )
-        served = [name for name, reference in references.models.items() if not reference.in_process]
+        served = [name for name, reference in references.models.items() if not reference.scored_by_workers]
         if references.mode == "precompute" and served:
             raise ValueError(
                 f"evaluation.sampling asks references ({', '.join(served)}) for scores of fresh samples, but "
@@ -158,12 +158,12 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
-        raise UsageError(explain(error, source=source, of=RunConfig)) from None
+        raise UsageError(explain_validation_error(error, source=source, of=RunConfig)) from None
     config._preset = content["loss"].get("preset", "custom")
     return config
 
 
-def run_schema() -> dict[str, Any]:
+def build_run_schema() -> dict[str, Any]:
     """JSON Schema of the run file, for editors; `loss.preset` included."""
     schema = RunConfig.model_json_schema()
     preset = {"enum": sorted(PRESETS), "description": "a named loss; other fields override it"}

@@ -12,13 +12,13 @@ POLICY = "policy"
 """The reference model name that means: the policy's own start, scored in process with the adapter off."""
 
 
-class Settings(BaseModel):
+class Section(BaseModel):
     """Base of the run file's sections: frozen, and a field that does not exist is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Resources(Settings):
+class Resources(Section):
     """What one replica or worker asks of Ray; `null` means the default for the cluster at hand."""
 
     cpu: float | None = Field(default=None, ge=0)
@@ -33,14 +33,14 @@ class ReferenceConfig(ModelConfig):
     resources: Resources = Resources()
 
     @property
-    def in_process(self) -> bool:
+    def scored_by_workers(self) -> bool:
         """Whether the policy's workers score it themselves, with their adapter off."""
         return self.model == POLICY
 
     @model_validator(mode="after")
     def _in_process_has_no_settings(self) -> "ReferenceConfig":
         extra = sorted(self.model_fields_set - {"model"})
-        if self.in_process and extra:
+        if self.scored_by_workers and extra:
             raise ValueError(
                 f"`model: policy` is the policy's own start, so {', '.join(extra)} cannot be set here; "
                 "leave it out, or name the model itself"
@@ -48,7 +48,7 @@ class ReferenceConfig(ModelConfig):
         return self
 
 
-class ReferencesConfig(Settings):
+class ReferencesConfig(Section):
     """The references by name. `primary` centres the trust region and gives entropy and accuracy."""
 
     primary: str | None = None
@@ -89,7 +89,7 @@ class ReferencesConfig(Settings):
         return sorted(self.models, key=lambda name: name != self.primary)
 
 
-class TrainingConfig(Settings):
+class TrainingConfig(Section):
     """The optimisation: how long, how much per step, how fast."""
 
     epochs: int = Field(default=1, ge=1)
@@ -108,7 +108,7 @@ class TrainingConfig(Settings):
     seed: int = Field(default=0, ge=0)
 
 
-class ParallelConfig(Settings):
+class ParallelConfig(Section):
     """How many policy workers, what each asks of the cluster, and how they share the policy."""
 
     workers: int = Field(default=1, ge=1)
@@ -145,7 +145,7 @@ class ParallelConfig(Settings):
         return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.stage == 3)
 
 
-class RewardConfig(Settings):
+class RewardConfig(Section):
     """What judges sampled responses: a Python function, or a model that classifies text, as an actor."""
 
     function: str | None = Field(
@@ -166,7 +166,7 @@ class RewardConfig(Settings):
         return self
 
 
-class SamplingConfig(Settings):
+class SamplingConfig(Section):
     """Responses that the policy writes at every evaluation, for KL and reward."""
 
     prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the file")
@@ -190,7 +190,7 @@ METRICS: Mapping[str, Literal["max", "min"]] = {
 """What a run can be judged by, and which way is better."""
 
 
-class EvaluationConfig(Settings):
+class EvaluationConfig(Section):
     """Held-out evaluation: before the first step, every so many steps, and at the end."""
 
     every_steps: int = Field(default=50, ge=1)
@@ -228,7 +228,7 @@ class EvaluationConfig(Settings):
         return self
 
 
-class TrackingConfig(Settings):
+class TrackingConfig(Section):
     """Where MLflow records the run, and the registered model its result becomes a version of."""
 
     uri: str | None = Field(
@@ -239,7 +239,7 @@ class TrackingConfig(Settings):
     alias: str | None = Field(default=None, description="alias that the version asks for")
 
 
-class PlacementConfig(Settings):
+class PlacementConfig(Section):
     """How long references and workers that fit the cluster may wait for other jobs to make room."""
 
     wait_minutes: float = Field(default=10, gt=0)

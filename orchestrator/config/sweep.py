@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from losses.config import LossConfig
-from orchestrator.config.problems import explain
+from orchestrator.config.problems import explain_validation_error
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.config.sections import METRICS, EvaluationConfig, Settings
-from orchestrator.config.yaml import override, read_yaml
+from orchestrator.config.sections import METRICS, EvaluationConfig, Section
+from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.search.report.labels import KL
 from tune_spaces.schedulers import Fifo, SchedulerConfig
@@ -33,7 +33,7 @@ _NOT_SEARCHED = {
 }
 
 
-class SearchConfig(Settings):
+class SearchConfig(Section):
     """How points are chosen, and how often each is run."""
 
     algorithm: Literal["random", "grid", "tpe"] = "random"
@@ -55,7 +55,7 @@ class SearchConfig(Settings):
         return self
 
 
-class Objective(Settings):
+class Objective(Section):
     """A metric and which way is better; both known metrics and `eval/kl/<reference>` have a direction."""
 
     metric: str
@@ -75,7 +75,7 @@ class Objective(Settings):
         return {"mode": METRICS.get(metric, "min"), **values}
 
 
-class PlateauConfig(Settings):
+class PlateauConfig(Section):
     """Stop a trial whose metric no longer moves: its standard deviation over the last results."""
 
     std: float = Field(default=0.005, gt=0)
@@ -83,11 +83,11 @@ class PlateauConfig(Settings):
     grace: int = Field(default=4, ge=1, description="evaluations before a trial may be stopped")
 
 
-def _objectives(value: Any) -> Any:
+def _wrap_objective(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-class SweepConfig(Settings):
+class SweepConfig(Section):
     """A whole sweep file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -99,7 +99,7 @@ class SweepConfig(Settings):
     search: SearchConfig
     scheduler: SchedulerConfig = Fifo()
     plateau: PlateauConfig | None = None
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_objectives), Field(min_length=1)] = (
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_wrap_objective), Field(min_length=1)] = (
         Objective(metric="eval/accuracy", mode="max"),
     )
     max_concurrent: int | None = Field(default=None, ge=1, description="default: as many as fit")
@@ -141,7 +141,7 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     """
     content = read_yaml(path, what="sweep file (name, run, spaces, search, ...)")
     early = [text for text in overrides if text.startswith("run=")]
-    content = override(content, early)
+    content = apply_overrides(content, early)
     run, run_source = content.get("run"), f"{path}: run"
     if isinstance(run, str):
         run_file = Path(path).parent / Path(run).expanduser()
@@ -150,7 +150,7 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     elif run is None:
         raise UsageError(f"{path}: run is required and missing; name the run file that trials start from")
     late = [text for text in overrides if text not in early]
-    return parse_sweep(override(content, late), source=str(path), run_source=run_source)
+    return parse_sweep(apply_overrides(content, late), source=str(path), run_source=run_source)
 
 
 def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:
@@ -158,9 +158,9 @@ def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | No
     try:
         sweep = SweepConfig.model_validate(content)
     except ValidationError as error:
-        raise UsageError(explain(error, source=source, of=SweepConfig)) from None
+        raise UsageError(explain_validation_error(error, source=source, of=SweepConfig)) from None
     run_source = run_source or f"{source}: run"
-    sweep._base = parse_run(_judged(sweep, sweep.run), source=run_source)
+    sweep._base = parse_run(_set_evaluation_metric(sweep, sweep.run), source=run_source)
     sweep._domains = {}
     for field, value in sweep.space.items():
         _refuse_unsearchable(field, f"{source}: space.{field}")
@@ -172,7 +172,7 @@ def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | No
     return sweep
 
 
-def trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = "trial") -> RunConfig:
+def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = "trial") -> RunConfig:
     """The run that a trial is: the run file with the point's fields put in, in a folder of the search.
 
     A drawn `loss.preset` replaces the run file's whole loss, whose other fields belong to another loss.
@@ -184,17 +184,19 @@ def trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = 
     own["training.seed"] = sweep.base.training.seed + repeat
     if sweep.scheduler.type == "pbt":  # what it copies from one trial to another is a checkpoint
         own["training.save_every"] = sweep.base.evaluation.every_steps
-    return parse_run(applied(_judged(sweep, sweep.run), {**point, **own}), source=f"trial {name}")
+    return parse_run(
+        applied(_set_evaluation_metric(sweep, sweep.run), {**point, **own}), source=f"trial {name}"
+    )
 
 
-def sweep_schema() -> dict[str, Any]:
+def build_sweep_schema() -> dict[str, Any]:
     """JSON Schema of the sweep file, for editors; `run` is a path or a run file's content."""
     schema = SweepConfig.model_json_schema()
     schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
     return schema
 
 
-def _judged(sweep: SweepConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+def _set_evaluation_metric(sweep: SweepConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """The run file's content, judged by the search's first objective."""
     metric = sweep.objective[0].metric
     evaluation = dict(run.get("evaluation") or {})
@@ -208,7 +210,7 @@ def _judged(sweep: SweepConfig, run: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unsearchable(field: str, where: str) -> None:
     section: Any = RunConfig
     for part in field.split("."):
-        models = list(_models_in(section))
+        models = list(_find_model_classes(section))
         options = [name for model in models for name in model.model_fields]
         if LossConfig in models:
             options.append("preset")
@@ -224,12 +226,12 @@ def _refuse_unsearchable(field: str, where: str) -> None:
         )
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _find_model_classes(annotation: Any) -> Iterator[type[BaseModel]]:
     """The pydantic models in an annotation, such as the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in annotation if isinstance(annotation, tuple) else get_args(annotation):
-        yield from _models_in(inner)
+        yield from _find_model_classes(inner)
 
 
 def _refuse_unmeasured(sweep: SweepConfig, source: str) -> None:
@@ -287,5 +289,5 @@ def _refuse_unmeasurable(base: RunConfig, metric: str, source: str) -> None:
         EvaluationConfig.model_validate(settings)
     except ValidationError as error:
         raise UsageError(
-            explain(error, source=f"{source}: objective {metric}", of=EvaluationConfig)
+            explain_validation_error(error, source=f"{source}: objective {metric}", of=EvaluationConfig)
         ) from None

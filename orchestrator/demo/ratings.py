@@ -55,8 +55,8 @@ class DemoRows:
 
 def read_movie_reviews(folder: Path) -> list[RatedText]:
     """The rated movie-review snippets in `assets.human_ratings()`, each text once, in the file's order."""
-    texts = _columns(folder / "movieReviewSnippets_GroundTruth.txt", text_column=2)
-    ratings = _columns(folder / "movieReviewSnippets_anonDataRatings.txt", text_column=3)
+    texts = _split_columns(folder / "movieReviewSnippets_GroundTruth.txt", text_column=2)
+    ratings = _split_columns(folder / "movieReviewSnippets_anonDataRatings.txt", text_column=3)
     found: dict[str, RatedText] = {}
     for name, text in texts.items():
         spaced = " ".join(text.split())
@@ -71,7 +71,7 @@ def vote_share(one: Sequence[int], other: Sequence[int]) -> float:
     return halves / (2 * len(one) * len(other))
 
 
-def build(
+def build_rows(
     texts: Iterable[RatedText],
     *,
     train: int = 400,
@@ -101,7 +101,7 @@ def build(
     )
 
 
-def write(rows: DemoRows, folder: Path) -> dict[str, Path]:
+def write_rows(rows: DemoRows, folder: Path) -> dict[str, Path]:
     """Write `train.jsonl`, `eval.jsonl` and `reviews.jsonl`; returns their paths by stem."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -114,7 +114,7 @@ def write(rows: DemoRows, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _columns(file: Path, *, text_column: int) -> dict[str, str]:
+def _split_columns(file: Path, *, text_column: int) -> dict[str, str]:
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     fields = (line.split("\t", text_column) for line in lines if line.strip())
     return {row[0]: row[text_column] for row in fields}

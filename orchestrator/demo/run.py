@@ -14,15 +14,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.cluster.connection import connected
+from orchestrator.cluster.connection import connect_to_ray
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.demo.assets import AssetError, human_ratings, lexicon, smollm2
-from orchestrator.demo.ratings import build, read_movie_reviews, write
+from orchestrator.demo.assets import AssetError, fetch_human_ratings, fetch_smollm2, load_lexicon
+from orchestrator.demo.ratings import build_rows, read_movie_reviews, write_rows
 from orchestrator.driver.record import RunRecord
-from orchestrator.driver.train import train
+from orchestrator.driver.train import train_run
 from orchestrator.errors import UsageError
 from orchestrator.tracking.metrics_file import read_metrics
-from orchestrator.tracking.progress import plain_console
+from orchestrator.tracking.progress import make_plain_console
 
 _SAMPLED_PROMPTS, _SHOWN_PROMPTS = 24, 4
 _NEW_TOKENS = 20
@@ -41,30 +41,30 @@ def run_demo(folder: str, *, fresh: bool) -> None:
     Raises:
         UsageError: the model or the ratings can neither be fetched nor found in the cache.
     """
-    console, root = plain_console(), Path(folder).resolve()
+    console, root = make_plain_console(), Path(folder).resolve()
     if fresh:
         shutil.rmtree(root, ignore_errors=True)
     try:
-        model, rated, sentiment = smollm2(), human_ratings(), lexicon()
+        model, rated, sentiment = fetch_smollm2(), fetch_human_ratings(), load_lexicon()
     except AssetError as error:
         raise UsageError(str(error)) from error
-    rows = build(read_movie_reviews(rated))
-    data = write(rows, root / "data")
+    rows = build_rows(read_movie_reviews(rated))
+    data = write_rows(rows, root / "data")
 
-    reference, policy = (_run(name, root, model, data) for name in ("reference", "policy"))
-    with connected():
+    reference, policy = (_load_run(name, root, model, data) for name in ("reference", "policy"))
+    with connect_to_ray():
         console.print("\n(a) a reference that speaks like film reviews, preset sft")
-        train(reference)
+        train_run(reference)
         console.print("\n(b) a policy from votes: soft labels, Mallows dispersion, two references")
-        record = train(policy)
+        record = train_run(policy)
     console.print("\n(c) what changed, on pairs whose texts were not trained on")
     _print_evaluation(policy, record, console)
-    prompts = _prompts(rows.eval)
+    prompts = _pick_prompts(rows.eval)
     _print_continuations(model, policy.folder / "export" / "model", prompts, sentiment, console)
-    _print_whereabouts(root, policy, record, console)
+    _print_next_commands(root, policy, record, console)
 
 
-def _run(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:
+def _load_run(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:
     """One of the two shipped run files with the fetched model, the data and the folder put in."""
     settings: dict[str, Any] = yaml.safe_load((files("orchestrator.demo") / f"{name}.yaml").read_text())
     settings["storage_path"] = str(root / "runs")
@@ -95,7 +95,7 @@ def _print_evaluation(policy: RunConfig, record: RunRecord, console: Console) ->
     console.print("± is half of the 95 % interval; before training no pair is preferred, hence one half")
 
 
-def _prompts(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _pick_prompts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Openings of held-out pairs, each once, in the file's order."""
     return list(dict.fromkeys(row["prompt"] for row in rows))[:_SAMPLED_PROMPTS]
 
@@ -109,7 +109,7 @@ class _Written:
 def _print_continuations(
     before: Path, after: Path, prompts: list[str], sentiment: Callable[[str], float], console: Console
 ) -> None:
-    written = [_continue(folder, prompts, sentiment) for folder in (before, after)]
+    written = [_continue_prompts(folder, prompts, sentiment) for folder in (before, after)]
     console.print("\ncontinuations, with their sentiment by the lexicon (-1 to 1)")
     for index in range(_SHOWN_PROMPTS):
         console.print(f"  {prompts[index]}...")
@@ -119,7 +119,7 @@ def _print_continuations(
     console.print(f"  mean over {len(prompts)} prompts: {means[0]:+.3f} before, {means[1]:+.3f} after")
 
 
-def _continue(folder: Path, prompts: list[str], sentiment: Callable[[str], float]) -> _Written:
+def _continue_prompts(folder: Path, prompts: list[str], sentiment: Callable[[str], float]) -> _Written:
     """Greedy continuations of every prompt, so that both models are asked the same."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,7 +136,7 @@ def _continue(folder: Path, prompts: list[str], sentiment: Callable[[str], float
     return _Written(texts, [sentiment(text) for text in texts])
 
 
-def _print_whereabouts(root: Path, policy: RunConfig, record: RunRecord, console: Console) -> None:
+def _print_next_commands(root: Path, policy: RunConfig, record: RunRecord, console: Console) -> None:
     """Commands to copy, as seen from the folder the demonstration was started in."""
     commands, runs = os.path.relpath(Path(sys.executable).parent), os.path.relpath(root / "runs")
     version = str(record.registered).removeprefix("models:/")

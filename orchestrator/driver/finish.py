@@ -9,47 +9,51 @@ from rich.console import Console
 from losses.config import LossConfig
 from models.probe import Probe
 from orchestrator.config.run import RunConfig
-from orchestrator.driver.execute import _tracker
-from orchestrator.driver.prepare import Prepared
+from orchestrator.driver.execute import open_tracker
+from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord
 from orchestrator.errors import RunFailed
-from orchestrator.registry.model_card import Lineage, Reference
-from orchestrator.registry.register import register
+from orchestrator.registry.model_card import Lineage, PinnedReference
+from orchestrator.registry.register import register_model
 from orchestrator.storage.mirror import Mirror
-from orchestrator.storage.paths import home, working_folder
-from orchestrator.tracking.code_version import code_tags
+from orchestrator.storage.paths import find_working_folder, run_location
+from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.metrics_file import read_metrics
-from orchestrator.tracking.mlflow import run_url, tracking_uri
-from orchestrator.tracking.plots import FOLDER, draw
-from orchestrator.worker.setup import EXPORT, JOURNAL
+from orchestrator.tracking.mlflow import find_run_url, resolve_tracking_uri
+from orchestrator.tracking.plots import FOLDER, draw_run
+from orchestrator.worker.setup import EXPORT_FOLDER, METRIC_FILES
 
 
-def finish(prepared: Prepared, record: RunRecord, *, search: Mapping[str, str] | None = None) -> None:
+def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str, str] | None = None) -> None:
     """Plots, artifacts and the registered version; each can be done again after a kill.
 
     `search` says which search chose the run, if one did.
     """
-    config, mirror, tracker = prepared.config, Mirror(home(prepared.config)), _tracker(prepared, record)
+    config, mirror, tracker = (
+        prepared.config,
+        Mirror(run_location(prepared.config)),
+        open_tracker(prepared, record),
+    )
     folder = mirror.folder
-    mirror.pull(*JOURNAL)
+    mirror.pull(*METRIC_FILES)
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
-    tracker.log_files(draw(folder), under="plots")
-    tracker.set_tags(_result_tags(record))
+    tracker.log_files(draw_run(folder), under="plots")
+    tracker.set_tags(_build_result_tags(record))
     if config.tracking.registered_model is not None:
-        mirror.pull(EXPORT)
-        export = folder / EXPORT
+        mirror.pull(EXPORT_FOLDER)
+        export = folder / EXPORT_FOLDER
         if not (export / "probe.safetensors").exists():
             raise RunFailed(
-                f"{mirror.place(EXPORT)} is gone, so there is nothing to register: train again with --fresh"
+                f"{mirror.describe_path(EXPORT_FOLDER)} is gone, so there is nothing to register: train again with --fresh"
             )
-        version = register(
+        version = register_model(
             prepared.tracking_uri,
             name=config.tracking.registered_model,
             folder=export / "model",
             run_id=tracker.run_id,
-            lineage=_lineage(prepared, record, search or {}),
+            lineage=_build_lineage(prepared, record, search or {}),
             probe=Probe.load(export / "probe.safetensors"),
             adapter=export / "adapter" if config.policy.adapter is not None else None,
             alias=config.tracking.alias,
@@ -61,24 +65,26 @@ def finish(prepared: Prepared, record: RunRecord, *, search: Mapping[str, str] |
     record.write(mirror)
 
 
-def _report(config: RunConfig, record: RunRecord, console: Console) -> None:
-    mirror = Mirror(home(config))
-    mirror.pull(*JOURNAL)
-    evaluations = _evaluations(config, record)
+def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
+    mirror = Mirror(run_location(config))
+    mirror.pull(*METRIC_FILES)
+    evaluations = _read_evaluations(config, record)
     for metric in dict.fromkeys((config.evaluation.metric, "eval/loss", "eval/accuracy", "eval/label_nll")):
         values = [line[metric] for line in evaluations if line.get(metric) is not None]
         if values:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
     if record.result["sharing_refused"]:
         console.print(f"prompts were computed once per response: {record.result['sharing_refused']}")
-    console.print(f"plots: {mirror.place(FOLDER)}")
-    model = mirror.place(EXPORT, "model")
+    console.print(f"plots: {mirror.describe_path(FOLDER)}")
+    model = mirror.describe_path(EXPORT_FOLDER, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
-    if page := run_url(tracking_uri(config.tracking.uri, config.storage_path), record.mlflow_run):
+    if page := find_run_url(
+        resolve_tracking_uri(config.tracking.uri, config.storage_path), record.mlflow_run
+    ):
         console.print(f"MLflow run: {page}")
 
 
-def _result_tags(record: RunRecord) -> dict[str, str]:
+def _build_result_tags(record: RunRecord) -> dict[str, str]:
     """How often references were asked, and what `phi_star: auto` came to."""
     counts, phi_star = record.result["scores"], record.result["phi_star"]
     resolved = {} if phi_star is None else {"loss.dispersion.phi_star": f"{phi_star:.6g}"}
@@ -89,14 +95,14 @@ def _result_tags(record: RunRecord) -> dict[str, str]:
     }
 
 
-def _resolved_loss(config: RunConfig, record: RunRecord) -> LossConfig:
+def _resolve_loss(config: RunConfig, record: RunRecord) -> LossConfig:
     phi_star = record.result["phi_star"]
     return config.loss if phi_star is None else config.loss.with_phi_star(phi_star)
 
 
-def _lineage(prepared: Prepared, record: RunRecord, search: Mapping[str, str]) -> Lineage:
+def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str, str]) -> Lineage:
     config = prepared.config
-    history = _evaluations(config, record)
+    history = _read_evaluations(config, record)
     held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
     counts: dict[str, int] = {}
     for split, part in record.counts.items():
@@ -105,9 +111,9 @@ def _lineage(prepared: Prepared, record: RunRecord, search: Mapping[str, str]) -
     return Lineage(
         base_model=record.pins["policy"],
         preset=config.preset,
-        loss=_resolved_loss(config, record).model_dump(mode="json"),
+        loss=_resolve_loss(config, record).model_dump(mode="json"),
         references={
-            name: Reference(record.pins[f"references.models.{name}"], model.fingerprint.digest)
+            name: PinnedReference(record.pins[f"references.models.{name}"], model.fingerprint.digest)
             for name, model in prepared.references.items()
         },
         primary=config.references.primary,
@@ -117,12 +123,12 @@ def _lineage(prepared: Prepared, record: RunRecord, search: Mapping[str, str]) -
         before=held_out[0] if held_out else {},
         after=held_out[-1] if held_out else {},
         config=record.config,
-        code=code_tags(),
+        code=read_code_tags(),
         search=search,
     )
 
 
-def _evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
+def _read_evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
     """Lines of the held-out evaluations, up to the one whose weights were exported."""
-    lines = [line for line in read_metrics(working_folder(home(config))) if "eval/loss" in line]
+    lines = [line for line in read_metrics(find_working_folder(run_location(config))) if "eval/loss" in line]
     return [line for line in lines if line["step"] <= record.result["exported_step"]]

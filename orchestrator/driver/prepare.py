@@ -12,12 +12,12 @@ from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
 from orchestrator.config.run import RunConfig
-from orchestrator.driver.record import RunRecord, pinned
+from orchestrator.driver.record import RunRecord, find_pin
 from orchestrator.errors import UsageError
-from orchestrator.registry.download import resolve
+from orchestrator.registry.download import resolve_model
 from orchestrator.storage.probe import refuse_unwritable
-from orchestrator.tracking.mlflow import tracking_uri
-from orchestrator.worker.rewards import load_function
+from orchestrator.tracking.mlflow import resolve_tracking_uri
+from orchestrator.worker.rewards import load_reward_function
 from preferences.load import LoadedPairs, load_splits
 from preferences.split import Part
 from preferences.tokenize import Rendering, tokenize
@@ -26,7 +26,7 @@ _POLICY_ROWS = "the policy"
 
 
 @dataclass(frozen=True)
-class Model:
+class PreparedModel:
     """A model that was found.
 
     Attributes:
@@ -58,7 +58,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """A run that was checked as far as it can be without a device.
 
     Attributes:
@@ -72,21 +72,21 @@ class Prepared:
     """
 
     config: RunConfig
-    policy: Model
-    references: Mapping[str, Model]
+    policy: PreparedModel
+    references: Mapping[str, PreparedModel]
     train: Part
-    held_out: Part | None
+    eval: Part | None
     digests: Mapping[str, str]
     counts: Mapping[str, Any]
     tracking_uri: str
 
-    def on(self, device_type: str) -> "Prepared":
+    def for_device(self, device_type: str) -> "PreparedRun":
         """The same run with every `dtype: auto` decided for "cuda" or "cpu"."""
         references = {n: replace(m, device_type=device_type) for n, m in self.references.items()}
         return replace(self, policy=replace(self.policy, device_type=device_type), references=references)
 
     @property
-    def start_is(self) -> str | None:
+    def initial_policy_reference(self) -> str | None:
         """The reference whose scores are the policy's own at its start, if there is one."""
         start = self.policy.fingerprint.digest
         return next((n for n, m in self.references.items() if m.fingerprint.digest == start), None)
@@ -108,7 +108,7 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
+def prepare_run(config: RunConfig, before: RunRecord | None = None) -> PreparedRun:
     """Find and pin the models of a run file whose paths are resolved, read and tokenise the data.
 
     A run that was begun `before` keeps to what its names stood for then, wherever they point now.
@@ -118,13 +118,13 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
     """
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.function:
-        load_function(reward.function)
-    uri = storage_fit(config)
-    policy = _find("policy", _policy_start(config), config, uri, before)
+        load_reward_function(reward.function)
+    uri = check_storage(config)
+    policy = _find_model("policy", _initial_policy_config(config), config, uri, before)
     references = {
         name: policy
-        if reference.in_process
-        else _find(f"references.models.{name}", _plain(reference), config, uri, before)
+        if reference.scored_by_workers
+        else _find_model(f"references.models.{name}", _strip_to_model_config(reference), config, uri, before)
         for name, reference in config.references.models.items()
     }
     train, held_out = load_splits(
@@ -133,39 +133,41 @@ def prepare(config: RunConfig, before: RunRecord | None = None) -> Prepared:
     parts, counts = {}, {}
     for split, loaded in (("train", train), ("eval", held_out)):
         if loaded is not None:
-            parts[split], counts[split] = _part(loaded, policy, references, config)
+            parts[split], counts[split] = _tokenize_split(loaded, policy, references, config)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
-    return Prepared(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
+    return PreparedRun(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
 
 
-def storage_fit(config: RunConfig) -> str:
+def check_storage(config: RunConfig) -> str:
     """The MLflow server of a run that can be kept where it is to be; the storage is written to, to find out.
 
     Raises:
         UsageError: it cannot, or its storage needs a server that is not named.
     """
-    uri = tracking_uri(config.tracking.uri, config.storage_path)
+    uri = resolve_tracking_uri(config.tracking.uri, config.storage_path)
     refuse_unwritable(config.storage_path)
     return uri
 
 
-def _policy_start(config: RunConfig) -> ModelConfig:
+def _initial_policy_config(config: RunConfig) -> ModelConfig:
     """The policy's start as a frozen model: float32 master weights where every weight is trained."""
-    start = _plain(config.policy)
+    start = _strip_to_model_config(config.policy)
     return start if config.policy.adapter is not None else start.model_copy(update={"dtype": "float32"})
 
 
-def _plain(config: ModelConfig) -> ModelConfig:
+def _strip_to_model_config(config: ModelConfig) -> ModelConfig:
     """The settings that say which model it is, without those of its training or serving."""
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
-def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str, before: RunRecord | None) -> Model:
+def _find_model(
+    field: str, asked: ModelConfig, config: RunConfig, uri: str, before: RunRecord | None
+) -> PreparedModel:
     """Resolve a registry name, find the files and read the tokenizer."""
-    pin, settings = pinned(before, field, asked.model), asked
+    pin, settings = find_pin(before, field, asked.model), asked
     if asked.model.startswith("models:/"):
         try:
-            resolved = resolve(pin or asked.model, uri)
+            resolved = resolve_model(pin or asked.model, uri)
         except UsageError as error:
             raise UsageError(f"{field}: {error}") from error
         pin, settings = resolved.uri_pinned, asked.model_copy(update={"model": str(resolved.folder)})
@@ -181,11 +183,11 @@ def _find(field: str, asked: ModelConfig, config: RunConfig, uri: str, before: R
     if not asked.model.startswith("models:/"):
         pin = f"{asked.model}@{located.revision}" if located.revision else str(located.path)
     assert pin is not None
-    return Model(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
+    return PreparedModel(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
 
 
-def _part(
-    loaded: LoadedPairs, policy: Model, references: Mapping[str, Model], config: RunConfig
+def _tokenize_split(
+    loaded: LoadedPairs, policy: PreparedModel, references: Mapping[str, PreparedModel], config: RunConfig
 ) -> tuple[Part, dict[str, Any]]:
     models = {_POLICY_ROWS: policy} | {f"reference {name}": model for name, model in references.items()}
     renderings = {
@@ -216,7 +218,7 @@ def _part(
     return part, counts
 
 
-def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
+def resolve_paths(config: RunConfig, *, base: Path) -> RunConfig:
     """Relative paths of the run file against `base`; names on a hub or in a registry stay as they are."""
 
     def local(name: str | None) -> str | None:
@@ -230,7 +232,7 @@ def with_resolved_paths(config: RunConfig, *, base: Path) -> RunConfig:
         return settings.model_copy(update={name: local(getattr(settings, name)) for name in names})
 
     references = {
-        name: reference if reference.in_process else model(reference)
+        name: reference if reference.scored_by_workers else model(reference)
         for name, reference in config.references.models.items()
     }
     storage = config.storage_path

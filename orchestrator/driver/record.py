@@ -66,8 +66,8 @@ class RunRecord:
 
     def write(self, kept: Kept) -> None:
         """Replace the record in one move; RunFailed where the storage does not take it."""
-        mirror = _mirror(kept)
-        with mirror.answering():
+        mirror = _open_mirror(kept)
+        with mirror.explain_failures():
             mirror.folder.mkdir(parents=True, exist_ok=True)
             temporary = mirror.folder / f".{RECORD}.{os.getpid()}"
             temporary.write_text(json.dumps(asdict(self), indent=1))
@@ -77,7 +77,7 @@ class RunRecord:
 
 def read_record(kept: Kept) -> RunRecord | None:
     """The record of a run that was started before, if there is one."""
-    mirror = _mirror(kept)
+    mirror = _open_mirror(kept)
     mirror.pull(RECORD)
     path = mirror.folder / RECORD
     if not path.exists():
@@ -85,7 +85,7 @@ def read_record(kept: Kept) -> RunRecord | None:
     try:
         return RunRecord(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        place = mirror.place(RECORD)
+        place = mirror.describe_path(RECORD)
         raise UsageError(f"{place}: is not a run's record ({error}); start over with --fresh") from None
 
 
@@ -103,7 +103,9 @@ def open_record(
     if old is None:
         new.write(kept)
         return new
-    changes = _changes(old.config, new.config, may_change) + _changes(old.identity, new.identity, ())
+    changes = _list_changes(old.config, new.config, may_change) + _list_changes(
+        old.identity, new.identity, ()
+    )
     if changes:
         listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise UsageError(
@@ -116,7 +118,7 @@ def open_record(
     return old
 
 
-def pinned(record: RunRecord | None, field: str, model: str) -> str | None:
+def find_pin(record: RunRecord | None, field: str, model: str) -> str | None:
     """What `model` at `field` (`policy`, `references.models.<name>`) stood for when the run began."""
     settings: Any = record.config if record else {}
     for part in field.split(".", 2):
@@ -124,41 +126,43 @@ def pinned(record: RunRecord | None, field: str, model: str) -> str | None:
     return record.pins.get(field) if record and settings.get("model") == model else None
 
 
-def locked(kept: Kept) -> AbstractContextManager[None]:
+def lock_run(kept: Kept) -> AbstractContextManager[None]:
     """Hold a run for this process while inside; the lock goes with the process, however it ends.
 
     Raises:
         UsageError: another process is training this run.
     """
-    return _mirror(kept).held()
+    return _open_mirror(kept).hold_lease()
 
 
 def remove_run(kept: Kept) -> None:
     """Forget a run: its record, checkpoints, metrics and plots. Scores are kept elsewhere."""
-    _mirror(kept).remove()
+    _open_mirror(kept).remove_run()
 
 
-def _mirror(kept: Kept) -> Mirror:
+def _open_mirror(kept: Kept) -> Mirror:
     return kept if isinstance(kept, Mirror) else Mirror(str(kept))
 
 
-def _changes(old: Any, new: Any, may_change: Collection[str], path: str = "") -> list[str]:
+def _list_changes(old: Any, new: Any, may_change: Collection[str], path: str = "") -> list[str]:
     """`field: old -> new` for every difference that matters."""
-    if path in may_change or _of_reference(path):
+    if path in may_change or _is_reference_setting(path):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         paths = {key: f"{path}.{key}" if path else key for key in [*old, *new]}
         return [
-            c for key, inner in paths.items() for c in _changes(old.get(key), new.get(key), may_change, inner)
+            c
+            for key, inner in paths.items()
+            for c in _list_changes(old.get(key), new.get(key), may_change, inner)
         ]
-    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+    return [] if old == new else [f"{path}: {_shorten(old)} -> {_shorten(new)}"]
 
 
-def _of_reference(path: str) -> bool:
+def _is_reference_setting(path: str) -> bool:
     parts = path.removeprefix("run.").split(".")  # references.models.<name>.<field>
     return parts[:2] == ["references", "models"] and parts[3:] in ([f] for f in _MAY_CHANGE_PER_REFERENCE)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

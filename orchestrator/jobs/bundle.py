@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.config.functions import PACKAGES
 from orchestrator.config.run import RunConfig, load_run
 from orchestrator.config.sweep import load_sweep
-from orchestrator.config.yaml import override, read_yaml
+from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.redaction import redact
 
@@ -28,7 +28,7 @@ _CONTAINER = re.compile(r"\b(abfss?://)[^/@:\s]+@", re.I)  # whose name stands w
 
 
 @dataclass(frozen=True)
-class Parcel:
+class JobBundle:
     """A command for the cluster and the files that it needs.
 
     Attributes:
@@ -54,7 +54,7 @@ class Parcel:
             shutil.copyfile(source, target)
 
 
-def pack(command: Sequence[str], *, code: bool = False) -> Parcel:
+def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
     """Check a command as far as that needs no cluster, and collect what it needs from the working folder.
 
     Args:
@@ -74,15 +74,15 @@ def pack(command: Sequence[str], *, code: bool = False) -> Parcel:
     for argument in arguments:
         named = re.match(r"[\w.-]+(?==)", argument)
         _refuse_credentials(argument, redact(named[0]) if named else "an argument")
-    files = _code() if code else {}
+    files = _list_package_files() if code else {}
     if verb in _OF_REGISTRY:
         _refuse_lost_copy(arguments)
-        return _within_limit(Parcel(verb, tuple(command), files))
-    place, file = _file_among(verb, arguments)
+        return _refuse_too_large(JobBundle(verb, tuple(command), files))
+    place, file = _find_file_argument(verb, arguments)
     overrides = [a for i, a in enumerate(arguments) if i != place and "=" in a and not a.startswith("-")]
     needed = [("the file", file)]
     if verb in _OF_SWEEP:
-        needed += _run_of_sweep(file, overrides)
+        needed += _list_run_of_sweep(file, overrides)
     for _, path in needed:
         _refuse_credentials(read_yaml(path), path)
     if verb in _OF_SWEEP:
@@ -93,13 +93,13 @@ def pack(command: Sequence[str], *, code: bool = False) -> Parcel:
         run = load_run(file, overrides)
         name, field = run.name, "storage_path"
     _refuse_lost_results(run, field)
-    for what, path in [*needed, *_sources(run)]:
-        files |= _files_at(what, path)
-    arguments[place] = _within(Path(file), "the file").as_posix()
-    return _within_limit(Parcel(name, (verb, *arguments), files))
+    for what, path in [*needed, *_list_local_sources(run)]:
+        files |= _list_files(what, path)
+    arguments[place] = _path_in_working_folder(Path(file), "the file").as_posix()
+    return _refuse_too_large(JobBundle(name, (verb, *arguments), files))
 
 
-def _file_among(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
+def _find_file_argument(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
     """The run or sweep file: the first argument that is neither option, override nor an option's number."""
     for place, argument in enumerate(arguments):
         number = argument.replace(".", "", 1).isdigit()
@@ -109,9 +109,9 @@ def _file_among(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
     raise UsageError(f"{verb} needs a {kind} file, e.g. polyref submit -- {verb} {kind}.yaml")
 
 
-def _run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
+def _list_run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     early = [text for text in overrides if text.startswith("run=")]
-    run = override(read_yaml(file, what="sweep file"), early).get("run")
+    run = apply_overrides(read_yaml(file, what="sweep file"), early).get("run")
     if not isinstance(run, str):
         return []
     if Path(run).expanduser().is_absolute():
@@ -119,7 +119,7 @@ def _run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     return [(f"{file}: run", os.path.relpath(Path(file).parent / run))]
 
 
-def holds_credentials(text: str) -> bool:
+def has_credentials(text: str) -> bool:
     """Whether a password, key, token or signature is in it, as part of a URI or by itself."""
     text = _CONTAINER.sub(r"\1", text)
     return redact(text) != text or _KEYS_OF_BUCKET.search(text) is not None
@@ -133,7 +133,7 @@ def _refuse_credentials(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_credentials(inner, where)
-    elif isinstance(value, str) and holds_credentials(value):
+    elif isinstance(value, str) and has_credentials(value):
         raise UsageError(
             f"{where} holds credentials, which a job's description or files would show; leave them out and "
             "give them with --secret, e.g. --secret AWS_ACCESS_KEY_ID --secret AWS_SECRET_ACCESS_KEY or "
@@ -174,10 +174,10 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
         )
 
 
-def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Relative paths of the run file that are this machine's, with the field that names them."""
     for field, source in zip(_DATA, (run.data.train, run.data.eval), strict=True):
-        if source is not None and _is_ours(source):
+        if source is not None and _is_local(source):
             if Path(source).exists():
                 yield field, source
             elif _DATA_NAME.search(source):
@@ -188,7 +188,7 @@ def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
         for part in ("model", "base"):
             _refuse_model(f"{field}.{part}", getattr(model, part))
         template = model.chat_template
-        if template is not None and "{" not in template and _is_ours(template) and Path(template).exists():
+        if template is not None and "{" not in template and _is_local(template) and Path(template).exists():
             yield f"{field}.chat_template", template
     reward = run.evaluation.sampling and run.evaluation.sampling.reward
     if reward and reward.model:
@@ -204,7 +204,7 @@ def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _refuse_model(field: str, name: str | None) -> None:
     if name is not None and "://" not in name and not name.startswith("models:/"):
         path = Path(name).expanduser()
-        if path.exists() and (_is_ours(name) or name.startswith("~")):
+        if path.exists() and (_is_local(name) or name.startswith("~")):
             raise UsageError(
                 f"{field}: {name} is on this machine, and models are not sent with a job; copy it to storage "
                 f"that all nodes share and name it there, e.g. {field}=/shared/polyref/models/{path.name}, "
@@ -212,12 +212,12 @@ def _refuse_model(field: str, name: str | None) -> None:
             )
 
 
-def _is_ours(path: str) -> bool:
+def _is_local(path: str) -> bool:
     """Whether a path is this machine's, not the cluster's."""
     return "://" not in path and not path.startswith(("/", "~"))
 
 
-def _within(path: Path, what: str) -> Path:
+def _path_in_working_folder(path: Path, what: str) -> Path:
     """The path from the working folder, which is what the job's working folder will be like."""
     try:
         return Path(os.path.abspath(path.expanduser())).relative_to(Path.cwd())
@@ -228,12 +228,12 @@ def _within(path: Path, what: str) -> Path:
         ) from None
 
 
-def _files_at(what: str, path: str) -> dict[str, Path]:
+def _list_files(what: str, path: str) -> dict[str, Path]:
     """A file, or all files of a folder that are not hidden, by their path in the parcel."""
-    root = _within(Path(path), what)
+    root = _path_in_working_folder(Path(path), what)
     if not root.is_dir():
         return {root.as_posix(): Path(path).expanduser()}
-    files = {file.as_posix(): file for file in _walk(root, hidden="._" if what in _DATA else ".")}
+    files = {file.as_posix(): file for file in _walk_files(root, hidden="._" if what in _DATA else ".")}
     for name, file in files.items():
         if not file.is_file():
             raise UsageError(
@@ -242,7 +242,7 @@ def _files_at(what: str, path: str) -> dict[str, Path]:
     return files
 
 
-def _walk(root: Path, *, hidden: str) -> Iterator[Path]:
+def _walk_files(root: Path, *, hidden: str) -> Iterator[Path]:
     """Files of a folder, but not those whose name, or a folder's on the way, begins as `hidden` says."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -254,28 +254,28 @@ def _walk(root: Path, *, hidden: str) -> Iterator[Path]:
         yield from (Path(folder) / name for name in sorted(names) if name[0] not in hidden)
 
 
-def _code() -> dict[str, Path]:
+def _list_package_files() -> dict[str, Path]:
     """The packages that this very program runs."""
     home = Path(__file__).parents[2]
     return {
         file.relative_to(home).as_posix(): file
         for package in PACKAGES
-        for file in _walk(home / package, hidden=".")
+        for file in _walk_files(home / package, hidden=".")
     }
 
 
-def _within_limit(parcel: Parcel) -> Parcel:
+def _refuse_too_large(parcel: JobBundle) -> JobBundle:
     if parcel.size > LIMIT_MB * 10**6:
         largest = sorted(parcel.files.items(), key=lambda item: -item[1].stat().st_size)[:5]
-        shown = ", ".join(f"{megabytes(path.stat().st_size)} {name}" for name, path in largest)
+        shown = ", ".join(f"{format_megabytes(path.stat().st_size)} {name}" for name, path in largest)
         raise UsageError(
-            f"the job's files are {megabytes(parcel.size)}, and at most {LIMIT_MB} MB are sent with a job; "
+            f"the job's files are {format_megabytes(parcel.size)}, and at most {LIMIT_MB} MB are sent with a job; "
             f"the largest: {shown}. Put them on storage that all nodes share and name that path, e.g. "
             "data.train=/shared/polyref/data/train.jsonl"
         )
     return parcel
 
 
-def megabytes(size: int) -> str:
+def format_megabytes(size: int) -> str:
     """`1.2 MB`."""
     return f"{size / 1e6:.1f} MB"

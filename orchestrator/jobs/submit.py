@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from orchestrator.cluster.job_secrets import BOX, NAMES, put
-from orchestrator.cluster.worker_environment import secrets as known_secrets
-from orchestrator.environment import changed
+from orchestrator.cluster.job_secrets import SECRET_NAMES, SECRETS_LOCATION, upload_secrets
+from orchestrator.cluster.worker_environment import collect_secrets as known_secrets
+from orchestrator.environment import set_environment
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.jobs.bundle import PACKAGES, Parcel, holds_credentials, megabytes, pack
-from orchestrator.redaction import first_line
+from orchestrator.jobs.bundle import PACKAGES, JobBundle, build_bundle, format_megabytes, has_credentials
+from orchestrator.redaction import summarize_error
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PATIENCE_S = 300.0
@@ -35,10 +35,10 @@ _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OURS = (BOX, NAMES)
+_OURS = (SECRETS_LOCATION, SECRET_NAMES)
 
 
-def submit(
+def submit_job(
     command: Sequence[str],
     *,
     address: str | None = None,
@@ -61,29 +61,29 @@ def submit(
         UsageError: the command, an option or the address is wrong; nothing was submitted.
         RunFailed: the cluster was lost.
     """
-    parcel = pack(command, code=code)
-    variables, hidden = _values(env, "env"), _values(secret, "secret")
+    parcel = build_bundle(command, code=code)
+    variables, hidden = _read_variables(env, "env"), _read_variables(secret, "secret")
     _refuse_shown_secrets(variables)
     say = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
-    client, headers = connect(address)
+    client, headers = connect_to_job_server(address)
     server = client.get_address()
     if hidden:
-        variables[BOX] = put(hidden, server=server, headers=headers)
-    job = _submitted(client, parcel, variables, code=code)
-    say(f"{job}: {_listing(parcel, code=code)} ({megabytes(parcel.size)}) to {server}")
+        variables[SECRETS_LOCATION] = upload_secrets(hidden, server=server, headers=headers)
+    job = _submit_bundle(client, parcel, variables, code=code)
+    say(f"{job}: {_format_file_list(parcel, code=code)} ({format_megabytes(parcel.size)}) to {server}")
     if not wait:
-        say(_how_to_follow(job, server, headers))
+        say(_format_follow_commands(job, server, headers))
         sys.stdout.write(f"{job}\n")
         return 0
     try:
-        details = asyncio.run(_followed(client, job, say))
+        details = asyncio.run(_follow_job(client, job, say))
     except KeyboardInterrupt:
-        say(f"\n{job} runs on; {_how_to_follow(job, server, headers)}")
+        say(f"\n{job} runs on; {_format_follow_commands(job, server, headers)}")
         return 130
-    return _outcome(job, details, say)
+    return _convert_exit_code(job, details, say)
 
 
-def connect(address: str | None) -> tuple[Any, dict[str, str]]:
+def connect_to_job_server(address: str | None) -> tuple[Any, dict[str, str]]:
     """A client of the cluster's job server, and the headers that its token makes.
 
     Raises:
@@ -96,11 +96,11 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
         logging.getLogger(module).setLevel(logging.WARNING)  # we tell what is sent ourselves
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     where = given if given not in (None, "", "local") else DEFAULT_ADDRESS
-    token = _token()
+    token = _read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        os.environ.update(_unproxied(where))
-        with changed(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
+        os.environ.update(_exclude_from_proxies(where))
+        with set_environment(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
             return JobSubmissionClient(where, headers=dict(headers)), headers
     except AuthenticationError as error:
         have = "the token here is another" if token else "there is no token here"
@@ -110,13 +110,13 @@ def connect(address: str | None) -> tuple[Any, dict[str, str]]:
         ) from error
     except Exception as error:  # Ray, requests and gRPC raise what they like
         raise UsageError(
-            f"no job server answers at {where}: {first_line(error)} Give --address or RAY_ADDRESS; a "
+            f"no job server answers at {where}: {summarize_error(error)} Give --address or RAY_ADDRESS; a "
             "cluster started by `ray up` is reached through `ray dashboard cluster.yaml`, left running, at "
             + DEFAULT_ADDRESS
         ) from error
 
 
-def _token() -> str | None:
+def _read_token() -> str | None:
     """The cluster's token where Ray itself looks for it, whether or not RAY_AUTH_MODE says so."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return None
@@ -129,7 +129,7 @@ def _token() -> str | None:
         return None
 
 
-def _unproxied(address: str) -> dict[str, str]:
+def _exclude_from_proxies(address: str) -> dict[str, str]:
     """A proxy cannot reach what is forwarded to this machine."""
     if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
         return {}
@@ -139,13 +139,13 @@ def _unproxied(address: str) -> dict[str, str]:
     }
 
 
-def _listing(parcel: Parcel, *, code: bool) -> str:
+def _format_file_list(parcel: JobBundle, *, code: bool) -> str:
     files = [name for name in parcel.files if not code or name.partition("/")[0] not in PACKAGES]
     shown = files if len(files) <= 8 else [*files[:7], f"{len(files) - 7} more files"]
     return ", ".join([*shown, *(["polyref itself"] if code else [])]) or "no files"
 
 
-def _values(names: Sequence[str], option: str) -> dict[str, str]:
+def _read_variables(names: Sequence[str], option: str) -> dict[str, str]:
     values = {}
     for name in names:
         if not _NAME.fullmatch(name) or name in _OURS:
@@ -162,19 +162,21 @@ def _values(names: Sequence[str], option: str) -> dict[str, str]:
 def _refuse_shown_secrets(variables: Mapping[str, str]) -> None:
     secret = known_secrets(variables)
     for name, value in variables.items():
-        if name in secret or _SECRET_NAME.search(name) or holds_credentials(value):
+        if name in secret or _SECRET_NAME.search(name) or has_credentials(value):
             raise UsageError(
                 f"--env {name} looks like a secret, and the cluster shows and logs what --env sends; "
                 f"use --secret {name}"
             )
 
 
-def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, code: bool) -> str:
+def _submit_bundle(client: Any, parcel: JobBundle, variables: Mapping[str, str], *, code: bool) -> str:
     program = ("python", "-m", "orchestrator") if code else ("polyref",)
     with tempfile.TemporaryDirectory(prefix="polyref-") as folder:
         parcel.write(Path(folder))
         try:
-            with changed(RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_unproxied(client.get_address())):
+            with set_environment(
+                RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_exclude_from_proxies(client.get_address())
+            ):
                 return str(
                     client.submit_job(
                         entrypoint=shlex.join([*program, *parcel.command]),
@@ -184,10 +186,10 @@ def _submitted(client: Any, parcel: Parcel, variables: Mapping[str, str], *, cod
                     )
                 )
         except Exception as error:  # Ray, requests and gRPC raise what they like
-            raise RunFailed(f"the cluster did not take the job: {first_line(error)}") from error
+            raise RunFailed(f"the cluster did not take the job: {summarize_error(error)}") from error
 
 
-async def _followed(client: Any, job: str, say: Callable[[str], None]) -> Any:
+async def _follow_job(client: Any, job: str, say: Callable[[str], None]) -> Any:
     """Write the job's log to standard output until it ends; its details then.
 
     A connection that breaks, as tunnels do, is made again; the log goes on where it was.
@@ -219,7 +221,7 @@ async def _followed(client: Any, job: str, say: Callable[[str], None]) -> Any:
         await asyncio.sleep(_RETRY_S)
 
 
-def _how_to_follow(job: str, server: str, headers: Mapping[str, str]) -> str:
+def _format_follow_commands(job: str, server: str, headers: Mapping[str, str]) -> str:
     mode = "RAY_AUTH_MODE=token " if headers and "RAY_AUTH_MODE" not in os.environ else ""
     return (
         f"follow it: {mode}ray job logs --address {server} --follow {job}; "
@@ -227,7 +229,7 @@ def _how_to_follow(job: str, server: str, headers: Mapping[str, str]) -> str:
     )
 
 
-def _outcome(job: str, details: Any, say: Callable[[str], None]) -> int:
+def _convert_exit_code(job: str, details: Any, say: Callable[[str], None]) -> int:
     """What the job's end means for this process's exit code."""
     code = details.driver_exit_code
     if details.status.value == "SUCCEEDED":

@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.references.messages import Group, Ids
+from orchestrator.references.messages import Ids, PromptGroup
 
 
 @dataclass
 class Batch:
     """Groups for one call of a replica; `attempts` counts the replicas that died over it."""
 
-    groups: list[Group]
+    groups: list[PromptGroup]
     attempts: int = 0
 
     @property
@@ -33,8 +33,8 @@ class WaitingGroups:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._groups: deque[Group] = deque()
-        self._open: dict[bytes, Group] = {}
+        self._groups: deque[PromptGroup] = deque()
+        self._open: dict[bytes, PromptGroup] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -44,14 +44,14 @@ class WaitingGroups:
         name = prompt.tobytes()
         group = self._open.get(name)
         if group is None or group.tokens + len(response) > self._budget:
-            group = self._open[name] = Group(prompt, [], [])
+            group = self._open[name] = PromptGroup(prompt, [], [])
             self._groups.append(group)
         group.responses.append(response)
         group.keys.append(key)
 
-    def drain(self, tokens: int) -> list[Group]:
+    def drain(self, tokens: int) -> list[PromptGroup]:
         """Take the oldest groups, at least one, until they hold `tokens`."""
-        taken: list[Group] = []
+        taken: list[PromptGroup] = []
         held = 0
         while self._groups and (not taken or held < tokens):
             group = self._groups.popleft()
@@ -63,7 +63,7 @@ class WaitingGroups:
         return taken
 
 
-def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def split_into_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of rows cut into batches of at most `budget` tokens, padding included; longest rows first.
 
     A row longer than the budget is a batch of its own.

@@ -10,9 +10,17 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchestrator.references.messages import Floats, Group, Ids, Score, ScoreRequest, Scores, ScoringError
-from orchestrator.references.pool import explained
-from orchestrator.references.store import response_key
+from orchestrator.references.messages import (
+    Floats,
+    Ids,
+    PromptGroup,
+    Score,
+    ScoreRequest,
+    Scores,
+    ScoringError,
+)
+from orchestrator.references.pool import explain_actor_error
+from orchestrator.references.store import digest_response
 
 NAMESPACE = "polyref"
 
@@ -57,7 +65,7 @@ class ReferenceArrays:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _PendingRequest:
     """An open request of one reference, and where the scores of each pair's responses will be."""
 
     answer: Any
@@ -87,11 +95,11 @@ class ReferenceClient:
         self.stall_seconds = 0.0
         """Time spent in `collect`, waiting, since the beginning."""
         self._routers, self._tables, self.in_process = dict(routers), dict(tables), frozenset(in_process)
-        self._asked: dict[Any, dict[str, _Asked]] = {}
+        self._asked: dict[Any, dict[str, _PendingRequest]] = {}
         self._samples: dict[Any, dict[str, Any]] = {}
         self._recording: list[tuple[str, Any]] = []
 
-    def ask(
+    def request_scores(
         self,
         ticket: Any,
         indices: Sequence[int] | NDArray[np.integer],
@@ -104,9 +112,9 @@ class ReferenceClient:
         if ticket in self._asked:
             raise ValueError(f"ticket {ticket!r} is still open: collect it first")
         asked = self._routers if names is None else names
-        self._asked[ticket] = {name: self._send(name, indices) for name in asked}
+        self._asked[ticket] = {name: self._send_request(name, indices) for name in asked}
 
-    def collect(self, ticket: Any) -> dict[str, ReferenceArrays]:
+    def collect_scores(self, ticket: Any) -> dict[str, ReferenceArrays]:
         """Wait for what was asked under `ticket`; rows in the order they were asked.
 
         Raises:
@@ -116,12 +124,14 @@ class ReferenceClient:
         asked = self._asked.pop(ticket)
         began = time.perf_counter()
         try:
-            answers = {name: answer_of(name, one.answer) for name, one in asked.items()}
+            answers = {name: wait_for_answer(name, one.answer) for name, one in asked.items()}
         finally:
             self.stall_seconds += time.perf_counter() - began
-        return {name: _arrays(answers[name], one) for name, one in asked.items()}
+        return {name: _pick_arrays(answers[name], one) for name, one in asked.items()}
 
-    def ask_samples(self, ticket: Any, groups: Sequence[Group], names: Collection[str]) -> None:
+    def request_sample_scores(
+        self, ticket: Any, groups: Sequence[PromptGroup], names: Collection[str]
+    ) -> None:
         """Ask replicas for responses in no table, which are scored but not stored; returns at once."""
         if ticket in self._samples:
             raise ValueError(f"samples {ticket!r} are still open: collect them first")
@@ -130,18 +140,18 @@ class ReferenceClient:
             name: self._routers[name].score.remote(request, keep=False) for name in names
         }
 
-    def collect_samples(self, ticket: Any) -> dict[str, Scores]:
+    def collect_sample_scores(self, ticket: Any) -> dict[str, Scores]:
         """Wait for what `ask_samples` asked under `ticket`: (S,) columns. Raises as `collect` does."""
-        return {name: answer_of(name, answer) for name, answer in self._samples.pop(ticket).items()}
+        return {name: wait_for_answer(name, answer) for name, answer in self._samples.pop(ticket).items()}
 
-    def record(
+    def store_scores(
         self, name: str, indices: Sequence[int] | NDArray[np.integer], arrays: ReferenceArrays
     ) -> None:
         """Save an in-process reference's scores of these rows, without waiting.
 
         A failure to save is raised by a later call, or by `close`.
         """
-        groups = pair_groups(self._tables[name], indices)
+        groups = group_pairs(self._tables[name], indices)
         scores = [
             score
             for group, row in zip(groups, zip(*astuple(arrays), strict=True), strict=True)
@@ -150,23 +160,23 @@ class ReferenceClient:
         columns = Scores(*(np.array(column) for column in zip(*scores, strict=True)))
         request = ScoreRequest.pack(groups)
         self._recording.append((name, self._routers[name].put.remote(request.keys, columns)))
-        self._settle(timeout=0)
+        self._wait_for_records(timeout=0)
 
     def close(self) -> None:
         """Wait until everything recorded has arrived."""
-        self._settle(timeout=None)
+        self._wait_for_records(timeout=None)
 
-    def _send(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _Asked:
-        groups = pair_groups(self._tables[name], indices)
+    def _send_request(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _PendingRequest:
+        groups = group_pairs(self._tables[name], indices)
         request = ScoreRequest.pack(groups)
         router = self._routers[name]
         local = name in self.in_process
         answer = router.lookup.remote(request.keys) if local else router.score.remote(request)
         starts = request.group_offsets[:-1]
         paired = np.diff(request.group_offsets) == 2
-        return _Asked(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
+        return _PendingRequest(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
 
-    def _settle(self, timeout: float | None) -> None:
+    def _wait_for_records(self, timeout: float | None) -> None:
         waiting = [answer for _, answer in self._recording]
         if not waiting:
             return
@@ -174,10 +184,10 @@ class ReferenceClient:
         arrived = [(name, answer) for name, answer in self._recording if answer in done]
         self._recording = [(name, answer) for name, answer in self._recording if answer not in done]
         for name, answer in arrived:
-            answer_of(name, answer)
+            wait_for_answer(name, answer)
 
 
-def connect(addresses: Mapping[str, str]) -> dict[str, Any]:
+def connect_to_routers(addresses: Mapping[str, str]) -> dict[str, Any]:
     """Router handles by reference name, from `ReferenceService.addresses`.
 
     Raises:
@@ -192,18 +202,18 @@ def connect(addresses: Mapping[str, str]) -> dict[str, Any]:
     return handles
 
 
-def pair_groups(table: TokenTableLike, indices: Sequence[int] | NDArray[np.integer]) -> list[Group]:
+def group_pairs(table: TokenTableLike, indices: Sequence[int] | NDArray[np.integer]) -> list[PromptGroup]:
     """One group per row: its prompt, then the chosen and, where there is one, the rejected response."""
     groups = []
     for index in indices:
         pair = table[int(index)]
         responses = [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
-        keys = [response_key(pair.prompt, response) for response in responses]
-        groups.append(Group(pair.prompt, responses, keys))
+        keys = [digest_response(pair.prompt, response) for response in responses]
+        groups.append(PromptGroup(pair.prompt, responses, keys))
     return groups
 
 
-def _arrays(scores: Scores, asked: _Asked) -> ReferenceArrays:
+def _pick_arrays(scores: Scores, asked: _PendingRequest) -> ReferenceArrays:
     columns = (scores.logps, scores.lengths, scores.entropies)
     picked = []
     for column in columns:
@@ -214,12 +224,12 @@ def _arrays(scores: Scores, asked: _Asked) -> ReferenceArrays:
     return ReferenceArrays(*picked)
 
 
-def answer_of(name: str, answer: Any) -> Any:
+def wait_for_answer(name: str, answer: Any) -> Any:
     """A router's answer, or its error as one that says which reference and why."""
     try:
         return ray.get(answer)
     except RayTaskError as error:
-        raise explained(name, error) from error
+        raise explain_actor_error(name, error) from error
     except RayActorError as error:
         raise ScoringError(
             f"reference {name!r}: its router died and could not be restarted, or was shut down: {error}"

@@ -49,7 +49,7 @@ class ReferenceSpec:
     """How long a replica may wait for free resources; loading the model is not counted."""
 
 
-class Group(NamedTuple):
+class PromptGroup(NamedTuple):
     """A prompt and the responses to score behind it, with their keys."""
 
     prompt: Ids
@@ -113,27 +113,27 @@ class ScoreRequest:
         return len(self.keys)
 
     @classmethod
-    def pack(cls, groups: Sequence[Group]) -> Self:
+    def pack(cls, groups: Sequence[PromptGroup]) -> Self:
         """Concatenate groups; responses keep their order, group by group."""
         responses = [response for group in groups for response in group.responses]
         keys = b"".join(key for group in groups for key in group.keys)
         return cls(
-            prompts=_flat([group.prompt for group in groups]),
-            prompt_offsets=_offsets([len(group.prompt) for group in groups]),
-            responses=_flat(responses),
-            response_offsets=_offsets([len(response) for response in responses]),
-            group_offsets=_offsets([len(group.responses) for group in groups]),
+            prompts=_concatenate([group.prompt for group in groups]),
+            prompt_offsets=_count_offsets([len(group.prompt) for group in groups]),
+            responses=_concatenate(responses),
+            response_offsets=_count_offsets([len(response) for response in responses]),
+            group_offsets=_count_offsets([len(group.responses) for group in groups]),
             keys=np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES),
         )
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[PromptGroup]:
         """The groups again, as views into the columns."""
         ends, packed = self.response_offsets, []
         for g in range(len(self.prompt_offsets) - 1):
             prompt = self.prompts[self.prompt_offsets[g] : self.prompt_offsets[g + 1]]
             span = range(self.group_offsets[g], self.group_offsets[g + 1])
             responses = [self.responses[ends[s] : ends[s + 1]] for s in span]
-            packed.append(Group(prompt, responses, [self.keys[s].tobytes() for s in span]))
+            packed.append(PromptGroup(prompt, responses, [self.keys[s].tobytes() for s in span]))
         return packed
 
 
@@ -156,9 +156,9 @@ class RouterStats:
     replicas_started: int = 0
 
 
-def _flat(arrays: Sequence[Ids]) -> Ids:
+def _concatenate(arrays: Sequence[Ids]) -> Ids:
     return np.concatenate(arrays, dtype=np.int32) if arrays else np.zeros(0, dtype=np.int32)
 
 
-def _offsets(lengths: Sequence[int]) -> Offsets:
+def _count_offsets(lengths: Sequence[int]) -> Offsets:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

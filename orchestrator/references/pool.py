@@ -14,7 +14,7 @@ IN_FLIGHT = 2
 """Batches per replica: one in the model, one waiting beside it, so that it never idles between calls."""
 
 
-class Member:
+class PoolMember:
     """A live replica and what it has to do."""
 
     def __init__(self, handle: Any) -> None:
@@ -22,12 +22,12 @@ class Member:
         self.batches = 0
         self.tokens = 0
 
-    def take(self, tokens: int) -> None:
+    def add_batch(self, tokens: int) -> None:
         """Count a batch that is sent to it."""
         self.batches += 1
         self.tokens += tokens
 
-    def done(self, tokens: int) -> None:
+    def remove_batch(self, tokens: int) -> None:
         """Count a batch that it answered."""
         self.batches -= 1
         self.tokens -= tokens
@@ -60,7 +60,7 @@ class ReplicaPool:
             max_task_retries=0,
         )
         self._on_ready, self._on_failure = on_ready, on_failure
-        self._members: list[Member] = []
+        self._members: list[PoolMember] = []
         self._starting: set[asyncio.Task[None]] = set()
         self._deaths_in_a_row = 0
         self._error: Exception | None = None
@@ -81,23 +81,23 @@ class ReplicaPool:
         if self._error is not None:
             raise self._error
 
-    def free(self) -> Member | None:
+    def find_free_member(self) -> PoolMember | None:
         """The replica with the fewest outstanding tokens, if it can take another batch."""
         open_to_more = [member for member in self._members if member.batches < IN_FLIGHT]
         return min(open_to_more, key=lambda member: member.tokens, default=None)
 
-    def answered(self, member: Member, tokens: int) -> None:
+    def record_answer(self, member: PoolMember, tokens: int) -> None:
         """A replica answered: deaths before this are forgiven."""
-        member.done(tokens)
+        member.remove_batch(tokens)
         self._deaths_in_a_row = 0
 
-    def drop(self, member: Member) -> None:
+    def drop_member(self, member: PoolMember) -> None:
         """End a replica whose state is not to be trusted any more."""
         if member in self._members:
             self._members.remove(member)
             ray.kill(member.handle)
 
-    def died(self, member: Member, error: Exception) -> None:
+    def replace_dead_member(self, member: PoolMember, error: Exception) -> None:
         """A replica was found dead; several batches may find that out, it counts once."""
         if member in self._members:
             self._members.remove(member)
@@ -121,26 +121,26 @@ class ReplicaPool:
         handle = self._actor.remote(self._spec)
         self.started += 1
         try:
-            await self._placed(handle)
+            await self._wait_for_placement(handle)
             await handle.setup.remote()
         except RayActorError as error:
             self._starting.discard(_this_task())
             self._count_death(error)
         except Exception as error:
             ray.kill(handle)
-            self._fail(explained(self._spec.name, error))
+            self._fail_pool(explain_actor_error(self._spec.name, error))
         except asyncio.CancelledError:
             ray.kill(handle)
             raise
         else:
-            self._members.append(Member(handle))
+            self._members.append(PoolMember(handle))
             self._on_ready()
 
-    async def _placed(self, handle: Any) -> None:
+    async def _wait_for_placement(self, handle: Any) -> None:
         """Wait until the replica runs on some node."""
         spec = self._spec
         try:
-            await asyncio.wait_for(_answer(handle.pid.remote()), spec.start_timeout_s)
+            await asyncio.wait_for(_wait_for_answer(handle.pid.remote()), spec.start_timeout_s)
         except TimeoutError:
             needs = f"{spec.num_cpus:g} CPU, {spec.num_gpus:g} GPU"
             needs += "".join(f", {amount:g} {resource}" for resource, amount in spec.resources.items())
@@ -154,14 +154,14 @@ class ReplicaPool:
         if self._deaths_in_a_row <= self._spec.max_retries:
             self.ensure_started()
             return
-        self._fail(
+        self._fail_pool(
             ScoringError(
                 f"reference {self._spec.name!r}: its replicas died {self._deaths_in_a_row} times without an "
                 f"answer between; most often memory ran out. Ray says: {_first_line(error)}"
             )
         )
 
-    def _fail(self, error: Exception) -> None:
+    def _fail_pool(self, error: Exception) -> None:
         self._deaths_in_a_row = 0
         self._error = error
         self._starting.discard(_this_task())
@@ -175,11 +175,11 @@ def _this_task() -> asyncio.Task[None]:
     return task
 
 
-async def _answer(reference: Any) -> Any:
+async def _wait_for_answer(reference: Any) -> Any:
     return await reference
 
 
-def explained(name: str, error: Exception) -> Exception:
+def explain_actor_error(name: str, error: Exception) -> Exception:
     """The error of a replica as one for whoever asked: a wrong model stays the user's error."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ScoringError):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.references.batching import cut
-from orchestrator.references.messages import Group, ReferenceSpec, ScoreRequest, Scores, ScoringError
+from orchestrator.references.batching import split_into_batches
+from orchestrator.references.messages import PromptGroup, ReferenceSpec, ScoreRequest, Scores, ScoringError
 
 if TYPE_CHECKING:  # the router imports this module to start replicas, and needs no torch for that
     import torch
@@ -31,22 +31,25 @@ class FrozenModel:
     def score(self, request: ScoreRequest) -> Scores:
         """Scores of the request's responses, in its order."""
         scores = Scores.unknown(len(request))
-        rows = _rows(request.groups())
+        rows = _place_rows(request.groups())
         if not self._shared:
-            rows = [single for row in rows for single in _apart(row)]
-        waiting = [[rows[i] for i in batch] for batch in cut([row.tokens for row in rows], self._budget)]
+            rows = [single for row in rows for single in _split_row(row)]
+        waiting = [
+            [rows[i] for i in batch]
+            for batch in split_into_batches([row.tokens for row in rows], self._budget)
+        ]
         while waiting:
             batch = waiting.pop(0)
-            part = self._forward([row.group for row in batch])
+            part = self._run_forward([row.group for row in batch])
             if part is None:
-                waiting = self._smaller(batch) + waiting
+                waiting = self._halve_batch(batch) + waiting
                 continue
             places = np.concatenate([row.places for row in batch])
             scores.logps[places], scores.lengths[places] = part.logps, part.lengths
             scores.entropies[places] = part.entropies
         return scores
 
-    def _forward(self, groups: list[Group]) -> Scores | None:
+    def _run_forward(self, groups: list[PromptGroup]) -> Scores | None:
         """One forward pass, or None if memory ran out."""
         import torch
 
@@ -68,14 +71,14 @@ class FrozenModel:
         self.forwards += 1
         return scores
 
-    def _smaller(self, batch: "list[_Row]") -> "list[list[_Row]]":
+    def _halve_batch(self, batch: "list[_Row]") -> "list[list[_Row]]":
         """Two halves of what did not fit; a row of several responses falls apart last of all."""
         import torch
 
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) == 1:
-            batch = _apart(batch[0])
+            batch = _split_row(batch[0])
         if len(batch) == 1:
             raise ScoringError(
                 f"reference {self._name!r}: memory ran out on a single row of {batch[0].tokens} tokens; "
@@ -89,7 +92,7 @@ class FrozenModel:
 class _Row(NamedTuple):
     """A group, and the places of its responses in the request."""
 
-    group: Group
+    group: PromptGroup
     places: NDArray[np.int64]
 
     @property
@@ -97,15 +100,15 @@ class _Row(NamedTuple):
         return self.group.tokens
 
 
-def _rows(groups: list[Group]) -> list[_Row]:
+def _place_rows(groups: list[PromptGroup]) -> list[_Row]:
     starts = np.cumsum([0, *(len(group.keys) for group in groups)])
     return [_Row(group, np.arange(starts[g], starts[g + 1])) for g, group in enumerate(groups)]
 
 
-def _apart(row: _Row) -> list[_Row]:
+def _split_row(row: _Row) -> list[_Row]:
     """The same responses, each behind a prompt of its own."""
     group = row.group
-    singles = [Group(group.prompt, [r], [k]) for r, k in zip(group.responses, group.keys, strict=True)]
+    singles = [PromptGroup(group.prompt, [r], [k]) for r, k in zip(group.responses, group.keys, strict=True)]
     return [_Row(single, row.places[i : i + 1]) for i, single in enumerate(singles)]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ObjectLostError, RayActorError
 
-from orchestrator.references.batching import Batch, WaitingGroups, cut
+from orchestrator.references.batching import Batch, WaitingGroups, split_into_batches
 from orchestrator.references.messages import (
     Keys,
     ReferenceSpec,
@@ -25,7 +25,7 @@ from orchestrator.references.messages import (
     Scores,
     ScoringError,
 )
-from orchestrator.references.pool import Member, ReplicaPool, explained
+from orchestrator.references.pool import PoolMember, ReplicaPool, explain_actor_error
 from orchestrator.references.replica import Replica
 from orchestrator.references.store import ScoreStore
 
@@ -60,7 +60,7 @@ class Router:
         self._store: ScoreStore | None = None
         self._opening, self._flushing = asyncio.Lock(), asyncio.Lock()
         self._admission = asyncio.Semaphore(ADMITTED)
-        self._pool = ReplicaPool(spec, replica_class, on_ready=self._pump, on_failure=self._fail_all)
+        self._pool = ReplicaPool(spec, replica_class, on_ready=self._send_batches, on_failure=self._fail_all)
         self._waiting = WaitingGroups(spec.max_tokens_per_batch)
         self._cut: deque[Batch] = deque()
         self._in_flight: dict[bytes, asyncio.Future[Score]] = {}
@@ -80,7 +80,7 @@ class Router:
             ScoringError: a replica cannot score, or gave a score that is not finite.
             ModelError: the reference cannot be loaded.
         """
-        store = await self._opened()
+        store = await self._open_store()
         async with self._admission:
             scores = store.lookup(request.keys)
             missing = np.flatnonzero(scores.missing)
@@ -92,7 +92,7 @@ class Router:
             if len(missing):
                 if not self._spec.replicas:
                     raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
-                futures = self._enqueue(request, set(missing.tolist()), keep=keep)
+                futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep)
                 # Not gather: that would cancel a future others wait for, if this request is cancelled.
                 await asyncio.wait(set(futures.values()))
                 for index, future in futures.items():
@@ -101,19 +101,19 @@ class Router:
 
     async def lookup(self, keys: Keys) -> Scores:
         """What the store has, without scoring anything; the rest stays unknown."""
-        return (await self._opened()).lookup(keys)
+        return (await self._open_store()).lookup(keys)
 
     async def put(self, keys: Keys, scores: Scores) -> None:
         """Store scores that a worker made itself."""
-        store = await self._opened()
+        store = await self._open_store()
         for index in range(len(scores)):
-            store.put(keys[index].tobytes(), self._finite(keys[index].tobytes(), scores[index]))
+            store.put(keys[index].tobytes(), self._refuse_non_finite(keys[index].tobytes(), scores[index]))
         self._scored += len(scores)
-        self._plan_flush(store)
+        self._schedule_flush(store)
 
     async def missing(self, keys: Keys) -> int:
         """How many different keys the store has no score for."""
-        known = (await self._opened()).known(keys)
+        known = (await self._open_store()).known(keys)
         return len(np.unique(keys[~known], axis=0))
 
     async def start(self) -> None:
@@ -132,7 +132,7 @@ class Router:
 
     async def flush(self) -> int:
         """Save the scores that no file holds yet; returns how many."""
-        store = await self._opened()
+        store = await self._open_store()
         async with self._flushing:
             saved = await asyncio.to_thread(store.flush)
         store.settle()
@@ -164,13 +164,13 @@ class Router:
         """Process ids of the live replicas, on whichever nodes they are."""
         return await self._pool.pids()
 
-    async def _opened(self) -> ScoreStore:
+    async def _open_store(self) -> ScoreStore:
         async with self._opening:
             if self._store is None:
                 self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
             return self._store
 
-    def _enqueue(
+    def _enqueue_missing(
         self, request: ScoreRequest, missing: set[int], *, keep: bool
     ) -> dict[int, asyncio.Future[Score]]:
         """A future for every missing response, shared with all who ask for the same one.
@@ -193,53 +193,56 @@ class Router:
                 index += 1
         self._pool.ensure_started()
         if self._linger is None:
-            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self._pump)
+            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self._send_batches)
         return futures
 
-    def _pump(self) -> None:
+    def _send_batches(self) -> None:
         """Send batches while there are batches and replicas with room."""
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
-        while (self._cut or len(self._waiting)) and (member := self._pool.free()) is not None:
+        while (self._cut or len(self._waiting)) and (member := self._pool.find_free_member()) is not None:
             if not self._cut:
-                self._cut.extend(self._next_window())
+                self._cut.extend(self._drain_window())
             batch = self._cut.popleft()
-            member.take(batch.tokens)
-            self._spawn(self._run(batch, member))
+            member.add_batch(batch.tokens)
+            self._spawn_task(self._run_batch(batch, member))
         if self._cut or len(self._waiting):
             self._pool.ensure_started()
 
-    def _next_window(self) -> list[Batch]:
+    def _drain_window(self) -> list[Batch]:
         budget = self._spec.max_tokens_per_batch
         groups = self._waiting.drain(WINDOW * budget)
-        return [Batch([groups[i] for i in part]) for part in cut([g.tokens for g in groups], budget)]
+        return [
+            Batch([groups[i] for i in part])
+            for part in split_into_batches([g.tokens for g in groups], budget)
+        ]
 
-    async def _run(self, batch: Batch, member: Member) -> None:
+    async def _run_batch(self, batch: Batch, member: PoolMember) -> None:
         try:
             scores, forwards = await member.handle.score.remote(ScoreRequest.pack(batch.groups))
         except (RayActorError, ObjectLostError) as error:
-            self._retry(batch)
-            self._pool.died(member, error)
+            self._retry_batch(batch)
+            self._pool.replace_dead_member(member, error)
         except Exception as error:
             # What a failed kernel left of the process is unknown: the next batch gets a new one.
-            self._pool.drop(member)
-            self._fail(batch.keys, explained(self._spec.name, error))
+            self._pool.drop_member(member)
+            self._fail_keys(batch.keys, explain_actor_error(self._spec.name, error))
         else:
             self._batches += 1
             self._forwards += forwards
-            self._pool.answered(member, batch.tokens)
-            self._finish(batch, scores)
-        self._pump()
+            self._pool.record_answer(member, batch.tokens)
+            self._finish_batch(batch, scores)
+        self._send_batches()
 
-    def _finish(self, batch: Batch, scores: Scores) -> None:
+    def _finish_batch(self, batch: Batch, scores: Scores) -> None:
         store = self._store
         assert store is not None  # opened before anything was asked
         for index, key in enumerate(batch.keys):
             try:
-                score = self._finite(key, scores[index])
+                score = self._refuse_non_finite(key, scores[index])
             except ScoringError as error:
-                self._fail([key], error)
+                self._fail_keys([key], error)
                 continue
             if key in self._to_keep:
                 self._to_keep.remove(key)
@@ -248,9 +251,9 @@ class Router:
             future = self._in_flight.pop(key, None)
             if future is not None:
                 future.set_result(score)
-        self._plan_flush(store)
+        self._schedule_flush(store)
 
-    def _finite(self, key: bytes, score: Score) -> Score:
+    def _refuse_non_finite(self, key: bytes, score: Score) -> Score:
         if np.isfinite(score.logp) and np.isfinite(score.entropy):
             return score
         raise ScoringError(
@@ -259,7 +262,7 @@ class Router:
             "try dtype float32 for it, and check that its weights are sound"
         )
 
-    def _retry(self, batch: Batch) -> None:
+    def _retry_batch(self, batch: Batch) -> None:
         """Put a batch whose replica died back in front, unless it has had its chances or nobody waits."""
         batch.attempts += 1
         if batch.attempts > self._spec.max_retries:
@@ -267,12 +270,12 @@ class Router:
                 f"reference {self._spec.name!r}: a batch of {batch.tokens} tokens lost its replica "
                 f"{batch.attempts} times; most often memory ran out"
             )
-            self._fail(batch.keys, error)
+            self._fail_keys(batch.keys, error)
         elif any(key in self._in_flight for key in batch.keys):
             self._retries += 1
             self._cut.appendleft(batch)
 
-    def _fail(self, keys: list[bytes], error: Exception) -> None:
+    def _fail_keys(self, keys: list[bytes], error: Exception) -> None:
         for key in keys:
             self._to_keep.discard(key)
             future = self._in_flight.pop(key, None)
@@ -283,14 +286,16 @@ class Router:
     def _fail_all(self, error: Exception) -> None:
         self._cut.clear()
         self._waiting = WaitingGroups(self._spec.max_tokens_per_batch)
-        self._fail(list(self._in_flight), error)
+        self._fail_keys(list(self._in_flight), error)
 
-    def _plan_flush(self, store: ScoreStore) -> None:
+    def _schedule_flush(self, store: ScoreStore) -> None:
         if store.unsaved >= self._flush_scores:
-            self._spawn(self._flush_quietly())
+            self._spawn_task(self._flush_quietly())
         elif self._flush_timer is None and store.unsaved:
             loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(self._flush_s, lambda: self._spawn(self._flush_quietly()))
+            self._flush_timer = loop.call_later(
+                self._flush_s, lambda: self._spawn_task(self._flush_quietly())
+            )
 
     async def _flush_quietly(self) -> None:
         """A failed save is tried again at the next occasion; only `flush` and `close` raise."""
@@ -302,12 +307,12 @@ class Router:
         except ScoringError as error:
             logger.warning("%s; the scores stay in memory and are saved later", error)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the loop itself holds tasks weakly
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._handle_task_end)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _handle_task_end(self, task: asyncio.Task[None]) -> None:
         """Nobody awaits these tasks, so an error they did not foresee goes to whoever waits for scores."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

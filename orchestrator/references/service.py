@@ -12,12 +12,12 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchestrator.references.client import NAMESPACE, TokenTableLike, answer_of, pair_groups
-from orchestrator.references.messages import Group, ReferenceSpec, RouterStats, ScoreRequest
-from orchestrator.references.pool import explained
+from orchestrator.references.client import NAMESPACE, TokenTableLike, group_pairs, wait_for_answer
+from orchestrator.references.messages import PromptGroup, ReferenceSpec, RouterStats, ScoreRequest
+from orchestrator.references.pool import explain_actor_error
 from orchestrator.references.replica import Replica
 from orchestrator.references.router import Router
-from orchestrator.references.store import absolute
+from orchestrator.references.store import resolve_storage
 
 ROUTER_CPUS = 0.01
 """A router waits nearly always: it only must not be counted as a whole core on a small machine."""
@@ -56,7 +56,7 @@ class ReferenceService:
     ) -> None:
         self.shutdown()
 
-    def start(self, names: Iterable[str] | None = None) -> None:
+    def start_replicas(self, names: Iterable[str] | None = None) -> None:
         """Start replicas now, of all references or of those named, and wait until they have their model.
 
         Raises:
@@ -66,15 +66,15 @@ class ReferenceService:
         wanted = self.routers if names is None else {name: self.routers[name] for name in names}
         answers = {name: router.start.remote() for name, router in wanted.items()}
         for name, answer in answers.items():
-            answer_of(name, answer)
+            wait_for_answer(name, answer)
 
-    def missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
+    def count_missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
         """How many different responses of the tables have no score in the store, by reference name."""
         counts = dict.fromkeys(tables, 0)
         for name, table in tables.items():
-            parts = [ScoreRequest.pack(pair_groups(table, rows)).keys for rows in _chunks(len(table))]
+            parts = [ScoreRequest.pack(group_pairs(table, rows)).keys for rows in _split_rows(len(table))]
             if parts:
-                counts[name] = answer_of(name, self.routers[name].missing.remote(np.concatenate(parts)))
+                counts[name] = wait_for_answer(name, self.routers[name].missing.remote(np.concatenate(parts)))
         return counts
 
     def score_all(self, tables: Mapping[str, TokenTableLike], on_progress: Progress | None = None) -> None:
@@ -93,11 +93,11 @@ class ReferenceService:
         def finish_one() -> None:
             (answer, *_), _ = ray.wait(list(open_requests), num_returns=1)
             name, rows = open_requests.pop(answer)
-            answer_of(name, answer)
+            wait_for_answer(name, answer)
             progress(name, rows)
 
-        for name, rows in _in_turn({name: len(table) for name, table in tables.items()}):
-            unknown = self._unknown(name, tables[name], rows)
+        for name, rows in _interleave_chunks({name: len(table) for name, table in tables.items()}):
+            unknown = self._find_unknown(name, tables[name], rows)
             progress(name, len(rows) - len(unknown))
             if unknown:
                 if len(open_requests) >= BULK_REQUESTS * len(tables):
@@ -110,15 +110,15 @@ class ReferenceService:
 
     def stats(self) -> dict[str, RouterStats]:
         """Counts by reference name."""
-        return self._all("stats")
+        return self._call_all_routers("stats")
 
     def flush(self) -> None:
         """Save all scores that no file holds yet."""
-        self._all("flush")
+        self._call_all_routers("flush")
 
     def release(self) -> None:
         """Save, and free the replicas' devices; the routers go on answering from their stores."""
-        self._all("release")
+        self._call_all_routers("release")
 
     def shutdown(self) -> None:
         """Save and end every actor this service started; again is harmless.
@@ -135,7 +135,7 @@ class ReferenceService:
             except RayActorError:
                 continue  # dead already, and its replicas with it
             except RayTaskError as error:
-                failures.append(explained(name, error))
+                failures.append(explain_actor_error(name, error))
         for router in owned.values():
             ray.kill(router)
         self._wait_for_names(owned)
@@ -145,17 +145,17 @@ class ReferenceService:
     def _wait_for_names(self, names: Iterable[str]) -> None:
         """A killed actor keeps its name for a moment, in which the next service would take it for alive."""
         deadline = time.monotonic() + NAMES_FREE_S
-        while time.monotonic() < deadline and any(_running(self.addresses[name]) for name in names):
+        while time.monotonic() < deadline and any(_is_running(self.addresses[name]) for name in names):
             time.sleep(0.02)
 
-    def _all(self, method: str) -> dict[str, Any]:
+    def _call_all_routers(self, method: str) -> dict[str, Any]:
         answers = {name: getattr(router, method).remote() for name, router in self.routers.items()}
-        return {name: answer_of(name, answer) for name, answer in answers.items()}
+        return {name: wait_for_answer(name, answer) for name, answer in answers.items()}
 
-    def _unknown(self, name: str, table: TokenTableLike, rows: range) -> list[Group]:
-        groups = pair_groups(table, rows)
+    def _find_unknown(self, name: str, table: TokenTableLike, rows: range) -> list[PromptGroup]:
+        groups = group_pairs(table, rows)
         request = ScoreRequest.pack(groups)
-        scores = answer_of(name, self.routers[name].lookup.remote(request.keys))
+        scores = wait_for_answer(name, self.routers[name].lookup.remote(request.keys))
         unknown = np.add.reduceat(scores.missing, request.group_offsets[:-1]) > 0
         return [group for group, wanted in zip(groups, unknown, strict=True) if wanted]
 
@@ -177,14 +177,14 @@ def start_references(
         replica_class: the actor that scores, `Replica` or one with its methods.
         router_options: `linger_s`, `flush_scores`, `flush_s` of `Router`.
     """
-    storage = absolute(storage_path)
+    storage = resolve_storage(storage_path)
     routers: dict[str, Any] = {}
     addresses: dict[str, str] = {}
     owned: dict[str, Any] = {}
     # One router serves all references of a fingerprint: the spec with most replicas decides how.
     for spec in sorted(specs, key=lambda spec: -spec.replicas):
-        address = _address(spec.fingerprint, storage)
-        if address not in addresses.values() and not _running(address):
+        address = _name_router(spec.fingerprint, storage)
+        if address not in addresses.values() and not _is_running(address):
             actor = ray.remote(Router).options(
                 name=address,
                 namespace=NAMESPACE,
@@ -200,7 +200,7 @@ def start_references(
     return ReferenceService(routers, addresses, owned)
 
 
-def _address(fingerprint: str, storage: str) -> str:
+def _name_router(fingerprint: str, storage: str) -> str:
     """Actor name of a router: one per reference, storage and job.
 
     Not shared between jobs, although the store is: a router ends with its driver, and would leave the other
@@ -210,7 +210,7 @@ def _address(fingerprint: str, storage: str) -> str:
     return f"router-{fingerprint}-{place}-{ray.get_runtime_context().get_job_id()}"
 
 
-def _running(address: str) -> bool:
+def _is_running(address: str) -> bool:
     try:
         ray.get_actor(address, namespace=NAMESPACE)
     except ValueError:
@@ -218,13 +218,13 @@ def _running(address: str) -> bool:
     return True
 
 
-def _chunks(count: int) -> list[range]:
+def _split_rows(count: int) -> list[range]:
     return [range(start, min(start + BULK_ROWS, count)) for start in range(0, count, BULK_ROWS)]
 
 
-def _in_turn(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
+def _interleave_chunks(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
     """Chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
-    for chunks in zip_longest(*(_chunks(count) for count in counts.values())):
+    for chunks in zip_longest(*(_split_rows(count) for count in counts.values())):
         for name, rows in zip(counts, chunks, strict=True):
             if rows is not None:
                 yield name, rows

@@ -38,7 +38,7 @@ _SORT_AFTER = 65536
 _READERS = 8
 
 
-def response_key(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
+def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
     """The 16 bytes that identify a response behind its prompt: BLAKE2b of prompt length and all token ids."""
     prompt = np.ascontiguousarray(prompt_ids, dtype="<i4")
     digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=KEY_BYTES)
@@ -59,13 +59,13 @@ class ScoreStore:
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
         self._fingerprint = fingerprint.encode()
         try:
-            self._files, root = buckets.opened(absolute(uri))
+            self._files, root = buckets.opened(resolve_storage(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
             parts = self._read_all()
         except (OSError, pa.ArrowException) as error:
             place = buckets.without_options(os.fspath(uri))
             raise ScoringError(f"the score store under {place} cannot be opened: {error}") from error
-        self._sorted_keys, self._sorted = _merge(parts)
+        self._sorted_keys, self._sorted = _merge_columns(parts)
         self._recent: dict[bytes, Score] = {}
         self._unsaved: dict[bytes, Score] = {}
         self._saving = threading.Lock()
@@ -89,7 +89,7 @@ class ScoreStore:
         places = np.searchsorted(self._sorted_keys, wanted)
         places[places == len(self._sorted_keys)] = 0
         hits = self._sorted_keys[places] == wanted if len(self._sorted_keys) else np.zeros(len(keys), bool)
-        for column, source in zip(_columns(found), _columns(self._sorted), strict=True):
+        for column, source in zip(_sort_columns(found), _sort_columns(self._sorted), strict=True):
             column[hits] = source[places[hits]]
         if self._recent:
             for index in np.flatnonzero(~hits).tolist():
@@ -133,7 +133,7 @@ class ScoreStore:
         """Sort recent scores into the rest once they are many; cheap when they are few."""
         if len(self._recent) >= max(_SORT_AFTER, len(self._sorted_keys) // 4):
             recent = _from_mapping(self._recent)
-            self._sorted_keys, self._sorted = _merge([(self._sorted_keys, self._sorted), recent])
+            self._sorted_keys, self._sorted = _merge_columns([(self._sorted_keys, self._sorted), recent])
             self._recent = {}
 
     def _write(self, scores: dict[bytes, Score]) -> None:
@@ -180,7 +180,7 @@ class ScoreStore:
         return keys, Scores(logps, lengths.astype(np.int64), entropies)
 
 
-def absolute(uri: str | os.PathLike[str]) -> str:
+def resolve_storage(uri: str | os.PathLike[str]) -> str:
     """A URI as it is, a path made absolute here, where it was given: actors work in other folders."""
     text = os.fspath(uri)
     return text if "://" in text else str(Path(text).resolve())
@@ -191,7 +191,7 @@ def _as_strings(keys: Keys) -> NDArray[np.bytes_]:
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
 
 
-def _columns(scores: Scores) -> tuple[NDArray, NDArray, NDArray]:
+def _sort_columns(scores: Scores) -> tuple[NDArray, NDArray, NDArray]:
     return scores.logps, scores.lengths, scores.entropies
 
 
@@ -202,9 +202,9 @@ def _from_mapping(scores: dict[bytes, Score]) -> tuple[NDArray[np.bytes_], Score
     return keys, columns
 
 
-def _merge(parts: Iterable[tuple[NDArray[np.bytes_], Scores]]) -> tuple[NDArray[np.bytes_], Scores]:
+def _merge_columns(parts: Iterable[tuple[NDArray[np.bytes_], Scores]]) -> tuple[NDArray[np.bytes_], Scores]:
     """Parts as one, sorted by key; of a key that occurs twice the first is kept."""
     parts = [(np.zeros(0, dtype=f"S{KEY_BYTES}"), Scores.unknown(0)), *parts]
     keys, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
-    columns = zip(*(_columns(scores) for _, scores in parts), strict=True)
+    columns = zip(*(_sort_columns(scores) for _, scores in parts), strict=True)
     return keys, Scores(*(np.concatenate(column)[first] for column in columns))

@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 
 from orchestrator.errors import UsageError
-from orchestrator.files import folder_digest, link_tree
+from orchestrator.files import digest_folder, link_tree
 from orchestrator.registry.download import ADAPTER
-from orchestrator.registry.model_card import HUB, Lineage, render
+from orchestrator.registry.model_card import HUB, Lineage, render_model_card
 
 _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 
 
-def refuse_unfit(folder: Path, adapter: Path | None) -> None:
+def refuse_incomplete_export(folder: Path, adapter: Path | None) -> None:
     """Raise UsageError unless the folders hold a model with its tokenizer and, if given, an adapter."""
     needed = {folder / "config.json": "a model", folder / "tokenizer_config.json": "a tokenizer"}
     if adapter is not None:
@@ -38,7 +38,7 @@ def refuse_unfit(folder: Path, adapter: Path | None) -> None:
         raise UsageError(f"{folder} holds no safetensors: export the model's weights there first")
 
 
-def pack(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lineage) -> str:
+def build_artifact(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lineage) -> str:
     """Lay out the version under the empty folder `root`; returns the digest of `root/model`."""
     from transformers import AutoTokenizer
 
@@ -47,18 +47,18 @@ def pack(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lin
     if adapter is not None:
         shutil.rmtree(model / ADAPTER, ignore_errors=True)
         link_tree(adapter, model / ADAPTER)
-        _name_base(model / ADAPTER, lineage.base_model)
+        _pin_adapter_base(model / ADAPTER, lineage.base_model)
     card = model / "README.md"
     card.unlink(missing_ok=True)  # a hard link: writing through it would change the export
-    card.write_text(render(name, lineage, adapter=adapter is not None), encoding="utf-8")
+    card.write_text(render_model_card(name, lineage, adapter=adapter is not None), encoding="utf-8")
     (root / "lineage.json").write_text(lineage.to_json(), encoding="utf-8")
     AutoTokenizer.from_pretrained(folder).save_pretrained(root / "components" / "tokenizer")
     _write_environment(root)
     _write_mlmodel(root, lineage.base_model)
-    return folder_digest(model)
+    return digest_folder(model)
 
 
-def _name_base(adapter: Path, base_model: str) -> None:
+def _pin_adapter_base(adapter: Path, base_model: str) -> None:
     """Let the adapter's config name its base on the hub, pinned, instead of this machine's copy of it.
 
     A folder's adapter keeps its path; so does one that was trained on another adapter's merged base, which no

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UsageError
-from orchestrator.files import cache_folder, folder_digest, link_tree
-from orchestrator.redaction import first_line, redact
-from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, find_version, short
-from orchestrator.tracking.mlflow import connect
+from orchestrator.files import cache_folder, digest_folder, link_tree
+from orchestrator.redaction import redact, summarize_error
+from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, find_version, shorten_digest
+from orchestrator.tracking.mlflow import connect_to_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,13 +46,13 @@ class ResolvedModel:
         return f"models:/{self.name}/{self.version}"
 
 
-def resolve(uri: str, tracking_uri: str, *, cache: Path | None = None) -> ResolvedModel:
+def resolve_model(uri: str, tracking_uri: str, *, cache: Path | None = None) -> ResolvedModel:
     """The version that `models:/name@alias` or `models:/name/3` stands for, downloaded if it is not local.
 
     Raises UsageError for a URI without alias or version, an unknown name, alias or version, a version that is
     still being registered, and a model that is not a whole causal language model.
     """
-    client = connect(tracking_uri)
+    client = connect_to_mlflow(tracking_uri)
     return resolve_version(client, find_version(client, uri), tracking_uri, cache=cache)
 
 
@@ -61,7 +61,7 @@ def resolve_version(
 ) -> ResolvedModel:
     """The version with its folder, downloaded if it is not local. Raises UsageError as `resolve` does."""
     cache = cache or cache_folder()
-    folder = _transformers_folder(_local_root(client, version, tracking_uri, cache), version, cache)
+    folder = _find_transformers_folder(_fetch_root(client, version, tracking_uri, cache), version, cache)
     digest = version.tags.get(DIGEST_TAG)
     return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
 
@@ -70,14 +70,14 @@ def check_digest(
     folder: Path, expected: str | None, uri: str, *, remedy: str = "register the model again"
 ) -> None:
     """Raise DamagedError unless the folder's files are those registered; None checks nothing."""
-    if expected is not None and (actual := folder_digest(folder)) != expected:
+    if expected is not None and (actual := digest_folder(folder)) != expected:
         raise DamagedError(
-            f"the files of {uri} are not those that were registered (digest {short(actual)}, "
-            f"registered {short(expected)}): they were changed or damaged since; {remedy}"
+            f"the files of {uri} are not those that were registered (digest {shorten_digest(actual)}, "
+            f"registered {shorten_digest(expected)}): they were changed or damaged since; {remedy}"
         )
 
 
-def adapter_alone(
+def resolve_adapter(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
 ) -> ResolvedModel | None:
     """The adapter in a version of polyref's, had without the merged model; None where there is none."""
@@ -85,15 +85,15 @@ def adapter_alone(
     if digest is None:
         return None
     cache = cache or cache_folder()
-    folder = _local(client, version, tracking_uri, cache, f"model/{ADAPTER}", digest)
+    folder = _fetch_artifacts(client, version, tracking_uri, cache, f"model/{ADAPTER}", digest)
     return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
 
 
-def _local_root(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, cache: Path) -> Path:
-    return _local(client, version, tracking_uri, cache, "", version.tags.get(DIGEST_TAG))
+def _fetch_root(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, cache: Path) -> Path:
+    return _fetch_artifacts(client, version, tracking_uri, cache, "", version.tags.get(DIGEST_TAG))
 
 
-def _local(
+def _fetch_artifacts(
     client: "MlflowClient",
     version: "ModelVersion",
     tracking_uri: str,
@@ -116,14 +116,14 @@ def _local(
     if target.is_dir():
         return target
     where = f"models:/{version.name}/{version.version}"
-    with _downloaded(source, tracking_uri, where, cache) as whole:
+    with _download_artifacts(source, tracking_uri, where, cache) as whole:
         check_digest(whole if part else whole / "model", digest, where)
-        _move(whole, target)
+        _move_into_place(whole, target)
     return target
 
 
 @contextmanager
-def _downloaded(source: str, tracking_uri: str, where: str, cache: Path) -> Iterator[Path]:
+def _download_artifacts(source: str, tracking_uri: str, where: str, cache: Path) -> Iterator[Path]:
     """A copy of an artifact folder, gone afterwards unless it was moved."""
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
@@ -135,12 +135,12 @@ def _downloaded(source: str, tracking_uri: str, where: str, cache: Path) -> Iter
         except (MlflowException, OSError) as error:
             raise UsageError(
                 f"the files of {where} cannot be had from {redact(source)}: "
-                f"{first_line(error)}; check that the artifact store is reachable from here"
+                f"{summarize_error(error)}; check that the artifact store is reachable from here"
             ) from error
         yield Path(whole)
 
 
-def _move(folder: Path, target: Path) -> None:
+def _move_into_place(folder: Path, target: Path) -> None:
     """Put a finished folder in its place; another process that was faster made the same one."""
     try:
         os.replace(folder, target)
@@ -149,7 +149,7 @@ def _move(folder: Path, target: Path) -> None:
             raise
 
 
-def _transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Path:
+def _find_transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Path:
     """The folder under `root` that transformers loads, or of an adapter alone the one that peft loads."""
     if (root / "config.json").is_file() or (root / "adapter_config.json").is_file():
         return root
@@ -171,20 +171,20 @@ def _transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Pa
             joined = Path(part) / "model"
             link_tree(model, joined)
             link_tree(tokenizer, joined)
-            _move(joined, target)
+            _move_into_place(joined, target)
     return target
 
 
-def fetch(model: ResolvedModel, to: Path) -> None:
+def copy_version(model: ResolvedModel, to: Path) -> None:
     """Copy the version's folder to `to`, checked against the digest it was registered with.
 
     Raises UsageError when `to` holds something or the files are not those registered.
     """
-    with _in_place(to) as part:
-        _copy(model, part)
+    with _fill_new_folder(to) as part:
+        _copy_checked(model, part)
 
 
-def fetch_merged(model: ResolvedModel, to: Path, *, base: str | None = None) -> None:
+def copy_merged_version(model: ResolvedModel, to: Path, *, base: str | None = None) -> None:
     """Make `to` one whole model without an adapter beside it.
 
     A version of polyref's holds it already. An adapter alone, which another program registered, is merged
@@ -192,27 +192,27 @@ def fetch_merged(model: ResolvedModel, to: Path, *, base: str | None = None) -> 
 
     Raises UsageError as `fetch` does, ModelError when the base is not to be had or does not fit.
     """
-    with _in_place(to) as part:
-        if is_adapter(model.folder):
-            _merge(model.folder, part, base)
+    with _fill_new_folder(to) as part:
+        if is_adapter_folder(model.folder):
+            _merge_adapter_folder(model.folder, part, base)
         else:
-            _copy(model, part)
+            _copy_checked(model, part)
             shutil.rmtree(part / ADAPTER, ignore_errors=True)
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter_folder(folder: Path) -> bool:
     """Whether a folder holds an adapter alone."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def _copy(model: ResolvedModel, part: Path) -> None:
+def _copy_checked(model: ResolvedModel, part: Path) -> None:
     shutil.copytree(model.folder, part, dirs_exist_ok=True)
     downloaded = model.folder.is_relative_to(cache_folder())
     remedy = f"remove {model.folder} and get it again" if downloaded else "register the model again"
     check_digest(part, model.digest, model.uri_pinned, remedy=remedy)
 
 
-def _merge(folder: Path, part: Path, base: str | None) -> None:
+def _merge_adapter_folder(folder: Path, part: Path, base: str | None) -> None:
     from models.adapters import merge
     from models.config import ModelConfig
     from models.load import export, load_model, load_tokenizer, locate
@@ -220,19 +220,19 @@ def _merge(folder: Path, part: Path, base: str | None) -> None:
     config = ModelConfig(model=str(folder), base=base)
     located = locate(config)
     assert located.base_path is not None
-    config = config.model_copy(update={"dtype": _dtype(located.base_path)})
+    config = config.model_copy(update={"dtype": _read_dtype(located.base_path)})
     model = load_model(located, config, device="cpu", trainable=False)
     export(merge(model), load_tokenizer(located, config), part)
 
 
-def _dtype(base: Path) -> str:
+def _read_dtype(base: Path) -> str:
     """What a model folder's weights are in; float32 where its config does not say."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) if base.is_dir() else {}
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return dtype if dtype in ("bfloat16", "float16") else "float32"
 
 
-def free_place(to: Path) -> Path:
+def resolve_free_folder(to: Path) -> Path:
     """Where a new folder may come, with links followed; UsageError where it cannot."""
     place = to.resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -243,9 +243,9 @@ def free_place(to: Path) -> Path:
 
 
 @contextmanager
-def _in_place(to: Path) -> Iterator[Path]:
+def _fill_new_folder(to: Path) -> Iterator[Path]:
     """A folder beside `to` to fill, which becomes `to` when all went well."""
-    to = free_place(to)
+    to = resolve_free_folder(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:

@@ -9,14 +9,14 @@ from typing import Any
 
 import yaml
 
-from orchestrator.redaction import redact, without_secrets
+from orchestrator.redaction import hide_secrets, redact
 
 HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
 """A model on the hub as a run's record pins it."""
 
 
 @dataclass(frozen=True)
-class Reference:
+class PinnedReference:
     """A frozen reference model as the run's record pins it."""
 
     model: str
@@ -32,7 +32,7 @@ class Lineage:
     """Pinned as a reference's model is."""
     preset: str
     loss: Mapping[str, Any]
-    references: Mapping[str, Reference] = field(default_factory=dict)
+    references: Mapping[str, PinnedReference] = field(default_factory=dict)
     primary: str | None = None
     data_digest: str
     eval_digest: str | None = None
@@ -49,10 +49,10 @@ class Lineage:
 
     def to_json(self) -> str:
         """All of it as JSON text, without secrets."""
-        return json.dumps(without_secrets(asdict(self)), indent=2, sort_keys=True, default=str) + "\n"
+        return json.dumps(hide_secrets(asdict(self)), indent=2, sort_keys=True, default=str) + "\n"
 
 
-def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
+def render_model_card(name: str, lineage: Lineage, *, adapter: bool) -> str:
     """The README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if hub := HUB.fullmatch(lineage.base_model):
@@ -61,33 +61,33 @@ def render(name: str, lineage: Lineage, *, adapter: bool) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"`{_shown(lineage.base_model)}` fine-tuned on human preferences with polyref, "
+        f"`{_shorten_model_name(lineage.base_model)}` fine-tuned on human preferences with polyref, "
         f"loss preset `{lineage.preset}`.\n",
-        _search(lineage),
-        _references(lineage),
-        _data(lineage),
-        _metrics(lineage),
-        "## Loss\n\n```yaml\n" + yaml.safe_dump(_plain(lineage.loss), sort_keys=False) + "```\n",
-        _loading(name, lineage, adapter=adapter),
+        _render_search(lineage),
+        _render_references(lineage),
+        _render_data(lineage),
+        _render_metrics(lineage),
+        "## Loss\n\n```yaml\n" + yaml.safe_dump(_to_plain_settings(lineage.loss), sort_keys=False) + "```\n",
+        _render_loading(name, lineage, adapter=adapter),
     ]
     return redact("\n".join(part for part in parts if part))
 
 
-def _references(lineage: Lineage) -> str:
+def _render_references(lineage: Lineage) -> str:
     if not lineage.references:
         return "## References\n\nNone: this loss compares the policy with itself only.\n"
     rows = [
         [
             f"{name} (primary)" if name == lineage.primary else name,
-            f"`{_shown(r.model)}`",
+            f"`{_shorten_model_name(r.model)}`",
             f"`{r.fingerprint[:16]}`",
         ]
         for name, r in lineage.references.items()
     ]
-    return "## References\n\n" + _table(["reference", "model", "fingerprint"], rows)
+    return "## References\n\n" + _render_table(["reference", "model", "fingerprint"], rows)
 
 
-def _search(lineage: Lineage) -> str:
+def _render_search(lineage: Lineage) -> str:
     if not lineage.search:
         return ""
     found = {name.removeprefix("search."): value for name, value in lineage.search.items()}
@@ -97,26 +97,26 @@ def _search(lineage: Lineage) -> str:
     )
 
 
-def _data(lineage: Lineage) -> str:
+def _render_data(lineage: Lineage) -> str:
     rows = [["training data", f"`{lineage.data_digest[:16]}`"]]
     if lineage.eval_digest:
         rows.append(["held-out data", f"`{lineage.eval_digest[:16]}`"])
     rows += [[what, str(count)] for what, count in lineage.counts.items()]
-    return "## Data\n\n" + _table(["", "digest or count"], rows)
+    return "## Data\n\n" + _render_table(["", "digest or count"], rows)
 
 
-def _metrics(lineage: Lineage) -> str:
+def _render_metrics(lineage: Lineage) -> str:
     if not lineage.after:
         return ""
     rows = [
-        [name, _number(lineage.before.get(name)), _number(value)]
+        [name, _format_number(lineage.before.get(name)), _format_number(value)]
         for name, value in sorted(lineage.after.items())
         if not name.startswith("perf/")
     ]
-    return "## Held-out metrics\n\n" + _table(["metric", "before", "after"], rows)
+    return "## Held-out metrics\n\n" + _render_table(["metric", "before", "after"], rows)
 
 
-def _loading(name: str, lineage: Lineage, *, adapter: bool) -> str:
+def _render_loading(name: str, lineage: Lineage, *, adapter: bool) -> str:
     ways = f"""## Loading
 
 As a folder, after `polyref models get {name}@ALIAS --to {name}`:
@@ -141,25 +141,27 @@ The adapter alone, on its base model:
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained({_load_arguments(lineage.base_model)})
+base = AutoModelForCausalLM.from_pretrained({_render_load_arguments(lineage.base_model)})
 model = PeftModel.from_pretrained(base, "{name}/adapter")
 ```
 """
     return ways
 
 
-def _shown(model: str) -> str:
+def _shorten_model_name(model: str) -> str:
     """A pinned model as others may read it: of a folder only its name, since its place is this machine's."""
     named = HUB.fullmatch(model) or model.startswith("models:/")
     return model if named else PurePath(model).name
 
 
-def _load_arguments(model: str) -> str:
+def _render_load_arguments(model: str) -> str:
     hub = HUB.fullmatch(model)
-    return f'"{hub["id"]}", revision="{hub["commit"]}"' if hub else f'"FOLDER-OF-{_shown(model)}"'
+    return (
+        f'"{hub["id"]}", revision="{hub["commit"]}"' if hub else f'"FOLDER-OF-{_shorten_model_name(model)}"'
+    )
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def _render_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return (
         "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -167,11 +169,11 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _to_plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as YAML writes them: no tuples, no enums."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain

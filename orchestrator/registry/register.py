@@ -13,8 +13,8 @@ import torch
 
 from models.probe import Probe, _logits
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.files import folder_digest
-from orchestrator.redaction import first_line, redact, without_secrets
+from orchestrator.files import digest_folder
+from orchestrator.redaction import hide_secrets, redact, summarize_error
 from orchestrator.registry.aliases import (
     EVAL_DIGEST_TAG,
     JUDGED_BY_TAG,
@@ -26,13 +26,13 @@ from orchestrator.registry.aliases import (
     REFERENCE_PREFIX,
     SAMPLING_DIGEST_TAG,
     PromotionRefused,
-    give_alias,
+    assign_alias,
 )
-from orchestrator.registry.artifact import pack, refuse_unfit
+from orchestrator.registry.artifact import build_artifact, refuse_incomplete_export
 from orchestrator.registry.download import ADAPTER, DamagedError, ResolvedModel, check_digest, resolve_version
 from orchestrator.registry.model_card import Lineage
 from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, STATE_TAG, VERIFIED, VERIFYING
-from orchestrator.tracking.mlflow import URI_VARIABLE, connect, metric_key
+from orchestrator.tracking.mlflow import URI_VARIABLE, connect_to_mlflow, to_metric_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +50,7 @@ class RegistryError(RunFailed):
     """What came back from the registry is not the model that was trained."""
 
 
-def register(
+def register_model(
     tracking_uri: str,
     *,
     name: str,
@@ -70,9 +70,9 @@ def register(
     Raises UsageError when the server does not answer or the folder is not whole; RegistryError when
     what comes back from the registry is not what was trained: that version is deleted.
     """
-    refuse_unfit(folder, adapter)
-    client = connect(tracking_uri)
-    export = folder_digest(folder, ".safetensors")
+    refuse_incomplete_export(folder, adapter)
+    client = connect_to_mlflow(tracking_uri)
+    export = digest_folder(folder, ".safetensors")
     mine = [v for v in client.search_model_versions(f"run_id='{run_id}'") if v.name == name]
     same = [v for v in mine if v.tags.get(EXPORT_TAG) == export]
     done = [v for v in same if v.tags.get(STATE_TAG) == VERIFIED]
@@ -81,22 +81,24 @@ def register(
             client.delete_model_version(name, str(stale.version))
         with tempfile.TemporaryDirectory(prefix=".register-", dir=folder.parent) as part:
             root = Path(part)
-            tags = _tags(lineage) | {
+            tags = _build_tags(lineage) | {
                 EXPORT_TAG: export,
-                DIGEST_TAG: pack(root, name, folder, adapter, lineage),
+                DIGEST_TAG: build_artifact(root, name, folder, adapter, lineage),
             }
             if adapter is not None:
-                tags[ADAPTER_DIGEST_TAG] = folder_digest(root / "model" / ADAPTER)
-            version = _upload(client, name, root, run_id, tags, same[0] if same else None)
-        done = [_verified(client, version, tracking_uri, probe)]
+                tags[ADAPTER_DIGEST_TAG] = digest_folder(root / "model" / ADAPTER)
+            version = _upload_version(client, name, root, run_id, tags, same[0] if same else None)
+        done = [_verify_version(client, version, tracking_uri, probe)]
     if alias is not None:
-        _ask_for_alias(client, done[0], alias, tracking_uri)
+        _try_to_assign_alias(client, done[0], alias, tracking_uri)
     return resolve_version(client, done[0], tracking_uri)
 
 
-def _ask_for_alias(client: "MlflowClient", version: "ModelVersion", alias: str, tracking_uri: str) -> None:
+def _try_to_assign_alias(
+    client: "MlflowClient", version: "ModelVersion", alias: str, tracking_uri: str
+) -> None:
     try:
-        give_alias(client, version, alias)
+        assign_alias(client, version, alias)
     except PromotionRefused as error:
         command = f"polyref models promote {version.name}/{version.version} --alias {alias} --force"
         if os.environ.get(URI_VARIABLE) != tracking_uri:
@@ -104,7 +106,7 @@ def _ask_for_alias(client: "MlflowClient", version: "ModelVersion", alias: str, 
         log.warning("%s. It is registered without; `%s` gives it all the same", error, command)
 
 
-def verify(folder: Path, probe: Probe) -> None:
+def verify_export(folder: Path, probe: Probe) -> None:
     """Load a folder as users will and compare its logits with the probe's. Raises RegistryError."""
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +128,7 @@ def verify(folder: Path, probe: Probe) -> None:
         )
 
 
-def _upload(
+def _upload_version(
     client: "MlflowClient",
     name: str,
     root: Path,
@@ -149,7 +151,7 @@ def _upload(
         return client.get_model_version(name, str(pending.version))
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"{name!r} could not be registered: {first_line(error)}; "
+            f"{name!r} could not be registered: {summarize_error(error)}; "
             "the model is kept: start the same run again to register it"
         ) from error
 
@@ -161,12 +163,12 @@ def _ensure_registered(client: "MlflowClient", name: str) -> None:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise UsageError(f"tracking.registered_model {name!r}: {first_line(error)}") from error
+            raise UsageError(f"tracking.registered_model {name!r}: {summarize_error(error)}") from error
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
-def _verified(
+def _verify_version(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, probe: Probe
 ) -> "ModelVersion":
     """Load the version back from the registry: it counts from here on, or is deleted (RegistryError)."""
@@ -174,7 +176,7 @@ def _verified(
     try:
         back = resolve_version(client, version, tracking_uri)
         check_digest(back.folder, back.digest, where)
-        verify(back.folder, probe)
+        verify_export(back.folder, probe)
     except (RegistryError, DamagedError) as error:
         client.delete_model_version(version.name, str(version.version))
         raise RegistryError(f"{where} is not the model that was trained, and was deleted: {error}") from error
@@ -182,7 +184,7 @@ def _verified(
     return client.get_model_version(version.name, str(version.version))
 
 
-def _tags(lineage: Lineage) -> dict[str, str]:
+def _build_tags(lineage: Lineage) -> dict[str, str]:
     tags = {f"{REFERENCE_PREFIX}{name}": r.fingerprint for name, r in lineage.references.items()}
     tags |= {f"{PIN_PREFIX}{name}": r.model for name, r in lineage.references.items()}
     tags |= {
@@ -196,25 +198,27 @@ def _tags(lineage: Lineage) -> dict[str, str]:
         EVAL_DIGEST_TAG: lineage.eval_digest or "none",
         "base_model": lineage.base_model,
         "loss.preset": lineage.preset,
-        LOSS_DIGEST_TAG: _digest([lineage.loss, [r.fingerprint for r in lineage.references.values()]]),
-        **_judged(lineage),
+        LOSS_DIGEST_TAG: _digest_settings(
+            [lineage.loss, [r.fingerprint for r in lineage.references.values()]]
+        ),
+        **_build_evaluation_tags(lineage),
         **lineage.code,
         **lineage.search,
     }
-    return {metric_key(key): redact(value) for key, value in tags.items()}
+    return {to_metric_key(key): redact(value) for key, value in tags.items()}
 
 
-def _judged(lineage: Lineage) -> dict[str, str]:
+def _build_evaluation_tags(lineage: Lineage) -> dict[str, str]:
     """What the run was judged by, and a digest of how its samples were drawn and rewarded."""
     evaluation = lineage.config.get("evaluation") or {}
     tags = {JUDGED_BY_TAG: evaluation["metric"]} if evaluation.get("metric") else {}
     if evaluation.get("sampling"):
-        tags[SAMPLING_DIGEST_TAG] = _digest(
+        tags[SAMPLING_DIGEST_TAG] = _digest_settings(
             [evaluation["sampling"], lineage.config.get("training", {}).get("seed")]
         )
     return tags
 
 
-def _digest(settings: object) -> str:
-    text = json.dumps(without_secrets(settings), sort_keys=True, default=str)
+def _digest_settings(settings: object) -> str:
+    text = json.dumps(hide_secrets(settings), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

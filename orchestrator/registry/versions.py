@@ -22,7 +22,7 @@ _REF = re.compile(r"(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w.-]+)|/(?P<ve
 
 
 @dataclass(frozen=True)
-class Ref:
+class ModelRef:
     """A registered model as users write it."""
 
     name: str
@@ -30,19 +30,19 @@ class Ref:
     version: str | None
 
     @property
-    def open(self) -> bool:
+    def leaves_version_open(self) -> bool:
         """Whether it leaves the version open."""
         return self.alias is None and self.version is None
 
 
-def split_ref(ref: str) -> Ref:
+def parse_model_ref(ref: str) -> ModelRef:
     """`name`, `name@alias` or `name/3`, with or without `models:/` in front. Raises UsageError."""
     match = _REF.fullmatch(ref)
     if match is None:
         raise UsageError(
             f"{ref!r} names no registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
         )
-    return Ref(match["name"], match["alias"], match["version"])
+    return ModelRef(match["name"], match["alias"], match["version"])
 
 
 def find_version(client: "MlflowClient", ref: str) -> "ModelVersion":
@@ -52,17 +52,17 @@ def find_version(client: "MlflowClient", ref: str) -> "ModelVersion":
     """
     from mlflow.exceptions import MlflowException
 
-    wanted = split_ref(ref)
+    wanted = parse_model_ref(ref)
     name = wanted.name
-    if wanted.open:
-        raise UsageError(f"{ref!r} leaves the version open: {_choices(client, name)}")
+    if wanted.leaves_version_open:
+        raise UsageError(f"{ref!r} leaves the version open: {_format_choices(client, name)}")
     try:
         if wanted.alias is not None:
             found = client.get_model_version_by_alias(name, wanted.alias)
         else:
             found = client.get_model_version(name, str(wanted.version))
     except MlflowException as error:
-        raise UsageError(f"{ref!r} is not in the registry: {_choices(client, name)}") from error
+        raise UsageError(f"{ref!r} is not in the registry: {_format_choices(client, name)}") from error
     if found.tags.get(STATE_TAG) == VERIFYING:
         raise UsageError(
             f"version {found.version} of {name!r} was never verified, its registration was cut short: "
@@ -71,16 +71,16 @@ def find_version(client: "MlflowClient", ref: str) -> "ModelVersion":
     return found
 
 
-def versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
+def list_versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
     """One registered model's versions that count, newest first. Raises UsageError for an unknown name."""
-    aliases = _registered(client, name).aliases
-    found = [v for v in _search(client, name) if v.tags.get(STATE_TAG) != VERIFYING]
+    aliases = _get_registered_model(client, name).aliases
+    found = [v for v in _search_versions(client, name) if v.tags.get(STATE_TAG) != VERIFYING]
     for version in found:
         version.aliases = sorted(a for a, number in aliases.items() if int(number) == int(version.version))
     return sorted(found, key=lambda v: -int(v.version))
 
 
-def names(client: "MlflowClient") -> list[str]:
+def list_model_names(client: "MlflowClient") -> list[str]:
     """The registered models' names in order."""
     found, token = [], None
     while True:
@@ -91,7 +91,7 @@ def names(client: "MlflowClient") -> list[str]:
             return sorted(found)
 
 
-def _search(client: "MlflowClient", name: str) -> "Iterable[ModelVersion]":
+def _search_versions(client: "MlflowClient", name: str) -> "Iterable[ModelVersion]":
     token = None
     while True:
         page = client.search_model_versions(f"name='{name}'", max_results=200, page_token=token)
@@ -101,19 +101,19 @@ def _search(client: "MlflowClient", name: str) -> "Iterable[ModelVersion]":
             return
 
 
-def _registered(client: "MlflowClient", name: str) -> Any:
+def _get_registered_model(client: "MlflowClient", name: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
-        known = names(client)
+        known = list_model_names(client)
         remedy = did_you_mean(name, known) if known else "; the registry is empty"
         raise UsageError(f"no registered model is called {name!r}{remedy}") from error
 
 
-def _choices(client: "MlflowClient", name: str) -> str:
-    found = versions(client, name)
+def _format_choices(client: "MlflowClient", name: str) -> str:
+    found = list_versions(client, name)
     if not found:
         return f"{name!r} has no versions yet"
     written = [f"{name}@{alias}" for version in found for alias in version.aliases]
@@ -121,6 +121,6 @@ def _choices(client: "MlflowClient", name: str) -> str:
     return f"choose one of {', '.join(written[:12])}{', …' if len(written) > 12 else ''}"
 
 
-def short(digest: str | None) -> str:
+def shorten_digest(digest: str | None) -> str:
     """A digest as people read it."""
     return "unknown" if digest is None else digest[:12]

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.live import Live
 
 from orchestrator.config.sweep import Objective
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.limits import Cuttable, Limits
-from orchestrator.search.report.labels import described, short_names, varied
-from orchestrator.search.report.tables import live_table
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.limits import InterruptibleSearch, SearchLimits
+from orchestrator.search.report.labels import describe_point, find_varied_fields, shorten_field_names
+from orchestrator.search.report.tables import build_live_table
 from orchestrator.search.trial import NUMBER
-from orchestrator.tracking.metrics_file import METRICS_FILE, new_lines
+from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
 from orchestrator.tracking.progress import LINE_EVERY_S
 from orchestrator.tracking.tracker import Tracker
 
@@ -23,7 +23,7 @@ REFRESH_S = 1.0
 _ENDS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
-class Following(Callback):
+class ProgressCallback(Callback):
     """Tune's callback: tells the person and MLflow how the trials go.
 
     Args:
@@ -37,14 +37,14 @@ class Following(Callback):
 
     def __init__(
         self,
-        trials: Trials,
-        search: Cuttable,
-        limits: "Limits",
+        trials: Journal,
+        search: InterruptibleSearch,
+        limits: "SearchLimits",
         objectives: Sequence[Objective],
         tracking_uri: str,
         console: Console,
     ) -> None:
-        self._trials, self._search, self._objectives = trials, search, objectives
+        self._journal, self._search, self._objectives = trials, search, objectives
         self._limits = limits
         self._uri, self._console = tracking_uri, console
         self._started: dict[int, float] = {}
@@ -56,82 +56,82 @@ class Following(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, begins again after a crash, or goes on with other fields."""
-        record = self._trials[trial.config[NUMBER]]
+        record = self._journal[trial.config[NUMBER]]
         self._started.setdefault(record.number, time.monotonic())
         point = {field: value for field, value in trial.config.items() if "." in field}
         if point != record.point:
-            self._search.changed(record.number, point)
+            self._search.change_point(record.number, point)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """The reason, which the search does not get to see."""
-        record = self._trials[trial.config[NUMBER]]
+        record = self._journal[trial.config[NUMBER]]
         error = trial.get_error()
         said = str(getattr(error, "cause", None) or error or "").strip()
         if said:
             record.reason = said.splitlines()[-1]
-            self._trials.write(record)
+            self._journal.write(record)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """After everything Tune did: whoever has ended since, and the table."""
         if any(trial.status == Trial.RUNNING for trial in trials):
-            self._limits.running()
-        self._end_those_that_did()
+            self._limits.note_running()
+        self._finish_ended_trials()
         if time.monotonic() - self._shown >= (REFRESH_S if self._live else LINE_EVERY_S):
-            self._show()
+            self._show_progress()
 
     def close(self) -> None:
         """The table goes; runs of trials that did not come to an end are marked as killed."""
         if self._live is not None:
             self._live.stop()
-        self._end_those_that_did()
+        self._finish_ended_trials()
         for number in self._started:
-            if not self._trials[number].told:
-                self._finish(self._trials[number], "KILLED")
+            if not self._journal[number].end_reported:
+                self._finish_trial(self._journal[number], "KILLED")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks, and we never read them back
 
-    def _end_those_that_did(self) -> None:
-        for record in self._trials:
-            if record.ended and not record.told:
-                self._finish(record, _ENDS[record.status])
+    def _finish_ended_trials(self) -> None:
+        for record in self._journal:
+            if record.ended and not record.end_reported:
+                self._finish_trial(record, _ENDS[record.status])
                 if self._live is None:
-                    self._console.print(self._told(record))
+                    self._console.print(self._format_trial_end(record))
 
-    def _finish(self, record: TrialRecord, status: str) -> None:
+    def _finish_trial(self, record: TrialRecord, status: str) -> None:
         if record.number in self._started:
             record.seconds += time.monotonic() - self._started[record.number]
         if record.mlflow_run is not None:
-            tracker = Tracker(self._uri, record.mlflow_run, self._trials.path(record))
+            tracker = Tracker(self._uri, record.mlflow_run, self._journal.trial_folder(record))
             reason = {"search.reason": record.reason} if record.reason else {}
             tracker.set_tags({"search.status": record.status} | reason)
             tracker.catch_up()
             tracker.finish(status)
-        record.told = record.ended
-        self._trials.write(record)
+        record.end_reported = record.ended
+        self._journal.write(record)
 
-    def _told(self, record: TrialRecord) -> str:
+    def _format_trial_end(self, record: TrialRecord) -> str:
         if record.status == "failed":
             return f"trial {record.number} failed: {record.reason}"
         values = [
             f"{o.metric} {record.result[o.metric]:.4g}" for o in self._objectives if o.metric in record.result
         ]
-        names = short_names(varied(one.point for one in self._trials))
-        about = described(record.point, names)
+        names = shorten_field_names(find_varied_fields(one.point for one in self._journal))
+        about = describe_point(record.point, names)
         return f"trial {record.number} {record.status} at step {record.step}: {', '.join(values)} ({about})"
 
-    def _show(self) -> None:
+    def _show_progress(self) -> None:
         self._shown = time.monotonic()
         for number in self._started:  # between two evaluations too
-            metrics = self._trials.path(self._trials[number]) / METRICS_FILE
-            self._read[number], lines = new_lines(metrics, self._read.get(number, 0))
-            if lines and self._trials[number].status == "running":
-                self._trials[number].step = int(lines[-1]["step"])
+            metrics = self._journal.trial_folder(self._journal[number]) / METRICS_FILE
+            self._read[number], lines = read_new_lines(metrics, self._read.get(number, 0))
+            if lines and self._journal[number].status == "running":
+                self._journal[number].step = int(lines[-1]["step"])
         if self._live is not None:
             self._live.start()
-            self._live.update(live_table(list(self._trials), self._objectives), refresh=True)
+            self._live.update(build_live_table(list(self._journal), self._objectives), refresh=True)
             return
-        running = [r for r in self._trials if r.status == "running"]
+        running = [r for r in self._journal if r.status == "running"]
         told = ", ".join(f"{r.number} at step {r.step}" for r in running)
-        ended = sum(r.ended for r in self._trials)
+        ended = sum(r.ended for r in self._journal)
         self._console.print(f"{ended} trial(s) ended; running: {told or 'none'}")

@@ -19,7 +19,7 @@ from losses.scores import PairScores, ReferenceScores
 _DIGITS = 4
 
 
-def matched_beta(
+def match_beta(
     loss: LossConfig, *, soft_labels: Sequence[float] | np.ndarray, entropies: np.ndarray | None
 ) -> float | None:
     """The beta at which the control's mean gradient in h at h = 0 equals this loss's.
@@ -36,16 +36,19 @@ def matched_beta(
     entropy = torch.zeros_like(labels) if entropies is None else torch.as_tensor(entropies).double()
     if loss.needs_calibration:
         loss = loss.with_phi_star(calibrated_phi_star(entropy))
-    plain = hard(loss)
-    wanted, given = _pull(loss, labels, entropy), _pull(plain, labels, entropy)
-    doubled = _pull(plain.model_copy(update={"beta": 2 * plain.beta}), labels, entropy)
+    plain = hard_label_loss(loss)
+    wanted, given = (
+        _mean_initial_gradient(loss, labels, entropy),
+        _mean_initial_gradient(plain, labels, entropy),
+    )
+    doubled = _mean_initial_gradient(plain.model_copy(update={"beta": 2 * plain.beta}), labels, entropy)
     if not (wanted > 0 and given > 0):
         return None
     factor = wanted / given
     return float(f"{loss.beta * (factor if doubled > given else 1 / factor):.{_DIGITS}g}")
 
 
-def hard(loss: LossConfig) -> LossConfig:
+def hard_label_loss(loss: LossConfig) -> LossConfig:
     """The loss for hard labels without dispersion: DPO for GDPO and MallowsPO, IPO for GIPO."""
     plain = LossConfig()
     update: dict[str, Any] = {"soft_label": plain.soft_label, "dispersion": plain.dispersion}
@@ -54,7 +57,7 @@ def hard(loss: LossConfig) -> LossConfig:
     return loss.model_copy(update=update)
 
 
-def _pull(loss: LossConfig, labels: torch.Tensor, entropy: torch.Tensor) -> float:
+def _mean_initial_gradient(loss: LossConfig, labels: torch.Tensor, entropy: torch.Tensor) -> float:
     """Mean of -dL/dh at the start, where the policy equals its only reference: u_chosen = u_rejected = 0."""
     plain = LossConfig()
     start = loss.model_copy(
@@ -69,7 +72,7 @@ def _pull(loss: LossConfig, labels: torch.Tensor, entropy: torch.Tensor) -> floa
     return -slopes.mean().item()
 
 
-def control_of(point: Mapping[str, Any], loss: LossConfig, beta: float | None) -> dict[str, Any] | None:
+def build_control(point: Mapping[str, Any], loss: LossConfig, beta: float | None) -> dict[str, Any] | None:
     """The point with the same loss for hard labels, without dispersion, at the matched beta.
 
     References, link, length normalisation, margin and the SFT term stay as they are. None where the loss has
@@ -77,7 +80,7 @@ def control_of(point: Mapping[str, Any], loss: LossConfig, beta: float | None) -
     """
     if beta is None or (loss.soft_label.type == "none" and loss.dispersion.type == "none"):
         return None
-    dpo, control = LossConfig(), hard(loss)
+    dpo, control = LossConfig(), hard_label_loss(loss)
     differing = {
         f"loss.{name}": value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         for name in type(dpo).model_fields

@@ -55,7 +55,7 @@ class TrialRecord:
     reason: str | None = None
     seconds: float = 0.0
     mlflow_run: str | None = None
-    told: bool = False
+    end_reported: bool = False
 
     def __post_init__(self) -> None:
         self.drawn = self.drawn or dict(self.point)
@@ -71,7 +71,7 @@ class TrialRecord:
         return self.status in ENDED
 
 
-class Trials:
+class Journal:
     """All trials of a search, in memory and under `folder/<name>/trial.json`."""
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class Trials:
     def __getitem__(self, number: int) -> TrialRecord:
         return self._records[number]
 
-    def enter(
+    def enter_point(
         self,
         point: Mapping[str, Any],
         *,
@@ -107,9 +107,9 @@ class Trials:
             params=dict(params or {}),
         )
         self.write(first)
-        return self.complete(first.number, repeats)
+        return self.complete_repeats(first.number, repeats)
 
-    def complete(self, point_id: int, repeats: int) -> list[TrialRecord]:
+    def complete_repeats(self, point_id: int, repeats: int) -> list[TrialRecord]:
         """A point's trials; repeats it lacks, as after a kill between two of them, are entered as pending."""
         there = [record for record in self if record.point_id == point_id]
         for repeat in sorted(set(range(repeats)) - {record.repeat for record in there}):
@@ -132,17 +132,17 @@ class Trials:
     def write(self, record: TrialRecord) -> None:
         """Keep a record, changed or new."""
         self._records[record.number] = record
-        folder = self.path(record)
+        folder = self.trial_folder(record)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{TRIAL}"  # one process writes the journal, so that a kill leaves one at most
         temporary.write_text(json.dumps(asdict(record), indent=1))
         temporary.replace(folder / TRIAL)
 
-    def path(self, record: TrialRecord) -> Path:
+    def trial_folder(self, record: TrialRecord) -> Path:
         """The trial's own folder: metrics, checkpoints, its record."""
         return self.folder / record.name
 
-    def points(self) -> dict[int, list[TrialRecord]]:
+    def group_by_point(self) -> dict[int, list[TrialRecord]]:
         """Trials by point, repeats together, controls under points of their own."""
         grouped: dict[int, list[TrialRecord]] = {}
         for record in self:

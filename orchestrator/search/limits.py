@@ -6,19 +6,19 @@ from typing import Any, Protocol
 from ray.tune import Stopper
 
 from orchestrator.config.sweep import SweepConfig
-from orchestrator.search.journal import Trials
+from orchestrator.search.journal import Journal
 
 
-class Cuttable(Protocol):
+class InterruptibleSearch(Protocol):
     """A search that can be told that trials which end from now on were ended by us."""
 
     cut_short: bool
 
-    def changed(self, number: int, point: dict[str, Any]) -> None:
+    def change_point(self, number: int, point: dict[str, Any]) -> None:
         """A scheduler changed a trial's fields."""
 
 
-class Limits(Stopper):
+class SearchLimits(Stopper):
     """Ends the search: its time is up, too many trials failed, or none finds a place.
 
     Trials that it ends stay unfinished in the journal, and go on with the next call.
@@ -28,11 +28,13 @@ class Limits(Stopper):
         failed: the reason where that is a failure.
     """
 
-    def __init__(self, sweep: SweepConfig, trials: Trials, search: Cuttable, *, wait_minutes: float) -> None:
+    def __init__(
+        self, sweep: SweepConfig, trials: Journal, search: InterruptibleSearch, *, wait_minutes: float
+    ) -> None:
         self.reason: str | None = None
         self.failed: str | None = None
         self._budget, self._most = sweep.time_budget, sweep.max_failures
-        self._trials, self._search, self._wait_minutes = trials, search, wait_minutes
+        self._journal, self._search, self._wait_minutes = trials, search, wait_minutes
         self._began = time.monotonic()
         self._ran = self._began
 
@@ -40,27 +42,27 @@ class Limits(Stopper):
         """No trial is ended alone."""
         return False
 
-    def running(self) -> None:
+    def note_running(self) -> None:
         """Some trial has found its place."""
         self._ran = time.monotonic()
 
     def stop_all(self) -> bool:
         """Whether a limit is reached."""
         if self.reason is None:
-            self.reason = self._time_is_up() or self._too_many_failed() or self._no_place()
+            self.reason = self._check_time() or self._check_failures() or self._check_placement()
         self._search.cut_short = self.reason is not None
         return self.reason is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def _time_is_up(self) -> str | None:
+    def _check_time(self) -> str | None:
         if self._budget is None or time.monotonic() - self._began < 60 * self._budget:
             return None
         return f"the time budget of {self._budget:g} minutes is used up"
 
-    def _too_many_failed(self) -> str | None:
-        failed = [record for record in self._trials if record.status == "failed"]
+    def _check_failures(self) -> str | None:
+        failed = [record for record in self._journal if record.status == "failed"]
         if self._most is None or len(failed) <= self._most:
             return None
         self.failed = (
@@ -69,7 +71,7 @@ class Limits(Stopper):
         )
         return self.failed
 
-    def _no_place(self) -> str | None:
+    def _check_placement(self) -> str | None:
         if time.monotonic() - self._ran < 60 * self._wait_minutes:
             return None
         self.failed = (

@@ -6,46 +6,46 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.driver.execute import train_on_cluster
-from orchestrator.driver.finish import finish
-from orchestrator.driver.prepare import Prepared
+from orchestrator.driver.finish import finish_run
+from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord, open_record
-from orchestrator.redaction import without_secrets
+from orchestrator.redaction import hide_secrets
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.report.labels import result
-from orchestrator.search.report.ranking import rank
-from orchestrator.search.trial import trial_config
-from orchestrator.tracking.mlflow import connect
-from orchestrator.worker.rewards import Judge
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.report.labels import read_result
+from orchestrator.search.report.ranking import rank_points
+from orchestrator.search.trial import build_trial_config
+from orchestrator.tracking.mlflow import connect_to_mlflow
+from orchestrator.worker.rewards import RewardScorer
 
 if TYPE_CHECKING:
-    from orchestrator.search.runner import Searching
+    from orchestrator.search.runner import SearchRunner
 
 
-def best_trial(trials: Trials, sweep: SweepConfig) -> TrialRecord | None:
+def find_best_trial(trials: Journal, sweep: SweepConfig) -> TrialRecord | None:
     """The best repeat of the best point; a control is there to be compared with. None without any result."""
     objective = sweep.objective[0]
-    for point in rank(list(trials), sweep.objective):
-        given = {t.number: v for t in point.trials if (v := result(t, objective.metric)) is not None}
+    for point in rank_points(list(trials), sweep.objective):
+        given = {t.number: v for t in point.trials if (v := read_result(t, objective.metric)) is not None}
         if given and point.rank is not None and point.control_of is None:
             return trials[(max if objective.mode == "max" else min)(given, key=lambda number: given[number])]
     return None
 
 
-def _alias_of(base: RunConfig) -> str:
+def _choose_alias(base: RunConfig) -> str:
     """The alias that the promoted version asks for."""
     return base.tracking.alias or "best"
 
 
-def promote(
-    search: "Searching", best: TrialRecord, service: ReferenceService, judge: Judge | None
+def promote_trial(
+    search: "SearchRunner", best: TrialRecord, service: ReferenceService, judge: RewardScorer | None
 ) -> RunRecord:
     """Export and register the best trial, first trained to its end if it was stopped; or one trained anew."""
     sweep, base = search.sweep, search.base
     anew = sweep.promote == "retrain"
-    config = trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
-    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": _alias_of(base)}
+    config = build_trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
+    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": _choose_alias(base)}
     update: dict[str, Any] = {"tracking": base.tracking.model_copy(update=named)}
     if anew:
         update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
@@ -54,27 +54,27 @@ def promote(
     prepared = replace(search.prepared, config=config, references=references)
     how = ", trained anew" if anew else f", from step {best.step} to its end" * (best.status == "stopped")
     search.console.print(f"\npromoting trial {best.number}{how}")
-    record = _record_of(prepared, search, None if anew else best)
+    record = _open_trial_record(prepared, search, None if anew else best)
     if not record.result:
         train_on_cluster(prepared, record, service, judge, search.console)
     if not record.finished:
         objectives = ", ".join(f"{one.metric} ({one.mode})" for one in sweep.objective)
         lineage = {"search": sweep.name, "search.trial": str(best.number), "search.objective": objectives}
         lineage |= {"search.trials": str(len(search.trials)), "search.mlflow_run": search.tracker.run_id}
-        finish(prepared, record, search=lineage)
+        finish_run(prepared, record, search=lineage)
     return record
 
 
-def told(run: RunRecord, tracking_uri: str) -> str:
+def registration_message(run: RunRecord, tracking_uri: str) -> str:
     """Where the promoted version is, with the aliases that it has: one that it asked for may be refused."""
     assert run.registered is not None
-    aliases = find_version(connect(tracking_uri), run.registered).aliases
+    aliases = find_version(connect_to_mlflow(tracking_uri), run.registered).aliases
     return f"registered as {run.registered}" + (f", alias {', '.join(sorted(aliases))}" if aliases else "")
 
 
-def _record_of(prepared: Prepared, search: "Searching", best: TrialRecord | None) -> RunRecord:
+def _open_trial_record(prepared: PreparedRun, search: "SearchRunner", best: TrialRecord | None) -> RunRecord:
     new = RunRecord(
-        config=without_secrets(prepared.config.model_dump(mode="json")),
+        config=hide_secrets(prepared.config.model_dump(mode="json")),
         device_type=search.record.device_type,
         identity=prepared.identity,
         pins=prepared.pins,

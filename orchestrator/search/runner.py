@@ -21,32 +21,39 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.stopper import CombinedStopper, TrialPlateauStopper
 from rich.console import Console
 
-from orchestrator.cluster.connection import own_ctrl_c
-from orchestrator.cluster.nodes import nodes
-from orchestrator.cluster.placement import Kind, trial_bundles, worker_bundle
-from orchestrator.cluster.worker_environment import secrets
+from orchestrator.cluster.connection import keep_ctrl_c_handler
+from orchestrator.cluster.nodes import list_node_resources
+from orchestrator.cluster.placement import ClusterProfile, build_worker_bundle, list_trial_bundles
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.sweep import Point, SweepConfig
-from orchestrator.driver.prepare import Prepared
+from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord
-from orchestrator.driver.scoring import judging, report_scores, score_split, serve, served_tables, warm
+from orchestrator.driver.scoring import (
+    open_reward_scorer,
+    report_scores,
+    score_split,
+    select_served_tables,
+    start_missing_references,
+    start_services,
+)
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.redaction import first_line, without_secrets
+from orchestrator.redaction import hide_secrets, summarize_error
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
-from orchestrator.search.callbacks import Following
-from orchestrator.search.controls import control_of, matched_beta
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.limits import Limits
-from orchestrator.search.promote import best_trial, promote, told
-from orchestrator.search.report.tables import summary
-from orchestrator.search.report.write import draw, not_drawn, write_csv
-from orchestrator.search.samplers import text
-from orchestrator.search.searcher import Search
-from orchestrator.search.trial import NUMBER, Shared, run_trial, trial_config
-from orchestrator.tracking.code_version import code_tags
+from orchestrator.search.callbacks import ProgressCallback
+from orchestrator.search.controls import build_control, match_beta
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.limits import SearchLimits
+from orchestrator.search.promote import find_best_trial, promote_trial, registration_message
+from orchestrator.search.report.tables import build_summary
+from orchestrator.search.report.write import draw_search, explain_missing_figures, write_csv
+from orchestrator.search.samplers import to_key
+from orchestrator.search.searcher import JournalSearcher
+from orchestrator.search.trial import NUMBER, TrialSetup, build_trial_config, run_trial
+from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.worker.rewards import Judge
-from orchestrator.worker.setup import calibration_rows
+from orchestrator.worker.rewards import RewardScorer
+from orchestrator.worker.setup import sample_calibration_rows
 from tune_spaces.spaces import Space
 
 if TYPE_CHECKING:
@@ -66,7 +73,7 @@ _TUNE_ENVIRONMENT = {
 }
 
 
-class Searching:
+class SearchRunner:
     """A search, from its first trial to the registered model.
 
     Args:
@@ -87,19 +94,19 @@ class Searching:
         space: Space,
         scheduler: "TrialScheduler",
         total: int,
-        prepared: Prepared,
+        prepared: PreparedRun,
         record: RunRecord,
-        trials: Trials,
+        journal: Journal,
         folder: Path,
         console: Console,
     ) -> None:
         self.scheduler, self.total = scheduler, total
         self.sweep, self.base, self.prepared, self.record = sweep, prepared.config, prepared, record
-        self.space, self.trials, self.folder, self.console = space, trials, folder, console
-        self.tracker = _parent(sweep, prepared, record, folder)
+        self.space, self.trials, self.folder, self.console = space, journal, folder, console
+        self.tracker = _open_search_run(sweep, prepared, record, folder)
         self._entropies: np.ndarray | None = None
 
-    def run(self, slots: int, neighbours: int) -> RunRecord:
+    def run_search(self, slots: int, neighbours: int) -> RunRecord:
         """Search to the end, report and promote.
 
         Args:
@@ -108,16 +115,20 @@ class Searching:
         """
         status = "FAILED"
         try:
-            with serve(self.prepared) as service, judging(self.base) as judge:
-                search = self._search(service)
-                limits = self._try(search, service, judge, slots, neighbours) if search.waiting() else None
-                self.report()
+            with start_services(self.prepared) as service, open_reward_scorer(self.base) as judge:
+                search = self._build_searcher(service)
+                limits = (
+                    self._run_trials(search, service, judge, slots, neighbours)
+                    if search.next_trial()
+                    else None
+                )
+                self.report_result()
                 if limits is not None and limits.failed:
                     raise RunFailed(limits.failed)
-                if best := best_trial(self.trials, self.sweep):
-                    self._promote(best, service, judge)
+                if best := find_best_trial(self.trials, self.sweep):
+                    self._promote_best(best, service, judge)
                 elif limits is None or limits.reason is None:
-                    raise RunFailed(f"no trial gave a result: {_reasons(self.trials)}")
+                    raise RunFailed(f"no trial gave a result: {_list_reasons(self.trials)}")
             self.record.finished = limits is None or limits.reason is None
             self.record.write(self.folder)
             status = "FINISHED"
@@ -130,43 +141,43 @@ class Searching:
             self.console.print(f"{limits.reason}; the same command goes on")
         return self.record
 
-    def tell_again(self) -> None:
+    def reprint_result(self) -> None:
         """What came of a search that is finished."""
-        self.report()
+        self.report_result()
         self.tracker.finish()
         if self.record.registered:
             self.console.print(f"registered as {self.record.registered}")
 
     # ------------------------------------------------------------ searching
 
-    def _search(self, service: ReferenceService) -> "_TrackedSearch":
+    def _build_searcher(self, service: ReferenceService) -> "_TrackedSearcher":
         def allowed(point: Point) -> str | None:
             try:
-                trial_config(self.sweep, self.base, point, repeat=0, name="trial")
+                build_trial_config(self.sweep, self.base, point, repeat=0, name="trial")
             except UsageError as error:
                 return str(error)
             return None
 
-        return _TrackedSearch(
+        return _TrackedSearcher(
             self.space,
             self.sweep.search,
             self.sweep.objective,
             self.trials,
             allowed=allowed,
-            control=lambda point: self._control(point, service),
-            child=self._child,
+            control=lambda point: self._find_control(point, service),
+            child=self._open_trial_run,
         )
 
-    def _try(
+    def _run_trials(
         self,
-        search: "_TrackedSearch",
+        search: "_TrackedSearcher",
         service: ReferenceService,
-        judge: Judge | None,
+        judge: RewardScorer | None,
         slots: int,
         neighbours: int,
-    ) -> Limits:
+    ) -> SearchLimits:
         """Score what is missing, then run Tune until all trials have ended, a limit is reached or Ctrl-C."""
-        held_out, train = self.prepared.held_out, self.prepared.train
+        held_out, train = self.prepared.eval, self.prepared.train
         assert held_out is not None  # a sweep without held-out pairs is refused
         score_split(service, held_out, "eval", self.base, self.console)
         if self.base.references.mode == "precompute":
@@ -174,15 +185,17 @@ class Searching:
             service.release()
         else:
             sampled = self.base.evaluation.sampling is not None
-            warm(service, served_tables(train, self.base), sampled=sampled)
-        limits = Limits(self.sweep, self.trials, search, wait_minutes=self.base.placement.wait_minutes)
-        following = Following(
+            start_missing_references(service, select_served_tables(train, self.base), sampled=sampled)
+        limits = SearchLimits(self.sweep, self.trials, search, wait_minutes=self.base.placement.wait_minutes)
+        following = ProgressCallback(
             self.trials, search, limits, self.sweep.objective, self.prepared.tracking_uri, self.console
         )
         self.console.print(f"searching, {slots} trial(s) at a time")
-        tuner = self._tuner(self._shared(service, judge, neighbours), search, slots, limits, following)
+        tuner = self._build_tuner(
+            self._build_trial_setup(service, judge, neighbours), search, slots, limits, following
+        )
         try:
-            with own_ctrl_c(), warnings.catch_warnings():
+            with keep_ctrl_c_handler(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Consider boosting PBT", category=UserWarning)
                 tuner.fit()
         finally:
@@ -197,8 +210,13 @@ class Searching:
             self.console.print(f"the space has only {search.entered} points, of {wanted} asked for")
         return limits
 
-    def _tuner(
-        self, shared: Shared, search: Search, slots: int, limits: Limits, following: Following
+    def _build_tuner(
+        self,
+        shared: TrialSetup,
+        search: JournalSearcher,
+        slots: int,
+        limits: SearchLimits,
+        following: ProgressCallback,
     ) -> ray_tune.Tuner:
         for name, value in _TUNE_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -217,7 +235,9 @@ class Searching:
         return ray_tune.Tuner(
             ray_tune.with_resources(
                 ray_tune.with_parameters(run_trial, shared=shared),
-                PlacementGroupFactory(trial_bundles(self.base, Kind.of(nodes()))[:1]),
+                PlacementGroupFactory(
+                    list_trial_bundles(self.base, ClusterProfile.from_nodes(list_node_resources()))[:1]
+                ),
             ),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,
@@ -237,39 +257,43 @@ class Searching:
             ),
         )
 
-    def _shared(self, service: ReferenceService, judge: Judge | None, neighbours: int) -> Shared:
-        return Shared(
+    def _build_trial_setup(
+        self, service: ReferenceService, judge: RewardScorer | None, neighbours: int
+    ) -> TrialSetup:
+        return TrialSetup(
             sweep=self.sweep,
             base=self.base,
             policy=self.prepared.policy.config,
             train=ray.put(self.prepared.train),
-            held_out=ray.put(self.prepared.held_out),
+            eval=ray.put(self.prepared.eval),
             routers=service.routers,
             identity=self.prepared.identity,
-            start_is=self.prepared.start_is,
+            initial_policy_reference=self.prepared.initial_policy_reference,
             tracking_uri=self.prepared.tracking_uri,
-            judge=judge,
-            secrets=secrets(os.environ),
-            bundle=worker_bundle(self.base.parallel.resources, Kind.of(nodes())),
-            neighbours=neighbours,
+            reward_scorer=judge,
+            secrets=collect_secrets(os.environ),
+            bundle=build_worker_bundle(
+                self.base.parallel.resources, ClusterProfile.from_nodes(list_node_resources())
+            ),
+            trials_per_node=neighbours,
             total=self.total,
         )
 
-    def _control(self, point: Point, service: ReferenceService) -> Point | None:
+    def _find_control(self, point: Point, service: ReferenceService) -> Point | None:
         """The matched control of a soft or dispersed point."""
-        loss = trial_config(self.sweep, self.base, point, repeat=0, name="trial").loss
+        loss = build_trial_config(self.sweep, self.base, point, repeat=0, name="trial").loss
         labels = self.prepared.train.soft_labels
         if not loss.needs_entropy:
-            return control_of(point, loss, matched_beta(loss, soft_labels=labels, entropies=None))
-        rows = calibration_rows(len(labels), self.base.training.seed)
+            return build_control(point, loss, match_beta(loss, soft_labels=labels, entropies=None))
+        rows = sample_calibration_rows(len(labels), self.base.training.seed)
         if self._entropies is None:
-            self._entropies = _entropies(service, self.prepared, rows)
-        beta = matched_beta(loss, soft_labels=labels[rows], entropies=self._entropies)
-        return control_of(point, loss, beta)
+            self._entropies = _read_primary_entropies(service, self.prepared, rows)
+        beta = match_beta(loss, soft_labels=labels[rows], entropies=self._entropies)
+        return build_control(point, loss, beta)
 
-    def _child(self, trial: TrialRecord) -> str:
+    def _open_trial_run(self, trial: TrialRecord) -> str:
         """The trial's MLflow run under the search's, the same however often it is started."""
-        config = trial_config(self.sweep, self.base, trial.point, repeat=trial.repeat, name=trial.name)
+        config = build_trial_config(self.sweep, self.base, trial.point, repeat=trial.repeat, name=trial.name)
         tags = {"loss.preset": config.preset, "search": self.sweep.name, "search.trial": str(trial.number)}
         tags |= {"search.point": str(trial.point_id), "search.repeat": str(trial.repeat)}
         if trial.control_of is not None:
@@ -278,9 +302,9 @@ class Searching:
             trial.mlflow_run,
             name=f"{self.sweep.name}-{trial.name}",
             uri=self.prepared.tracking_uri,
-            folder=self.trials.path(trial),
+            folder=self.trials.trial_folder(trial),
             experiment=self.base.tracking.experiment,
-            params=without_secrets(config.model_dump(mode="json")),
+            params=hide_secrets(config.model_dump(mode="json")),
             tags=tags,
             parent=self.tracker.run_id,
             key=f"{self.tracker.run_id}/{trial.number}",
@@ -288,38 +312,38 @@ class Searching:
 
     # ------------------------------------------------------------ reporting
 
-    def _promote(self, best: TrialRecord, service: ReferenceService, judge: Judge | None) -> None:
+    def _promote_best(self, best: TrialRecord, service: ReferenceService, judge: RewardScorer | None) -> None:
         """Register the best, and say so on the search's own MLflow run."""
         self.record.result |= {"best": best.number}
         tags = {"search.best": str(best.number)}
         if self.sweep.promote is not None:
-            run = promote(self, best, service, judge)
+            run = promote_trial(self, best, service, judge)
             self.record.registered = run.registered
             tags["search.registered"] = str(run.registered)
-            self.console.print(told(run, self.tracker.uri))
+            self.console.print(registration_message(run, self.tracker.uri))
         self.tracker.set_tags(tags)
         # MLflow keeps the value of the last step, and a search that goes on may find a better one.
         self.tracker.log(sum(trial.ended for trial in self.trials), best.result)
 
-    def report(self) -> None:
+    def report_result(self) -> None:
         """Print the ranking, and write table and pictures to the search's folder and to MLflow."""
         trials, objectives = list(self.trials), self.sweep.objective
         primary = self.base.references.primary
-        controls = {text(trial.point): trial.control for trial in trials if trial.control}
+        controls = {to_key(trial.point): trial.control for trial in trials if trial.control}
         self.console.print(
-            summary(
+            build_summary(
                 trials,
                 objectives,
                 primary=primary,
-                control=lambda point: controls.get(text(point)),
+                control=lambda point: controls.get(to_key(point)),
                 width=self.console.width,
             )
         )
         table = self.folder / "trials.csv"
         write_csv(trials, table)
-        folders = {trial.number: self.trials.path(trial) for trial in trials}
-        drawn = draw(trials, objectives, folders, self.folder / "plots", primary=primary)
-        for sentence in not_drawn(trials, objectives):
+        folders = {trial.number: self.trials.trial_folder(trial) for trial in trials}
+        drawn = draw_search(trials, objectives, folders, self.folder / "plots", primary=primary)
+        for sentence in explain_missing_figures(trials, objectives):
             self.console.print(sentence)
         self.tracker.log_files(drawn, under="plots")
         self.tracker.log_files([table])
@@ -330,7 +354,7 @@ class Searching:
         self.console.print(f"plots: {self.folder / 'plots'}\nall trials: {table}")
 
 
-class _TrackedSearch(Search):
+class _TrackedSearcher(JournalSearcher):
     """A search whose trials have an MLflow run before they start, and which can be cut short."""
 
     def __init__(self, *arguments: Any, child: Callable[[TrialRecord], str], **named: Any) -> None:
@@ -344,14 +368,14 @@ class _TrackedSearch(Search):
         asked = super().suggest(trial_id)
         if not isinstance(asked, dict):
             return asked
-        trial = self._trials[asked[NUMBER]]
+        trial = self._journal[asked[NUMBER]]
         try:
             trial.mlflow_run = self._child(trial)
         except (UsageError, MlflowException) as error:
-            log.warning("trial %s waits for MLflow: %s", trial.number, first_line(error))
+            log.warning("trial %s waits for MLflow: %s", trial.number, summarize_error(error))
             trial.status = "pending"
             time.sleep(MLFLOW_PAUSE_S)
-        self._trials.write(trial)
+        self._journal.write(trial)
         return asked if trial.status == "running" else None
 
     def on_trial_complete(
@@ -362,7 +386,7 @@ class _TrackedSearch(Search):
             super().on_trial_complete(trial_id, result, error)
 
 
-def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: Path) -> Tracker:
+def _open_search_run(sweep: SweepConfig, prepared: PreparedRun, record: RunRecord, folder: Path) -> Tracker:
     """The search's own MLflow run, above those of its trials."""
     settings = {name: value for name, value in record.config.items() if name != "run"}
     tracker = Tracker.resume_or_start(
@@ -373,7 +397,7 @@ def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: P
         experiment=prepared.config.tracking.experiment,
         params=settings,
         key=record.key,
-        tags={"search": sweep.name, "search.spaces": ", ".join(sweep.spaces)} | code_tags(),
+        tags={"search": sweep.name, "search.spaces": ", ".join(sweep.spaces)} | read_code_tags(),
     )
     record.mlflow_run = tracker.run_id
     record.write(folder)
@@ -381,17 +405,17 @@ def _parent(sweep: SweepConfig, prepared: Prepared, record: RunRecord, folder: P
     return tracker
 
 
-def _reasons(trials: Trials) -> str:
+def _list_reasons(trials: Journal) -> str:
     reasons = dict.fromkeys(trial.reason for trial in trials if trial.reason)
     return "; ".join(map(str, reasons)) or "none came to its end"
 
 
-def _entropies(service: ReferenceService, prepared: Prepared, rows: np.ndarray) -> np.ndarray:
+def _read_primary_entropies(service: ReferenceService, prepared: PreparedRun, rows: np.ndarray) -> np.ndarray:
     """(N,) mean entropy of both responses under the primary reference."""
     primary = prepared.config.references.ordered[0]
     client = ReferenceClient(
         {primary: service.routers[primary]}, {primary: prepared.train.references[primary]}
     )
-    client.ask("control", rows)
-    scores = client.collect("control")[primary]
+    client.request_scores("control", rows)
+    scores = client.collect_scores("control")[primary]
     return (scores.chosen_entropy + scores.rejected_entropy) / 2

@@ -49,19 +49,19 @@ class Proposal:
     turn: Turn = ()
 
 
-class Source(Protocol):
+class PointSource(Protocol):
     """Where points come from. An entered point is known by the number of its first trial."""
 
-    def proposals(self, entered: int) -> Iterator[Proposal]:
+    def propose_points(self, entered: int) -> Iterator[Proposal]:
         """Proposals for the next point after `entered` ones; asking for another refuses the last."""
 
-    def enter(self, point_id: int, proposal: Proposal) -> None:
+    def accept_proposal(self, point_id: int, proposal: Proposal) -> None:
         """The proposal was taken."""
 
-    def restore(self, point_id: int, params: Mapping[str, Any]) -> None:
+    def restore_point(self, point_id: int, params: Mapping[str, Any]) -> None:
         """An earlier process entered this point."""
 
-    def tell(self, point_id: int, values: Sequence[float] | None) -> None:
+    def record_result(self, point_id: int, values: Sequence[float] | None) -> None:
         """All repeats of a point have ended: its objectives, or None if no repeat gave them."""
 
 
@@ -71,17 +71,17 @@ class GridSource:
     def __init__(self, space: Space) -> None:
         self._points = space.grid()
 
-    def proposals(self, entered: int) -> Iterator[Proposal]:
+    def propose_points(self, entered: int) -> Iterator[Proposal]:
         """What is left of the grid."""
         return (Proposal(point=point) for point in self._points)
 
-    def enter(self, point_id: int, proposal: Proposal) -> None:
+    def accept_proposal(self, point_id: int, proposal: Proposal) -> None:
         """Its turn is over."""
 
-    def restore(self, point_id: int, params: Mapping[str, Any]) -> None:
+    def restore_point(self, point_id: int, params: Mapping[str, Any]) -> None:
         """The search passes over points that it has."""
 
-    def tell(self, point_id: int, values: Sequence[float] | None) -> None:
+    def record_result(self, point_id: int, values: Sequence[float] | None) -> None:
         """The order stands."""
 
 
@@ -96,58 +96,62 @@ class OptunaSource:
         self._space = space
         self._config = config
         self._study = optuna.create_study(
-            sampler=self._sampler(0, chance=True),
+            sampler=self._make_sampler(0, chance=True),
             directions=["maximize" if objective.mode == "max" else "minimize" for objective in objectives],
         )
         self._asked: dict[int, int] = {}
         self._turns: Counter[Turn] = Counter()
 
-    def proposals(self, entered: int) -> Iterator[Proposal]:
+    def propose_points(self, entered: int) -> Iterator[Proposal]:
         """At most TRIES draws. Their seed is of `entered`, so that a search that goes on draws new points."""
         tried: Counter[Turn] = Counter()
         for attempt in range(TRIES):
             # TPE may insist on a point that is taken; then chance finds what is left.
             if attempt in (0, TRIES // 2):
-                self._study.sampler = self._sampler(entered, chance=attempt > 0)
-            proposal = self._proposal(tried)
-            tried.update(_beginnings(proposal.turn))
+                self._study.sampler = self._make_sampler(entered, chance=attempt > 0)
+            proposal = self._ask_study(tried)
+            tried.update(_list_prefixes(proposal.turn))
             yield proposal
             self._study.tell(proposal.asked, state=TrialState.FAIL)
 
-    def enter(self, point_id: int, proposal: Proposal) -> None:
+    def accept_proposal(self, point_id: int, proposal: Proposal) -> None:
         """From now on its trial in the study runs."""
         self._asked[point_id] = proposal.asked
-        self._turns.update(_beginnings(proposal.turn))
+        self._turns.update(_list_prefixes(proposal.turn))
 
-    def restore(self, point_id: int, params: Mapping[str, Any]) -> None:
+    def restore_point(self, point_id: int, params: Mapping[str, Any]) -> None:
         """Put it back into the study as a running trial; what the space no longer has teaches nothing."""
         questions = _Questions(lambda name, domain, turn: params[name])
         try:
             self._space.draw(questions)
             trial = create_trial(
                 state=TrialState.RUNNING,
-                params={name: _told(params[name], of) for name, of in questions.distributions.items()},
+                params={
+                    name: _to_optuna_value(params[name], of) for name, of in questions.distributions.items()
+                },
                 distributions=questions.distributions,
             )
         except (KeyError, ValueError):
             return
         self._study.add_trial(trial)
         self._asked[point_id] = len(self._study.get_trials(deepcopy=False)) - 1
-        self._turns.update(_beginnings(questions.turn))
+        self._turns.update(_list_prefixes(questions.turn))
 
-    def tell(self, point_id: int, values: Sequence[float] | None) -> None:
+    def record_result(self, point_id: int, values: Sequence[float] | None) -> None:
         """The study learns the values; a point without any has failed there."""
         if point_id in self._asked:
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
             self._study.tell(self._asked[point_id], values, state=state)
 
-    def _proposal(self, tried: Mapping[Turn, int]) -> Proposal:
+    def _ask_study(self, tried: Mapping[Turn, int]) -> Proposal:
         trial = self._study.ask()
 
         def answer(name: str, domain: Domain, turn: Turn) -> Any:
             if isinstance(domain, Grid):
-                return min(domain.values, key=lambda value: self._had(tried, (*turn, (name, text(value)))))
-            match _distribution(domain):
+                return min(
+                    domain.values, key=lambda value: self._count_uses(tried, (*turn, (name, to_key(value))))
+                )
+            match _to_distribution(domain):
                 case FloatDistribution() as of:
                     return trial.suggest_float(name, of.low, of.high, log=of.log)
                 case IntDistribution() as of:
@@ -165,11 +169,11 @@ class OptunaSource:
             point=point, params=questions.answers, refusal=refusal, asked=trial.number, turn=questions.turn
         )
 
-    def _had(self, tried: Mapping[Turn, int], turn: Turn) -> tuple[int, int]:
+    def _count_uses(self, tried: Mapping[Turn, int], turn: Turn) -> tuple[int, int]:
         """How often it was tried for this point, then how many points have it."""
         return tried.get(turn, 0), self._turns[turn]
 
-    def _sampler(self, entered: int, *, chance: bool) -> BaseSampler:
+    def _make_sampler(self, entered: int, *, chance: bool) -> BaseSampler:
         seed = int(np.random.SeedSequence([self._config.seed, entered]).generate_state(1)[0])
         if chance or self._config.algorithm == "random":
             return RandomSampler(seed=seed)
@@ -199,22 +203,22 @@ class _Questions:
         value = self._answer(name, domain, self.turn)
         self.answers[name] = value
         if isinstance(domain, Grid):
-            self.turn += ((name, text(value)),)
+            self.turn += ((name, to_key(value)),)
         else:
-            self.distributions[name] = _distribution(domain)
+            self.distributions[name] = _to_distribution(domain)
         return value
 
 
-def text(value: Any) -> str:
+def to_key(value: Any) -> str:
     """One text per JSON value, whatever the order of its keys."""
     return json.dumps(value, sort_keys=True)
 
 
-def _beginnings(turn: Turn) -> Iterator[Turn]:
+def _list_prefixes(turn: Turn) -> Iterator[Turn]:
     return (turn[:length] for length in range(1, len(turn) + 1))
 
 
-def _distribution(domain: Domain) -> BaseDistribution:
+def _to_distribution(domain: Domain) -> BaseDistribution:
     """Optuna's counterpart; it takes no lists as choices, so that all are texts."""
     match domain:
         case LogUniform():
@@ -224,9 +228,9 @@ def _distribution(domain: Domain) -> BaseDistribution:
         case RandInt():
             return IntDistribution(domain.low, domain.high)
         case Choice():
-            return CategoricalDistribution([text(value) for value in domain.values])
+            return CategoricalDistribution([to_key(value) for value in domain.values])
     raise AssertionError(f"{domain} is not asked")
 
 
-def _told(value: Any, of: BaseDistribution) -> Any:
-    return text(value) if isinstance(of, CategoricalDistribution) else value
+def _to_optuna_value(value: Any, of: BaseDistribution) -> Any:
+    return to_key(value) if isinstance(of, CategoricalDistribution) else value

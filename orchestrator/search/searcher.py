@@ -13,13 +13,13 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, Point, SearchConfig
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.samplers import GridSource, OptunaSource, Proposal, Source, text
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.samplers import GridSource, OptunaSource, PointSource, Proposal, to_key
 from tune_spaces.domains import SpaceError
 from tune_spaces.spaces import Space
 
 
-class Search(Searcher):
+class JournalSearcher(Searcher):
     """Hands out the trials of the journal, and enters new points when none is left.
 
     Trials that an earlier process left running are handed out again, first of all; repeats and controls that
@@ -43,7 +43,7 @@ class Search(Searcher):
         space: Space,
         config: SearchConfig,
         objectives: Sequence[Objective],
-        trials: Trials,
+        trials: Journal,
         *,
         allowed: Callable[[Point], str | None],
         control: Callable[[Point], Point | None],
@@ -52,16 +52,16 @@ class Search(Searcher):
         super().__init__()
         self._config = config
         self._metrics = [objective.metric for objective in objectives]
-        self._trials = trials
+        self._journal = trials
         self._allowed = allowed
         self._control = control
         grid = config.algorithm == "grid"
-        self._source: Source = GridSource(space) if grid else OptunaSource(space, config, objectives)
+        self._source: PointSource = GridSource(space) if grid else OptunaSource(space, config, objectives)
         self._numbers: dict[str, int] = {}
         self._entered = 0
         self._points: set[str] = set()
         self._controls: set[str] = set()
-        self._resume()
+        self._resume_journal()
         if not self._entered:
             self._enter_point()
 
@@ -70,25 +70,25 @@ class Search(Searcher):
         """Points that were entered."""
         return self._entered
 
-    def waiting(self) -> TrialRecord | None:
+    def next_trial(self) -> TrialRecord | None:
         """The trial that is handed out next, entered if need be; None when the search has all its trials."""
-        return self._pending() or (self._pending() if self._enter_point() else None)
+        return self._find_pending() or (self._find_pending() if self._enter_point() else None)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: `{"number": its number, **its point}`, or `Searcher.FINISHED`."""
-        record = self.waiting()
+        record = self.next_trial()
         if record is None:
             return Searcher.FINISHED
         record.status, record.reason = "running", None
-        self._trials.write(record)
+        self._journal.write(record)
         self._numbers[trial_id] = record.number
         return {"number": record.number, **record.point}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial's latest step and metrics go into the journal."""
-        record = self._trials[self._numbers[trial_id]]
-        _take(record, result)
-        self._trials.write(record)
+        record = self._journal[self._numbers[trial_id]]
+        _copy_result(record, result)
+        self._journal.write(record)
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -97,25 +97,25 @@ class Search(Searcher):
 
         `result` may tell `total`, the planned steps, and `failed`, why the trial gave up.
         """
-        record = self._trials[self._numbers[trial_id]]
+        record = self._journal[self._numbers[trial_id]]
         if record.ended:
             return
         result = result or {}
-        _take(record, result)
-        if reason := _failure(record, result, error):
+        _copy_result(record, result)
+        if reason := _explain_failure(record, result, error):
             record.status, record.reason = "failed", reason
         else:
             # Tune gives no result of a trial that the scheduler gave up while it waited between two steps.
             early = not result or record.step < result.get("total", 0)
             record.status = "stopped" if early else "finished"
-        self._trials.write(record)
-        self._tell(self._trials.points()[record.point_id])
+        self._journal.write(record)
+        self._report_to_source(self._journal.group_by_point()[record.point_id])
 
-    def changed(self, number: int, point: Point) -> None:
+    def change_point(self, number: int, point: Point) -> None:
         """A scheduler changed a trial's fields while it runs."""
-        record = self._trials[number]
+        record = self._journal[number]
         record.point = dict(point)
-        self._trials.write(record)
+        self._journal.write(record)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the state."""
@@ -127,28 +127,28 @@ class Search(Searcher):
         # Tune pickles its own settings, this object among them, and we never read them back.
         return {}
 
-    def _resume(self) -> None:
-        for record in self._trials:
+    def _resume_journal(self) -> None:
+        for record in self._journal:
             if record.status == "running":
                 record.status = "pending"
-                self._trials.write(record)
-        for point_id in self._trials.points():
-            self._trials.complete(point_id, self._config.repeats)
-        groups = list(self._trials.points().values())
+                self._journal.write(record)
+        for point_id in self._journal.group_by_point():
+            self._journal.complete_repeats(point_id, self._config.repeats)
+        groups = list(self._journal.group_by_point().values())
         controls = [group[0] for group in groups if group[0].control_of is not None]
-        self._controls = {text(record.drawn) for record in controls}
+        self._controls = {to_key(record.drawn) for record in controls}
         points = [group for group in groups if group[0].control_of is None]
         self._entered = len(points)
         for group in points:
-            self._points.add(text(group[0].drawn))
-            self._source.restore(group[0].point_id, group[0].params)
-            self._tell(group)
+            self._points.add(to_key(group[0].drawn))
+            self._source.restore_point(group[0].point_id, group[0].params)
+            self._report_to_source(group)
         for first in (group[0] for group in points):
-            if first.control is None or text(first.control) not in self._controls:
+            if first.control is None or to_key(first.control) not in self._controls:
                 self._enter_control(first.point_id, first.drawn)
 
-    def _pending(self) -> TrialRecord | None:
-        return next((record for record in self._trials if record.status == "pending"), None)
+    def _find_pending(self) -> TrialRecord | None:
+        return next((record for record in self._journal if record.status == "pending"), None)
 
     def _enter_point(self) -> bool:
         """Enter another point with its repeats and control; False when the search has all its points."""
@@ -156,39 +156,41 @@ class Search(Searcher):
             return False
         refusal, refused = None, 0
         exhausted = self._entered > 0 and self._config.algorithm == "grid"
-        for proposal in self._source.proposals(self._entered):
-            if proposal.refusal is None and text(proposal.point) in self._points:
+        for proposal in self._source.propose_points(self._entered):
+            if proposal.refusal is None and to_key(proposal.point) in self._points:
                 exhausted = True
                 continue
             refusal = proposal.refusal or self._allowed(proposal.point)
             if refusal is None:
-                self._enter(proposal)
+                self._enter_proposal(proposal)
                 return True
             refused += 1
         if refused and not exhausted:
             raise SpaceError(f"{refused} points of the space in a row cannot be run; the last: {refusal}")
         return False
 
-    def _enter(self, proposal: Proposal) -> None:
+    def _enter_proposal(self, proposal: Proposal) -> None:
         repeats = self._config.repeats
-        point_id = self._trials.enter(proposal.point, repeats=repeats, params=proposal.params)[0].number
+        point_id = self._journal.enter_point(proposal.point, repeats=repeats, params=proposal.params)[
+            0
+        ].number
         self._entered += 1
-        self._points.add(text(proposal.point))
-        self._source.enter(point_id, proposal)
+        self._points.add(to_key(proposal.point))
+        self._source.accept_proposal(point_id, proposal)
         self._enter_control(point_id, proposal.point)
 
     def _enter_control(self, point_id: int, point: Point) -> None:
         control = self._control(point) if self._config.controls else None
         if control is None:
             return
-        first = self._trials[point_id]
+        first = self._journal[point_id]
         first.control = dict(control)
-        self._trials.write(first)
-        if text(control) not in self._controls:
-            self._controls.add(text(control))
-            self._trials.enter(control, repeats=self._config.repeats, control_of=point_id)
+        self._journal.write(first)
+        if to_key(control) not in self._controls:
+            self._controls.add(to_key(control))
+            self._journal.enter_point(control, repeats=self._config.repeats, control_of=point_id)
 
-    def _tell(self, repeats: Sequence[TrialRecord]) -> None:
+    def _report_to_source(self, repeats: Sequence[TrialRecord]) -> None:
         """Tell the source what a point gave, once all its repeats have ended."""
         if repeats[0].control_of is not None or not all(record.ended for record in repeats):
             return
@@ -198,10 +200,10 @@ class Search(Searcher):
             for result in results
             if result.keys() >= {*self._metrics}
         ]
-        self._source.tell(repeats[0].point_id, [*np.mean(whole, axis=0)] if whole else None)
+        self._source.record_result(repeats[0].point_id, [*np.mean(whole, axis=0)] if whole else None)
 
 
-def sampled(space: Space, count: int, *, seed: int) -> list[dict[str, Any]]:
+def sample_points(space: Space, count: int, *, seed: int) -> list[dict[str, Any]]:
     """Points drawn at random, whatever a search's algorithm draws; some may be equal.
 
     Raises:
@@ -211,15 +213,15 @@ def sampled(space: Space, count: int, *, seed: int) -> list[dict[str, Any]]:
     source = OptunaSource(space, config, [Objective(metric="eval/accuracy", mode="max")])
     points = []
     for number in range(count):
-        proposal = next(source.proposals(number))
+        proposal = next(source.propose_points(number))
         if proposal.refusal:
             raise SpaceError(proposal.refusal)
-        source.enter(number, proposal)
+        source.accept_proposal(number, proposal)
         points.append(proposal.point)
     return points
 
 
-def _failure(record: TrialRecord, result: Mapping[str, Any], error: bool) -> str | None:
+def _explain_failure(record: TrialRecord, result: Mapping[str, Any], error: bool) -> str | None:
     if "failed" in result:
         return str(result["failed"])
     if error:
@@ -227,7 +229,7 @@ def _failure(record: TrialRecord, result: Mapping[str, Any], error: bool) -> str
     return None if record.result else "it ended without a result"
 
 
-def _take(record: TrialRecord, result: Mapping[str, Any]) -> None:
+def _copy_result(record: TrialRecord, result: Mapping[str, Any]) -> None:
     """The step and the metrics of Tune's result, which holds much else; NaN and infinity are no metrics."""
     record.step = int(result.get("step", record.step))
     metrics = {

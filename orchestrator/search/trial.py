@@ -16,11 +16,11 @@ import ray
 from models.config import ModelConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import METRICS
-from orchestrator.config.sweep import Point, SweepConfig, trial_run
+from orchestrator.config.sweep import Point, SweepConfig, build_trial_run
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.search.journal import read_trial
-from orchestrator.tracking.metrics_file import METRICS_FILE, new_lines
-from orchestrator.worker.rewards import Judge
+from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
+from orchestrator.worker.rewards import RewardScorer
 
 if TYPE_CHECKING:
     from orchestrator.worker.setup import WorkerSetup
@@ -33,7 +33,7 @@ NUMBER = "number"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class TrialSetup:
     """Everything that is the same for all trials of a search.
 
     Attributes:
@@ -56,25 +56,27 @@ class Shared:
     base: RunConfig
     policy: ModelConfig
     train: ray.ObjectRef
-    held_out: ray.ObjectRef
+    eval: ray.ObjectRef
     routers: Mapping[str, Any]
     identity: dict[str, Any]
-    start_is: str | None
+    initial_policy_reference: str | None
     tracking_uri: str
-    judge: Judge | None
+    reward_scorer: RewardScorer | None
     secrets: dict[str, str]
     bundle: Mapping[str, float]
-    neighbours: int
+    trials_per_node: int
     total: int
 
 
-def trial_config(sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: int, name: str) -> RunConfig:
+def build_trial_config(
+    sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: int, name: str
+) -> RunConfig:
     """The trial's run over the models and data that the search has found and resolved.
 
     Raises:
         UsageError: the point makes no valid run.
     """
-    run = trial_run(sweep, point, repeat=repeat, name=name)
+    run = build_trial_run(sweep, point, repeat=repeat, name=name)
     models = {}
     for name in run.references.models:
         if name not in base.references.models:
@@ -87,25 +89,25 @@ def trial_config(sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: i
             "policy": base.policy.model_copy(update={"adapter": run.policy.adapter}),
             "references": run.references.model_copy(update={"models": models}),
             "data": base.data,
-            "storage_path": str(trials_folder(sweep, base)),
+            "storage_path": str(find_trials_folder(sweep, base)),
             "tracking": base.tracking,
         }
     )
 
 
-def trials_folder(sweep: SweepConfig, base: RunConfig) -> Path:
+def find_trials_folder(sweep: SweepConfig, base: RunConfig) -> Path:
     """Where the search's trials are."""
     return Path(base.storage_path) / sweep.name / "trials"
 
 
-def run_trial(config: dict[str, Any], shared: Shared) -> None:
+def run_trial(config: dict[str, Any], shared: TrialSetup) -> None:
     """Tune's trainable: go on where the trial was, report every evaluation, tell why if it gives up."""
     os.environ.update(shared.secrets)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # which tells of every checkpoint at INFO
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     from ray import tune
 
-    setup = _setup(config, shared)
+    setup = _build_worker_setup(config, shared)
     told: dict[str, Any] = {}
 
     def tell(metrics: Mapping[str, Any], written: Path | None = None) -> None:
@@ -117,7 +119,9 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
             tune.report(dict(metrics), checkpoint=checkpoint)
 
     result = (
-        _alone(setup, shared, tell) if setup.config.parallel.workers == 1 else _group(setup, shared, tell)
+        _run_in_process(setup, shared, tell)
+        if setup.config.parallel.workers == 1
+        else _run_worker_group(setup, shared, tell)
     )
     if result["status"] != "done":
         tune.report({"failed": result["reason"]})
@@ -126,42 +130,44 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
         tell({"step": result["step"], "total": result["step"], **result["metrics"]})
 
 
-def _setup(config: Mapping[str, Any], shared: Shared) -> "WorkerSetup":
+def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> "WorkerSetup":
     from orchestrator.worker.setup import WorkerSetup
 
     point = {field: value for field, value in config.items() if "." in field}
     name = f"{config[NUMBER]:04d}"
-    record = read_trial(trials_folder(shared.sweep, shared.base) / name)
-    run = trial_config(shared.sweep, shared.base, point, repeat=record.repeat, name=name)
+    record = read_trial(find_trials_folder(shared.sweep, shared.base) / name)
+    run = build_trial_config(shared.sweep, shared.base, point, repeat=record.repeat, name=name)
     used = run.references.ordered
     references = {name: shared.identity["references"][name] for name in used}
     return WorkerSetup(
         config=run,
         policy=shared.policy,
         train=shared.train,
-        held_out=shared.held_out,
+        eval=shared.eval,
         routers={name: shared.routers[name] for name in used},
         identity={**shared.identity, "references": references},
-        start_is=shared.start_is if shared.start_is in used else None,
+        initial_policy_reference=shared.initial_policy_reference
+        if shared.initial_policy_reference in used
+        else None,
         bundle=shared.bundle,
         folder=str(run.folder),
         tracking_uri=shared.tracking_uri,
         tracking_run=str(record.mlflow_run),
-        judge=shared.judge,
+        reward_scorer=shared.reward_scorer,
         export=False,
-        neighbours=shared.neighbours,
+        trials_per_node=shared.trials_per_node,
     )
 
 
-def _alone(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
+def _run_in_process(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dict[str, Any]:
     """The trial's only worker is this process."""
     import torch
     from ray import tune
 
     from orchestrator.worker.loop import train_worker
-    from orchestrator.worker.session import Alone
+    from orchestrator.worker.session import LocalSession
 
-    session = Alone(
+    session = LocalSession(
         Path(setup.folder),
         device=torch.device("cuda", 0) if shared.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
         keep_last=setup.config.training.keep_last,
@@ -169,11 +175,11 @@ def _alone(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
     )
     if (handed := tune.get_checkpoint()) is not None:
         with handed.as_directory() as folder:
-            session.adopt(Path(folder))
+            session.adopt_checkpoint(Path(folder))
     return train_worker(setup, session)
 
 
-def _group(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
+def _run_worker_group(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dict[str, Any]:
     """A group of workers; their evaluations are read from the file that rank 0 writes.
 
     Tune's own callback for this passes reports through a queue of one place from Train's controller, and a
@@ -188,7 +194,7 @@ def _group(setup: "WorkerSetup", shared: Shared, tell: Tell) -> dict[str, Any]:
         running = pool.submit(run_workers, setup)
         while True:
             ended = not wait([running], timeout=0.5).not_done
-            position, lines = new_lines(path, position)
+            position, lines = read_new_lines(path, position)
             for line in lines:
                 value = line.get(evaluation.metric)
                 if line["step"] == 0 or value is None:

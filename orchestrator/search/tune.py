@@ -13,28 +13,28 @@ import yaml
 from rich.table import Table
 
 from models.config import ModelConfig
-from orchestrator.cluster.connection import connected
-from orchestrator.cluster.nodes import machines, nodes
-from orchestrator.cluster.placement import Kind, trial_bundles, trial_slots
+from orchestrator.cluster.connection import connect_to_ray
+from orchestrator.cluster.nodes import count_nodes, list_node_resources
+from orchestrator.cluster.placement import ClusterProfile, count_trial_slots, list_trial_bundles
 from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import SweepConfig
-from orchestrator.driver.prepare import Prepared, with_resolved_paths
-from orchestrator.driver.record import MAY_CHANGE, RunRecord, locked, open_record, read_record, remove_run
-from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, serve
-from orchestrator.driver.train import prepared_run
+from orchestrator.driver.prepare import PreparedRun, resolve_paths
+from orchestrator.driver.record import MAY_CHANGE, RunRecord, lock_run, open_record, read_record, remove_run
+from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, start_services
+from orchestrator.driver.train import prepare_and_report
 from orchestrator.errors import UsageError
-from orchestrator.redaction import without_secrets
+from orchestrator.redaction import hide_secrets
 from orchestrator.references.service import ROUTER_CPUS, ReferenceService
-from orchestrator.search.journal import Trials
-from orchestrator.search.report.labels import text
-from orchestrator.search.runner import Searching
-from orchestrator.search.searcher import sampled
-from orchestrator.search.trial import trial_config, trials_folder
+from orchestrator.search.journal import Journal
+from orchestrator.search.report.labels import format_value
+from orchestrator.search.runner import SearchRunner
+from orchestrator.search.searcher import sample_points
+from orchestrator.search.trial import build_trial_config, find_trials_folder
 from orchestrator.storage.paths import is_uri
-from orchestrator.tracking.progress import plain_console
-from orchestrator.worker.setup import total_steps
+from orchestrator.tracking.progress import make_plain_console
+from orchestrator.worker.setup import count_total_steps
 from preferences.buckets import without_options
 from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space
@@ -54,72 +54,76 @@ _SWEEP_MAY_CHANGE = (
 )
 
 
-def tune(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False) -> RunRecord:
+def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False) -> RunRecord:
     """Search, rank and promote; or go on where an earlier call was killed or ran out of time.
 
     Raises:
         UsageError, SpaceError: the input is wrong, or not even one trial fits the cluster.
         RunFailed: no trial gave a result, or too many failed.
     """
-    console = plain_console()
-    base = _base(sweep)
+    console = make_plain_console()
+    base = _serve_all_references(sweep)
     folder = Path(base.storage_path) / sweep.name
-    space = _space(sweep, base)
+    space = _build_space(sweep, base)
     found = read_record(folder)
     if found is not None and "run" not in found.config:
         raise UsageError(f"{sweep.name}: {folder} is a training run's folder; give the search another name")
     before = None if fresh else found
-    with locked(folder):
+    with lock_run(folder):
         of_base = None if before is None else replace(before, config=before.config["run"])
-        prepared = prepared_run(base, console, of_base)
+        prepared = prepare_and_report(base, console, of_base)
         scheduler, total = _refuse_unfit(sweep, base, space, prepared)
-        more = retry_failed or (before is not None and _asks_more(sweep, before))
+        more = retry_failed or (before is not None and _wants_more(sweep, before))
 
-        def searching(device_type: str) -> Searching:
-            on = prepared.on(device_type)
-            record = _open(sweep, on, folder, fresh=fresh, more_to_do=more)
-            trials = Trials(trials_folder(sweep, base))
-            return Searching(sweep, space, scheduler, total, on, record, trials, folder, console)
+        def searching(device_type: str) -> SearchRunner:
+            on = prepared.for_device(device_type)
+            record = _open_record(sweep, on, folder, fresh=fresh, more_to_do=more)
+            trials = Journal(find_trials_folder(sweep, base))
+            return SearchRunner(sweep, space, scheduler, total, on, record, trials, folder, console)
 
         if before is not None and before.finished and not more:
             done = searching(before.device_type)
-            done.tell_again()
+            done.reprint_result()
             return done.record
-        with connected(wait_minutes=base.placement.wait_minutes):
-            slots = _slots(sweep, base)
+        with connect_to_ray(wait_minutes=base.placement.wait_minutes):
+            slots = _count_slots(sweep, base)
             refuse_unshared(base.storage_path)
-            search = searching(Kind.of(nodes()).device_type)
+            search = searching(ClusterProfile.from_nodes(list_node_resources()).device_type)
             if retry_failed:
-                _retry(search.trials)
-            return search.run(slots, _neighbours(sweep, space, slots))
+                _retry_failed(search.trials)
+            return search.run_search(slots, _count_trials_per_node(sweep, space, slots))
 
 
 def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
     """Print the space, some of its points, the placement, and what the references would have to score."""
-    console = plain_console()
-    base = _base(sweep)
-    space = _space(sweep, base)
-    prepared = prepared_run(base, console, None)
+    console = make_plain_console()
+    base = _serve_all_references(sweep)
+    space = _build_space(sweep, base)
+    prepared = prepare_and_report(base, console, None)
     _, total = _refuse_unfit(sweep, base, space, prepared)
-    console.print(_space_table(space))
+    console.print(_build_space_table(space))
     console.print(f"\n{samples} of its points:")
-    for point in sampled(space, samples, seed=sweep.search.seed):
-        told = (f"{field} {text(value)}" for field, value in point.items())
+    for point in sample_points(space, samples, seed=sweep.search.seed):
+        told = (f"{field} {format_value(value)}" for field, value in point.items())
         console.print("  " + ", ".join(told))
-    console.print(f"\n{_trials_text(sweep, space)} of {total} steps each")
-    with connected(wait_minutes=base.placement.wait_minutes):
-        slots = _slots(sweep, base)
-        console.print(f"{slots} trial(s) at a time beside the references, each {_asks(base)}\n")
-        with serve(prepared.on(Kind.of(nodes()).device_type)) as service:
-            console.print(_forwards_table(service, prepared))
+    console.print(f"\n{_format_trial_counts(sweep, space)} of {total} steps each")
+    with connect_to_ray(wait_minutes=base.placement.wait_minutes):
+        slots = _count_slots(sweep, base)
+        console.print(
+            f"{slots} trial(s) at a time beside the references, each {_format_trial_request(base)}\n"
+        )
+        with start_services(
+            prepared.for_device(ClusterProfile.from_nodes(list_node_resources()).device_type)
+        ) as service:
+            console.print(_build_forwards_table(service, prepared))
 
 
-def _base(sweep: SweepConfig) -> RunConfig:
+def _serve_all_references(sweep: SweepConfig) -> RunConfig:
     """The sweep's run file with paths resolved and every reference served.
 
     One replica scores the policy's own start for all trials, where each trial would score it for itself.
     """
-    base = with_resolved_paths(sweep.base, base=Path.cwd())
+    base = resolve_paths(sweep.base, base=Path.cwd())
     if is_uri(base.storage_path):
         raise UsageError(
             f"storage_path {without_options(base.storage_path)} is a URI, and a search keeps its journal in "
@@ -127,7 +131,7 @@ def _base(sweep: SweepConfig) -> RunConfig:
         )
     start = {name: getattr(base.policy, name) for name in ModelConfig.model_fields}
     models = {
-        name: ReferenceConfig(**start) if reference.in_process else reference
+        name: ReferenceConfig(**start) if reference.scored_by_workers else reference
         for name, reference in base.references.models.items()
     }
     references: dict[str, Any] = {"models": models}
@@ -138,28 +142,28 @@ def _base(sweep: SweepConfig) -> RunConfig:
     return base
 
 
-def _space(sweep: SweepConfig, base: RunConfig) -> Space:
+def _build_space(sweep: SweepConfig, base: RunConfig) -> Space:
     loss = sweep.run.get("loss") or {}
     return Space(sweep.spaces, sweep.domains, tuple(base.references.ordered), loss)
 
 
 def _refuse_unfit(
-    sweep: SweepConfig, base: RunConfig, space: Space, prepared: Prepared
+    sweep: SweepConfig, base: RunConfig, space: Space, prepared: PreparedRun
 ) -> tuple["TrialScheduler", int]:
     """Draw many points, each of which must make a valid run; the scheduler, and the length of a trial."""
     if sweep.search.algorithm == "grid":
         next(space.grid())
     lengths = set()
-    for point in sampled(space, CHECKED_POINTS, seed=sweep.search.seed):
+    for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
         try:
-            run = trial_config(sweep, base, point, repeat=0, name="trial")
+            run = build_trial_config(sweep, base, point, repeat=0, name="trial")
         except UsageError as error:
-            said = ", ".join(f"{field} {text(value)}" for field, value in point.items())
+            said = ", ".join(f"{field} {format_value(value)}" for field, value in point.items())
             raise UsageError(
                 f"{sweep.name}: the space has a point that makes no valid run ({said}):\n{error}\n"
                 "Narrow a field under space, or leave a named space out"
             ) from None
-        lengths.add(total_steps(run, len(prepared.train)))
+        lengths.add(count_total_steps(run, len(prepared.train)))
     _refuse_unlabelled(sweep, prepared)
     if len(lengths) > 1 and sweep.scheduler.type != "fifo":
         raise UsageError(
@@ -179,10 +183,10 @@ def _refuse_unfit(
     return scheduler, max(lengths)
 
 
-def _refuse_unlabelled(sweep: SweepConfig, prepared: Prepared) -> None:
+def _refuse_unlabelled(sweep: SweepConfig, prepared: PreparedRun) -> None:
     """What compares soft labels is pointless where every label is 1."""
-    assert prepared.held_out is not None
-    if prepared.train.soft or prepared.held_out.soft:
+    assert prepared.eval is not None
+    if prepared.train.soft or prepared.eval.soft:
         return
     wanted = [o.metric for o in sweep.objective if o.metric == "eval/label_nll"]
     wanted += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
@@ -193,45 +197,45 @@ def _refuse_unlabelled(sweep: SweepConfig, prepared: Prepared) -> None:
         )
 
 
-def _slots(sweep: SweepConfig, base: RunConfig) -> int:
-    fit = trial_slots(base, nodes(), routers=ROUTER_CPUS * len(base.references.models))
+def _count_slots(sweep: SweepConfig, base: RunConfig) -> int:
+    fit = count_trial_slots(base, list_node_resources(), routers=ROUTER_CPUS * len(base.references.models))
     return min(fit, sweep.max_concurrent or fit)
 
 
-def _neighbours(sweep: SweepConfig, space: Space, slots: int) -> int:
+def _count_trials_per_node(sweep: SweepConfig, space: Space, slots: int) -> int:
     """How many trials share a machine's cores: no more than the search has, spread over its machines."""
-    most = _points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
-    return math.ceil(min(slots, most) / machines())
+    most = _count_points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
+    return math.ceil(min(slots, most) / count_nodes())
 
 
-def _points(sweep: SweepConfig, space: Space) -> int:
+def _count_points(sweep: SweepConfig, space: Space) -> int:
     if sweep.search.algorithm == "grid":
         return sum(1 for _ in islice(space.grid(), sweep.search.trials))
     assert sweep.search.trials is not None  # only a grid ends by itself
     return sweep.search.trials
 
 
-def _trials_text(sweep: SweepConfig, space: Space) -> str:
+def _format_trial_counts(sweep: SweepConfig, space: Space) -> str:
     """`24 trials: 8 points x 3 seeds, and up to as many controls,`."""
-    told = f"{_points(sweep, space)} point(s) x {sweep.search.repeats} seed(s)"
+    told = f"{_count_points(sweep, space)} point(s) x {sweep.search.repeats} seed(s)"
     return told + (", and up to as many controls," if sweep.search.controls else "")
 
 
-def _asks(base: RunConfig) -> str:
-    bundles = trial_bundles(base, Kind.of(nodes()))
+def _format_trial_request(base: RunConfig) -> str:
+    bundles = list_trial_bundles(base, ClusterProfile.from_nodes(list_node_resources()))
     return " + ".join(
         ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
     )
 
 
-def _asks_more(sweep: SweepConfig, before: RunRecord) -> bool:
+def _wants_more(sweep: SweepConfig, before: RunRecord) -> bool:
     """Whether a finished search is asked for more than it was."""
     now = sweep.model_dump(mode="json")
     return any(before.config[name] != now[name] for name in ("search", "promote"))
 
 
-def _open(
-    sweep: SweepConfig, prepared: Prepared, folder: Path, *, fresh: bool, more_to_do: bool
+def _open_record(
+    sweep: SweepConfig, prepared: PreparedRun, folder: Path, *, fresh: bool, more_to_do: bool
 ) -> RunRecord:
     if fresh:
         remove_run(folder)
@@ -240,7 +244,7 @@ def _open(
     record = open_record(
         folder,
         RunRecord(
-            config=without_secrets(settings),
+            config=hide_secrets(settings),
             device_type=prepared.policy.device_type,
             identity=prepared.identity,
             pins=prepared.pins,
@@ -253,14 +257,14 @@ def _open(
     return record
 
 
-def _retry(trials: Trials) -> None:
+def _retry_failed(trials: Journal) -> None:
     for trial in trials:
         if trial.status == "failed":
             trial.status, trial.reason = "pending", None
             trials.write(trial)
 
 
-def _space_table(space: Space) -> Table:
+def _build_space_table(space: Space) -> Table:
     table = Table(box=None, title="the space", title_justify="left")
     for column in ("field", "domain", "when"):
         table.add_column(column, overflow="fold")
@@ -269,14 +273,14 @@ def _space_table(space: Space) -> Table:
     return table
 
 
-def _forwards_table(service: ReferenceService, prepared: Prepared) -> Table:
+def _build_forwards_table(service: ReferenceService, prepared: PreparedRun) -> Table:
     """Per reference: the data's responses, those the store misses, about how many batches they make."""
-    parts = [part for part in (prepared.train, prepared.held_out) if part is not None]
+    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
     table = Table("reference", "responses", "to score", "batches, about", box=None, title_justify="left")
     table.title = "the references' forward passes, whatever the number of trials"
     for name, model in prepared.references.items():
         rows = [part.references[name] for part in parts]
-        missing = sum(service.missing({name: one})[name] for one in rows)
+        missing = sum(service.count_missing({name: one})[name] for one in rows)
         responses = sum(2 * len(one) for one in rows)
         tokens = sum(int(one.pair_lengths.sum()) for one in rows)
         budget = GPU_BATCH_TOKENS if model.device_type == "cuda" else CPU_BATCH_TOKENS

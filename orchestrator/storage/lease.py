@@ -25,7 +25,7 @@ from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-NAME = ".held.json"
+LEASE_FILE = ".held.json"
 """The sign's name in the run's folder on an object store."""
 _BEAT_S = 5.0
 _SILENT_S = 120.0  # clients try for up to a minute before they say that a store does not answer
@@ -34,7 +34,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
-def of_folder(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Inside, this process has the run; the lock goes with the process, however it ends.
 
     Raises:
@@ -45,14 +45,14 @@ def of_folder(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(_taken(str(folder), "another process")) from None
+        raise UsageError(_format_refusal(str(folder), "another process")) from None
     try:
         yield
     finally:
         lock.release()
 
 
-class Hold:
+class RunLease:
     """This process's claim to a run on an object store.
 
     Args:
@@ -62,52 +62,52 @@ class Hold:
     """
 
     def __init__(self, store: pafs.FileSystem, folder: str, shown: str) -> None:
-        self._store, self._path, self._shown = store, f"{folder}/{NAME}", shown
-        self._me = {"id": uuid.uuid4().hex, "where": _machine(), "pid": os.getpid()}
+        self._store, self._path, self._shown = store, f"{folder}/{LEASE_FILE}", shown
+        self._me = {"id": uuid.uuid4().hex, "where": _identify_machine(), "pid": os.getpid()}
         self._lost: str | None = None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Sign, unless another does; after a process that was killed elsewhere this waits for two minutes.
 
         Raises:
             UsageError: another process trains the run.
             OSError, ArrowException: the store does not answer.
         """
-        self._refuse_alive()
+        self._wait_for_expiry()
         began = time.monotonic()
-        self._sign()
+        self._write_lease()
         time.sleep(max(_SETTLED_S, 3 * (time.monotonic() - began)))
-        self._refuse_other()
+        self._refuse_other_owner()
 
-    def _refuse_other(self) -> None:
-        seen = self._signed()
+    def _refuse_other_owner(self) -> None:
+        seen = self._read_lease()
         if seen is None or seen["id"] != self._me["id"]:
-            raise UsageError(_taken(self._shown, _signer(seen)))
+            raise UsageError(_format_refusal(self._shown, _describe_owner(seen)))
 
-    def _refuse_alive(self) -> None:
+    def _wait_for_expiry(self) -> None:
         """Wait until another's sign of life is old, unless its process is known to be gone."""
-        seen = self._signed()
-        if seen is None or _is_gone(seen):
+        seen = self._read_lease()
+        if seen is None or _is_owner_gone(seen):
             return
         give_up, told = time.monotonic() + _SILENT_S, time.monotonic() + 2 * _BEAT_S
         while time.monotonic() < give_up:
             time.sleep(1)
-            now = self._signed()
+            now = self._read_lease()
             if now is None:
                 return
             if now != seen:
-                raise UsageError(_taken(self._shown, _signer(now)))
+                raise UsageError(_format_refusal(self._shown, _describe_owner(now)))
             if time.monotonic() >= told:
                 told = give_up
                 log.warning(
                     "%s was being trained by %s, which has not signed since; after %.0f s it counts as gone",
                     self._shown,
-                    _signer(seen),
+                    _describe_owner(seen),
                     _SILENT_S,
                 )
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def keep_renewed(self) -> Iterator[None]:
         """Inside, the sign is renewed; at the end it goes.
 
         Raises:
@@ -116,7 +116,7 @@ class Hold:
         """
         stop = threading.Event()
         interrupts = threading.current_thread() is threading.main_thread()
-        thread = threading.Thread(target=self._beat, args=(stop, interrupts), name="hold", daemon=True)
+        thread = threading.Thread(target=self._renew_until, args=(stop, interrupts), name="hold", daemon=True)
         thread.start()
         try:
             try:
@@ -130,15 +130,15 @@ class Hold:
             raise RunFailed(self._lost) from None
         finally:
             with contextlib.suppress(*buckets.FAILURES):
-                self._leave()
+                self._release()
 
-    def _beat(self, stop: threading.Event, interrupts: bool) -> None:
+    def _renew_until(self, stop: threading.Event, interrupts: bool) -> None:
         away = False
         while not stop.wait(_BEAT_S):
             try:
-                seen = self._signed()
+                seen = self._read_lease()
                 if seen is not None and seen["id"] == self._me["id"]:
-                    self._sign()
+                    self._write_lease()
                     away = False
                     continue
             except buckets.FAILURES as error:
@@ -147,7 +147,7 @@ class Hold:
                 away = True
                 continue
             self._lost = (
-                f"{self._shown} was taken by {_signer(seen)} while this process was training it, "
+                f"{self._shown} was taken by {_describe_owner(seen)} while this process was training it, "
                 "so this one stops"
             )
             log.error(self._lost)
@@ -155,12 +155,12 @@ class Hold:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             return
 
-    def _leave(self) -> None:
-        seen = self._signed()
+    def _release(self) -> None:
+        seen = self._read_lease()
         if seen is not None and seen["id"] == self._me["id"]:
             self._store.delete_file(self._path)
 
-    def _signed(self) -> dict[str, Any] | None:
+    def _read_lease(self) -> dict[str, Any] | None:
         try:
             with self._store.open_input_file(self._path) as file:
                 signed = file.read()
@@ -171,21 +171,21 @@ class Hold:
         except ValueError:  # no process of ours wrote that
             return None
 
-    def _sign(self) -> None:
+    def _write_lease(self) -> None:
         with self._store.open_output_stream(self._path) as stream:
             stream.write(json.dumps(self._me | {"beat": time.time()}).encode())
 
 
-def _taken(place: str, by: str) -> str:
+def _format_refusal(place: str, by: str) -> str:
     name = place.rpartition("/")[2]
     return f"run {name!r} in {place} is being trained by {by}; wait for it, or give this run another name"
 
 
-def _signer(signed: dict[str, Any] | None) -> str:
+def _describe_owner(signed: dict[str, Any] | None) -> str:
     return "another process" if signed is None else f"process {signed['pid']} on {signed['where'][0]}"
 
 
-def _machine() -> list[str]:
+def _identify_machine() -> list[str]:
     """What a process id is unique in: the machine since it was started, and the container on it."""
     container = Path("/proc/self/ns/pid")
     return [
@@ -195,9 +195,9 @@ def _machine() -> list[str]:
     ]
 
 
-def _is_gone(signed: dict[str, Any]) -> bool:
+def _is_owner_gone(signed: dict[str, Any]) -> bool:
     """Whether a sign is of a process of this very machine that has ended."""
-    if signed["where"] != _machine():
+    if signed["where"] != _identify_machine():
         return False
     try:
         os.kill(signed["pid"], 0)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from orchestrator.storage.lease import NAME, Hold, of_folder
-from orchestrator.storage.object_store import _fetch, _put
-from orchestrator.storage.paths import _shown, answering, is_uri, working_folder
-from orchestrator.storage.probe import _SEEN, beacon
+from orchestrator.storage.lease import LEASE_FILE, RunLease, folder_lock
+from orchestrator.storage.object_store import download_path, upload_path
+from orchestrator.storage.paths import explain_storage_failures, find_working_folder, is_uri, shown_location
+from orchestrator.storage.probe import PROBE_PREFIX, write_probe
 from preferences import buckets
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class Mirror:
     """
 
     def __init__(self, kept_at: str, *, worker: int | None = None) -> None:
-        self.home, self.folder = kept_at, working_folder(kept_at, worker)
+        self.home, self.folder = kept_at, find_working_folder(kept_at, worker)
         self._is_worker, self._busy = worker is not None, threading.Lock()
         self._store: pafs.FileSystem | None = None
         if is_uri(kept_at):
-            with self.answering():
+            with self.explain_failures():
                 self._store, self._root = buckets.opened(kept_at)
                 self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -57,15 +57,15 @@ class Mirror:
         return self._store is not None
 
     def __str__(self) -> str:
-        return _shown(self.home)
+        return shown_location(self.home)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
+    def explain_failures(self) -> Iterator[None]:
         """`answering`, but for a worker: it sees the error itself, upon which Ray starts it again."""
-        with contextlib.nullcontext() if self._is_worker else answering(self.home):
+        with contextlib.nullcontext() if self._is_worker else explain_storage_failures(self.home):
             yield
 
-    def place(self, *names: str) -> str:
+    def describe_path(self, *names: str) -> str:
         """Where something of the run is kept, as a person is told."""
         return buckets.join(str(self), *names)
 
@@ -75,15 +75,15 @@ class Mirror:
         Raises:
             RunFailed: the store does not give them; OSError or ArrowException for a worker.
         """
-        with self.answering():
-            self._pull(*names)
+        with self.explain_failures():
+            self._pull_names(*names)
 
-    def _pull(self, *names: str) -> None:
+    def _pull_names(self, *names: str) -> None:
         if self._store is None:
             return
         with self._busy:
             for name in names:
-                _fetch(self._store, f"{self._root}/{name}", self.folder / name)
+                download_path(self._store, f"{self._root}/{name}", self.folder / name)
 
     def push(self, *names: str) -> None:
         """Keep files and folders as they are here; each file appears whole or not at all.
@@ -91,49 +91,49 @@ class Mirror:
         Raises:
             RunFailed: the store does not take them; OSError or ArrowException for a worker.
         """
-        with self.answering():
-            self._push(*names)
+        with self.explain_failures():
+            self._push_names(*names)
 
-    def _push(self, *names: str) -> None:
+    def _push_names(self, *names: str) -> None:
         if self._store is None:
             return
         with self._busy:
             for name in names:
                 if (self.folder / name).exists():
-                    _put(self.folder / name, self._store, f"{self._root}/{name}")
+                    upload_path(self.folder / name, self._store, f"{self._root}/{name}")
 
-    def folders(self, under: str) -> list[str]:
+    def list_folders(self, under: str) -> list[str]:
         """Names of the folders that are kept under a folder, sorted."""
         if self._store is None:
             return sorted(path.name for path in (self.folder / under).glob("*/"))
-        with self.answering():
+        with self.explain_failures():
             found = self._store.get_file_info(
                 pafs.FileSelector(f"{self._root}/{under}", allow_not_found=True)
             )
         return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
 
     @contextlib.contextmanager
-    def fetched(self, name: str) -> Iterator[Path]:
+    def fetch_folder(self, name: str) -> Iterator[Path]:
         """A folder that is kept, for reading: itself, or a copy that goes afterwards."""
         if self._store is None:
             yield self.folder / name
             return
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetched-") as room:
             copy = Path(room) / Path(name).name
-            with self.answering():
-                _fetch(self._store, f"{self._root}/{name}", copy)
+            with self.explain_failures():
+                download_path(self._store, f"{self._root}/{name}", copy)
             yield copy
 
-    def remove(self) -> None:
+    def remove_run(self) -> None:
         """Forget the run: all that is kept of it, and the working copy. It stays held by who holds it."""
-        with self.answering():
+        with self.explain_failures():
             if self._store is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
                 for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
                     if entry.type == pafs.FileType.Directory:
                         self._store.delete_dir(entry.path)
-                    elif entry.base_name != NAME:
+                    elif entry.base_name != LEASE_FILE:
                         self._store.delete_file(entry.path)
             elif self.folder.exists():
                 doomed = self.folder.with_name(f".{self.folder.name}.removed")
@@ -142,41 +142,41 @@ class Mirror:
                 shutil.rmtree(doomed)
 
     @contextlib.contextmanager
-    def beacon(self) -> Iterator[str]:
+    def write_probe(self) -> Iterator[str]:
         """`beacon` in the run's folder; those go that a command left there when it was killed."""
-        with self.answering():
+        with self.explain_failures():
             if self._store is None:
-                for old in self.folder.glob(f"{_SEEN}*"):
+                for old in self.folder.glob(f"{PROBE_PREFIX}*"):
                     old.unlink(missing_ok=True)
             else:
                 for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
-                    if entry.base_name.startswith(_SEEN):
+                    if entry.base_name.startswith(PROBE_PREFIX):
                         self._store.delete_file(entry.path)
         with contextlib.ExitStack() as stack:
-            with self.answering():
-                seen = stack.enter_context(beacon(self.home))
+            with self.explain_failures():
+                seen = stack.enter_context(write_probe(self.home))
             yield seen
 
-    def discard(self) -> None:
+    def discard_copy(self) -> None:
         """The working copy goes, where there is one, with whatever was not pushed."""
         if self.remote:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
-    def pushing(self, *names: str, every_s: float = 15.0) -> Iterator[None]:
+    def push_periodically(self, *names: str, every_s: float = 15.0) -> Iterator[None]:
         """Inside, files are kept again and again while they grow; a store that is away only delays that."""
-        with self._every(every_s, lambda: self._push(*names)):
+        with self._run_periodically(every_s, lambda: self._push_names(*names)):
             yield
 
     @contextlib.contextmanager
-    def pulling(self, *names: str, every_s: float = 10.0) -> Iterator[None]:
+    def pull_periodically(self, *names: str, every_s: float = 10.0) -> Iterator[None]:
         """Inside, files here follow what is kept; at the end they are as it is."""
-        with self._every(every_s, lambda: self._pull(*names)):
+        with self._run_periodically(every_s, lambda: self._pull_names(*names)):
             yield
         self.pull(*names)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def hold_lease(self) -> Iterator[None]:
         """Hold the run for this process; see `hold`.
 
         Raises:
@@ -184,22 +184,22 @@ class Mirror:
             RunFailed: the storage failed, or another process has taken the run meanwhile.
         """
         with contextlib.ExitStack() as stack:
-            with self.answering():
+            with self.explain_failures():
                 if self._store is None:
-                    stack.enter_context(of_folder(self.folder))
+                    stack.enter_context(folder_lock(self.folder))
                 else:
-                    mine = Hold(self._store, self._root, str(self))
-                    mine.take()
-                    stack.enter_context(mine.kept())
+                    mine = RunLease(self._store, self._root, str(self))
+                    mine.acquire()
+                    stack.enter_context(mine.keep_renewed())
             yield
 
     @contextlib.contextmanager
-    def _every(self, seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    def _run_periodically(self, seconds: float, action: Callable[[], None]) -> Iterator[None]:
         if self._store is None:
             yield
             return
         stop = threading.Event()
-        thread = threading.Thread(target=_repeat, args=(action, seconds, stop, str(self)), daemon=True)
+        thread = threading.Thread(target=_repeat_action, args=(action, seconds, stop, str(self)), daemon=True)
         thread.start()
         try:
             yield
@@ -208,7 +208,7 @@ class Mirror:
             thread.join()
 
 
-def _repeat(action: Callable[[], None], seconds: float, stop: threading.Event, place: str) -> None:
+def _repeat_action(action: Callable[[], None], seconds: float, stop: threading.Event, place: str) -> None:
     away, pause = False, seconds
     while not stop.wait(pause):
         began = time.monotonic()

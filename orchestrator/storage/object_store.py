@@ -16,7 +16,7 @@ _CHUNK = 64 * 2**20
 _LOCAL = pafs.LocalFileSystem()
 
 
-def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
+def ray_storage_arguments(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
     """Ray Train's `storage_filesystem` and `storage_path` of a run's checkpoints.
 
     Ray's own processes do not get the keys that the command has in its environment, so the filesystem takes
@@ -39,14 +39,14 @@ def for_ray(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
     )
 
 
-def _fetch(store: pafs.FileSystem, path: str, target: Path) -> None:
+def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
     """Replace `target` with a copy of the file or folder kept at `path`; without one it goes."""
     kind = store.get_file_info(path).type
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if kind == pafs.FileType.NotFound:
-            _discard(target)
+            remove_path(target)
             return
         if kind == pafs.FileType.Directory:
             part.mkdir()
@@ -54,13 +54,13 @@ def _fetch(store: pafs.FileSystem, path: str, target: Path) -> None:
             path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK
         )
         if kind == pafs.FileType.Directory:
-            _discard(target)
+            remove_path(target)
         os.replace(part, target)
     finally:
-        _discard(part)
+        remove_path(part)
 
 
-def _put(source: Path, store: pafs.FileSystem, path: str) -> None:
+def upload_path(source: Path, store: pafs.FileSystem, path: str) -> None:
     """Keep a file or a folder; what a folder held before and no longer holds goes after the rest is there."""
     pafs.copy_files(  # one thread: Arrow's parallel uploads may block each other
         str(source), path, source_filesystem=_LOCAL, destination_filesystem=store, use_threads=False
@@ -72,7 +72,7 @@ def _put(source: Path, store: pafs.FileSystem, path: str) -> None:
                 store.delete_file(entry.path)
 
 
-def _discard(path: Path) -> None:
+def remove_path(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -16,13 +16,13 @@ def is_uri(place: str) -> bool:
     return "://" in place
 
 
-def home(config: RunConfig) -> str:
+def run_location(config: RunConfig) -> str:
     """The folder or URI that a run is kept at."""
     return buckets.join(config.storage_path, config.name)
 
 
 @contextlib.contextmanager
-def answering(place: str) -> Iterator[None]:
+def explain_storage_failures(place: str) -> Iterator[None]:
     """Inside, a storage that fails ends the command with one line.
 
     Raises:
@@ -33,16 +33,16 @@ def answering(place: str) -> Iterator[None]:
     except buckets.FAILURES as error:
         remedy = buckets.remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
         raise RunFailed(
-            f"{_shown(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
+            f"{shown_location(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
             "The same command goes on from what is kept"
         ) from error
 
 
-def _shown(place: str) -> str:
+def shown_location(place: str) -> str:
     return buckets.without_options(place) if is_uri(place) else place
 
 
-def working_folder(kept_at: str, worker: int | None = None) -> Path:
+def find_working_folder(kept_at: str, worker: int | None = None) -> Path:
     """Where a run is worked on: its folder itself, or on this machine a copy of what an object store keeps.
 
     The command has one, and each worker that writes, by its rank: they may be on one machine.

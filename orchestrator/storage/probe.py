@@ -13,7 +13,7 @@ from orchestrator.errors import UsageError
 from orchestrator.storage.paths import is_uri
 from preferences import buckets
 
-_SEEN = ".seen-"
+PROBE_PREFIX = ".seen-"
 
 
 _SEEN_WITHIN_S = 5.0
@@ -43,7 +43,7 @@ def refuse_unwritable(storage_path: str) -> None:
             f"or one of {schemes}"
         )
     try:
-        with beacon(storage_path):
+        with write_probe(storage_path):
             pass
     except buckets.FAILURES as error:
         raise UsageError(
@@ -52,7 +52,7 @@ def refuse_unwritable(storage_path: str) -> None:
         ) from None
 
 
-def visible(written: str) -> str | None:
+def why_invisible(written: str) -> str | None:
     """Why this process does not see a file that another one wrote; None if it does.
 
     A mount may lag behind: it is looked for during some seconds.
@@ -74,9 +74,9 @@ def visible(written: str) -> str | None:
 
 
 @contextlib.contextmanager
-def beacon(storage_path: str) -> Iterator[str]:
+def write_probe(storage_path: str) -> Iterator[str]:
     """Inside, a small file of a name that never was lies in the storage; yields its place."""
-    place = buckets.join(storage_path, f"{_SEEN}{uuid.uuid4().hex}")
+    place = buckets.join(storage_path, f"{PROBE_PREFIX}{uuid.uuid4().hex}")
     if is_uri(place):
         store, path = buckets.opened(place)
         with store.open_output_stream(path) as stream:

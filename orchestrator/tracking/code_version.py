@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def code_tags(folder: Path | None = None) -> dict[str, str]:
+def read_code_tags(folder: Path | None = None) -> dict[str, str]:
     """Which code ran: polyref's version and, inside a git checkout, the commit."""
     try:
         tags = {"polyref.version": version("polyref")}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import _replace
+from orchestrator.files import replace_text
 
 METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
 
@@ -20,9 +20,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _keep_until(path: Path, step: int) -> None:
+def cut_metrics_after(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_scales(folder: Path) -> list[float]:
@@ -31,12 +31,12 @@ def read_scales(folder: Path) -> list[float]:
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
+def read_new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
     """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
     if not path.exists():
         return 0, []

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from orchestrator.environment import changed
+from orchestrator.environment import set_environment
 from orchestrator.errors import UsageError
-from orchestrator.redaction import first_line, redact, without_secrets
+from orchestrator.redaction import hide_secrets, redact, summarize_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,19 +24,19 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _environment = threading.Lock()
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as MLflow parameters: dotted keys, redacted text values, cut to MLflow's limits."""
     flat: dict[str, str] = {}
-    for key, value in without_secrets(settings).items():
+    for key, value in hide_secrets(settings).items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
+            flat |= flatten_settings(value, f"{name}.")
         else:
-            flat[metric_key(name)] = _cut(str(value), _PARAM_LENGTH)
+            flat[to_metric_key(name)] = _cut_text(str(value), _PARAM_LENGTH)
     return flat
 
 
-def tracking_uri(uri: str | None, storage_path: str) -> str:
+def resolve_tracking_uri(uri: str | None, storage_path: str) -> str:
     """The MLflow server: `uri` as given, else $MLFLOW_TRACKING_URI, else sqlite under the storage path.
 
     Sqlite paths become absolute. Raises UsageError where MLflow has no such store.
@@ -62,7 +62,7 @@ def tracking_uri(uri: str | None, storage_path: str) -> str:
     return uri
 
 
-def connect(uri: str) -> "MlflowClient":
+def connect_to_mlflow(uri: str) -> "MlflowClient":
     """A client for one server, without MLflow's global state or telemetry.
 
     Raises UsageError within seconds when the server does not answer, where MLflow would retry for minutes.
@@ -81,15 +81,15 @@ def connect(uri: str) -> "MlflowClient":
     try:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        with _impatient_http():
+        with _fail_fast():
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        raise UsageError(f"the MLflow server {redact(uri)} {_trouble(error)}") from error
+        raise UsageError(f"the MLflow server {redact(uri)} {_explain_mlflow_error(error)}") from error
     return client
 
 
-def _trouble(error: Exception) -> str:
+def _explain_mlflow_error(error: Exception) -> str:
     """What a server's refusal means, and what to do."""
     said = str(error).lower()
     if "error code 401" in said:
@@ -99,28 +99,28 @@ def _trouble(error: Exception) -> str:
             "does not answer to this name: start it with --allowed-hosts naming the host as it is used here"
         )
     return (
-        f"does not answer: {first_line(error)}; check tracking.uri (or {URI_VARIABLE}) and that the server "
+        f"does not answer: {summarize_error(error)}; check tracking.uri (or {URI_VARIABLE}) and that the server "
         "runs, or leave both out for a sqlite file"
     )
 
 
-def run_url(uri: str, run_id: str | None) -> str | None:
+def find_run_url(uri: str, run_id: str | None) -> str | None:
     """A run's page on a server; None for a database without one, or where the server does not tell."""
     if run_id is None or not uri.startswith("http"):
         return None
     try:
-        experiment = connect(uri).get_run(run_id).info.experiment_id
+        experiment = connect_to_mlflow(uri).get_run(run_id).info.experiment_id
     except Exception:  # whatever the server says, the run has ended well
         return None
     return f"{redact(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 @contextmanager
-def _impatient_http() -> Iterator[None]:
+def _fail_fast() -> Iterator[None]:
     # MLflow reads these at every request and offers no argument for them.
     with (
         _environment,
-        changed(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
+        set_environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
     ):
         yield
 
@@ -129,7 +129,7 @@ _TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 """Opens an experiment on its runs; by default MLflow shows the pages for traces of applications."""
 
 
-def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+def find_experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """The experiment's id, made where it is missing. Raises UsageError when it was deleted."""
     from mlflow.exceptions import MlflowException
 
@@ -143,7 +143,7 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another run may have made it in between
             if found is None:
-                raise UsageError(f"tracking.experiment {name!r}: {first_line(error)}") from error
+                raise UsageError(f"tracking.experiment {name!r}: {summarize_error(error)}") from error
     if found.lifecycle_stage != "active":
         raise UsageError(
             f"tracking.experiment {name!r} was deleted in MLflow: choose another name, or restore it with "
@@ -159,16 +159,18 @@ def log_settings(
     from mlflow.entities import Param, RunTag
 
     entries = [Param(key, value) for key, value in params.items()]
-    labels = [RunTag(metric_key(key), _cut(redact(str(value)), _TAG_LENGTH)) for key, value in tags.items()]
+    labels = [
+        RunTag(to_metric_key(key), _cut_text(redact(str(value)), _TAG_LENGTH)) for key, value in tags.items()
+    ]
     for start in range(0, max(len(entries), len(labels)), _SETTINGS_PER_BATCH):
         part = slice(start, start + _SETTINGS_PER_BATCH)
         client.log_batch(run_id, params=entries[part], tags=labels[part])
 
 
-def metric_key(name: str) -> str:
+def to_metric_key(name: str) -> str:
     """The name with characters MLflow refuses replaced, cut to its length."""
     return re.sub(r"[^\w./ -]", "_", name)[:_KEY_LENGTH]
 
 
-def _cut(text: str, length: int) -> str:
+def _cut_text(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

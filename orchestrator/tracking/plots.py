@@ -44,7 +44,7 @@ class _Series:
     values: list[float]
 
 
-def draw(run_folder: Path, to: Path | None = None) -> list[Path]:
+def draw_run(run_folder: Path, to: Path | None = None) -> list[Path]:
     """Draw what the run's folder has metrics for, as PNG files in `to` (default `run_folder/plots`).
 
     Up to four pictures: learning.png (loss, reward margin, accuracy), references.png (log ratios and weights
@@ -53,19 +53,19 @@ def draw(run_folder: Path, to: Path | None = None) -> list[Path]:
     """
     import matplotlib
 
-    series = _collect(read_metrics(run_folder))
+    series = _collect_series(read_metrics(run_folder))
     target = to or run_folder / FOLDER
     with matplotlib.rc_context(STYLE):
         figures = {
-            "learning.png": _learning(series),
-            "references.png": _references(series),
-            "dispersion.png": _dispersion(read_scales(run_folder)),
-            "optimizer.png": _optimizer(series),
+            "learning.png": _draw_learning(series),
+            "references.png": _draw_references(series),
+            "dispersion.png": _draw_dispersion(read_scales(run_folder)),
+            "optimizer.png": _draw_optimizer(series),
         }
-        return [save(figure, target / name) for name, figure in figures.items() if figure is not None]
+        return [save_figure(figure, target / name) for name, figure in figures.items() if figure is not None]
 
 
-def _collect(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
+def _collect_series(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
     series: dict[str, _Series] = {}
     for line in lines:
         for key, value in line.items():
@@ -76,7 +76,7 @@ def _collect(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
     return series
 
 
-def _learning(series: Mapping[str, _Series]) -> "Figure | None":
+def _draw_learning(series: Mapping[str, _Series]) -> "Figure | None":
     panels = [
         ("loss", "Loss", "mean loss per pair"),
         ("rewards/margins", "Reward margin", "chosen − rejected reward\n(β × nats)"),
@@ -85,23 +85,23 @@ def _learning(series: Mapping[str, _Series]) -> "Figure | None":
     present = [panel for panel in panels if panel[0] in series or f"eval/{panel[0]}" in series]
     if not present:
         return None
-    figure, axes = stacked(len(present))
-    _explain(axes[-1], [series[name] for name, _, _ in present if name in series])
+    figure, axes = make_panels(len(present))
+    _label_smoothing(axes[-1], [series[name] for name, _, _ in present if name in series])
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
         if name in series:
-            _line(ax, series[name], _TRAINING, "training")
+            _draw_line(ax, series[name], _TRAINING, "training")
         if f"eval/{name}" in series:
-            _held_out(ax, series[f"eval/{name}"], series.get(f"eval/{name}_interval"))
+            _draw_evaluations(ax, series[f"eval/{name}"], series.get(f"eval/{name}_interval"))
         if name == "rewards/margins":
             ax.axhline(0, color="#888888", linewidth=0.8)
         if name == "accuracy":
             ax.axhline(0.5, color="#888888", linewidth=0.8, linestyle=":", label="chance")
-        _legend(ax)
+        _add_legend(ax)
     return figure
 
 
-def _references(series: Mapping[str, _Series]) -> "Figure | None":
+def _draw_references(series: Mapping[str, _Series]) -> "Figure | None":
     groups = [
         ("logratio/", "Log ratio to each reference", _LOG_RATIO),
         ("weights/", "Weight of each reference", "mean weight"),
@@ -112,13 +112,15 @@ def _references(series: Mapping[str, _Series]) -> "Figure | None":
     # One colour per reference in all panels, whichever panels it is in.
     found = sorted({key.partition("/")[2] for key in series if key.startswith(("logratio/", "weights/"))})
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(found)}
-    figure, axes = stacked(len(present))
-    _explain(axes[-1], [one for key, one in series.items() if key.startswith(("logratio/", "weights/"))])
+    figure, axes = make_panels(len(present))
+    _label_smoothing(
+        axes[-1], [one for key, one in series.items() if key.startswith(("logratio/", "weights/"))]
+    )
     for ax, (prefix, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
         for name, colour in colours.items():
             if prefix + name in series:
-                _line(ax, series[prefix + name], colour, name)
+                _draw_line(ax, series[prefix + name], colour, name)
         if prefix == "logratio/":
             ax.axhline(0, color="#888888", linewidth=0.8)
         else:
@@ -127,10 +129,10 @@ def _references(series: Mapping[str, _Series]) -> "Figure | None":
     return figure
 
 
-def _dispersion(scales: Sequence[float]) -> "Figure | None":
+def _draw_dispersion(scales: Sequence[float]) -> "Figure | None":
     if not scales:
         return None
-    figure, (ax,) = stacked(1, height=3.4)
+    figure, (ax,) = make_panels(1, height=3.4)
     ordered = sorted(scales)
     mean = sum(ordered) / len(ordered)
     top = ordered[min(int(0.995 * len(ordered)), len(ordered) - 1)]
@@ -148,7 +150,7 @@ def _dispersion(scales: Sequence[float]) -> "Figure | None":
     return figure
 
 
-def _optimizer(series: Mapping[str, _Series]) -> "Figure | None":
+def _draw_optimizer(series: Mapping[str, _Series]) -> "Figure | None":
     panels = [
         ("learning_rate", "Learning rate", "step size"),
         ("grad_norm", "Gradient norm", "before clipping"),
@@ -156,20 +158,20 @@ def _optimizer(series: Mapping[str, _Series]) -> "Figure | None":
     present = [panel for panel in panels if panel[0] in series]
     if not present:
         return None
-    figure, axes = stacked(len(present), height=2.3)
-    _explain(axes[-1], [series["grad_norm"]] if "grad_norm" in series else [])
+    figure, axes = make_panels(len(present), height=2.3)
+    _label_smoothing(axes[-1], [series["grad_norm"]] if "grad_norm" in series else [])
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
         if name == "learning_rate":
             ax.plot(series[name].steps, series[name].values, color=_TRAINING, linewidth=1.6)
             ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         else:
-            _line(ax, series[name], _TRAINING, "")
+            _draw_line(ax, series[name], _TRAINING, "")
         ax.set_ylim(bottom=0)
     return figure
 
 
-def stacked(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
+def make_panels(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
     """A figure of panels one above the other that share the axis of optimizer steps."""
     # Figure itself and not pyplot: no display, no global list of open figures.
     from matplotlib.figure import Figure
@@ -182,19 +184,19 @@ def stacked(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Ax
     return figure, axes
 
 
-def _line(ax: "Axes", series: _Series, colour: str, label: str) -> None:
+def _draw_line(ax: "Axes", series: _Series, colour: str, label: str) -> None:
     """Each step thinly and, where there are many, their running mean on top."""
     if len(series.steps) < _SMOOTH_FROM:
         marker = "o" if len(series.steps) == 1 else None
         ax.plot(series.steps, series.values, color=colour, linewidth=1.6, label=label, marker=marker)
         return
-    window = _window(series)
+    window = _choose_window(series)
     ax.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.3)
     smooth = _running_mean(series.values, window)
     ax.plot(series.steps[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
 
 
-def _held_out(ax: "Axes", series: _Series, interval: _Series | None) -> None:
+def _draw_evaluations(ax: "Axes", series: _Series, interval: _Series | None) -> None:
     style: dict[str, Any] = {"color": _HELD_OUT, "marker": "o", "markersize": 4, "linewidth": 1.2}
     if interval is None or interval.steps != series.steps:
         ax.plot(series.steps, series.values, label="held out", **style)
@@ -213,23 +215,23 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _window(series: _Series) -> int:
+def _choose_window(series: _Series) -> int:
     return max(len(series.steps) // 30, 5)
 
 
-def _explain(ax: "Axes", drawn: Sequence[_Series]) -> None:
+def _label_smoothing(ax: "Axes", drawn: Sequence[_Series]) -> None:
     """Say below the picture what thin and bold lines are, where there are both."""
     longest = max(drawn, key=lambda one: len(one.steps), default=None)
     if longest is not None and len(longest.steps) >= _SMOOTH_FROM:
-        ax.set_xlabel(f"optimizer step (thin: each step; bold: mean of {_window(longest)} steps)")
+        ax.set_xlabel(f"optimizer step (thin: each step; bold: mean of {_choose_window(longest)} steps)")
 
 
-def _legend(ax: "Axes") -> None:
+def _add_legend(ax: "Axes") -> None:
     if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="best", fontsize=9)
 
 
-def save(figure: "Figure", path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
     """Write a figure as PNG, in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

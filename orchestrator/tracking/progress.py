@@ -9,18 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrator.tracking.metrics_file import METRICS_FILE, new_lines
+from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
 
 LINE_EVERY_S = 20.0
 _SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
 
 
-def plain_console() -> Console:
+def make_plain_console() -> Console:
     """Standard output without decoration: paths and numbers can be copied and searched."""
     return Console(soft_wrap=True, highlight=False, markup=False)
 
 
-class Meter:
+class ProgressMeter:
     """Shows counts of named tasks on `console`, each with `prefix` before its name."""
 
     def __init__(self, console: Console, prefix: str = "") -> None:
@@ -38,7 +38,7 @@ class Meter:
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ProgressMeter":
         self._bars.start()
         return self
 
@@ -60,11 +60,14 @@ class Meter:
 
 
 @contextlib.contextmanager
-def following_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
+def follow_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
     """While inside, show the steps that a run's workers write to its metrics."""
     stop = threading.Event()
     thread = threading.Thread(
-        target=_follow, args=(folder / METRICS_FILE, total, console, stop), name="progress", daemon=True
+        target=_follow_metrics,
+        args=(folder / METRICS_FILE, total, console, stop),
+        name="progress",
+        daemon=True,
     )
     thread.start()
     try:
@@ -74,13 +77,13 @@ def following_steps(folder: Path, total: int, console: Console) -> Iterator[None
         thread.join()
 
 
-def _follow(path: Path, total: int, console: Console, stop: threading.Event) -> None:
+def _follow_metrics(path: Path, total: int, console: Console, stop: threading.Event) -> None:
     latest: dict[str, float] = {}
     position, shown = 0, -1
-    with Meter(console) as meter:
+    with ProgressMeter(console) as meter:
         while True:
             ended = stop.wait(0.5)
-            position, lines = new_lines(path, position)
+            position, lines = read_new_lines(path, position)
             for line in lines:
                 latest |= {name: line[name] for name in ("step", *_SHOWN) if line.get(name) is not None}
             step = int(latest.get("step", -1))

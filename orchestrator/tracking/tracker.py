@@ -19,16 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UsageError
-from orchestrator.files import _replace
-from orchestrator.redaction import first_line, redact
+from orchestrator.files import replace_text
+from orchestrator.redaction import redact, summarize_error
 from orchestrator.tracking.metrics_file import (
     METRICS_FILE,
     SCALES_FILE,
-    _drop_torn_line,
-    _keep_until,
+    cut_metrics_after,
+    drop_torn_line,
     read_scales,
 )
-from orchestrator.tracking.mlflow import connect, experiment_id, flatten, log_settings, metric_key
+from orchestrator.tracking.mlflow import (
+    connect_to_mlflow,
+    find_experiment_id,
+    flatten_settings,
+    log_settings,
+    to_metric_key,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -55,12 +61,12 @@ class Tracker:
         """
         self.uri, self.run_id, self.folder = uri, run_id, folder
         self._path = folder / METRICS_FILE
-        self._sender: _Sender | None = None
+        self._sender: _MetricSender | None = None
         self._scales: list[float] | None = None
         self._scales_written = 0
         folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
-            _keep_until(self._path, resume_step)
+            cut_metrics_after(self._path, resume_step)
         if resume_step == -1:
             (folder / SCALES_FILE).unlink(missing_ok=True)
 
@@ -86,9 +92,9 @@ class Tracker:
 
         Raises UsageError when the server does not answer or the experiment was deleted.
         """
-        client = connect(uri)
-        known = _existing_run(client, run_id)
-        place = experiment_id(client, uri, experiment)
+        client = connect_to_mlflow(uri)
+        known = _find_run(client, run_id)
+        place = find_experiment_id(client, uri, experiment)
         if known is None and key is not None:
             known = next(iter(client.search_runs([place], f"tags.`{_KEY}` = '{key}'", max_results=1)), None)
         if known is None:
@@ -99,7 +105,7 @@ class Tracker:
         else:
             run_id, before = known.info.run_id, known.data.params
             client.update_run(run_id, status="RUNNING")
-        flat = flatten(params or {})
+        flat = flatten_settings(params or {})
         changed = {f"changed.{key}": flat[key] for key in flat if key in before and before[key] != flat[key]}
         new = {key: value for key, value in flat.items() if key not in before}
         log_settings(client, run_id, new, {**(tags or {}), **changed})
@@ -111,7 +117,7 @@ class Tracker:
         line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         if self._sender is None:
-            self._sender = _Sender(self.uri, self.run_id, self._path)
+            self._sender = _MetricSender(self.uri, self.run_id, self._path)
         self._sender.append(json.dumps(line, allow_nan=False) + "\n")
 
     def log_scales(self, scales: Sequence[float]) -> None:
@@ -129,25 +135,25 @@ class Tracker:
 
     def _write_scales(self) -> None:
         if self._scales is not None and len(self._scales) > self._scales_written:
-            _replace(self.folder / SCALES_FILE, json.dumps(self._scales))
+            replace_text(self.folder / SCALES_FILE, json.dumps(self._scales))
             self._scales_written = len(self._scales)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the MLflow run."""
-        with self._warned("tags"):
-            log_settings(connect(self.uri), self.run_id, {}, tags)
+        with self._warn_on_failure("tags"):
+            log_settings(connect_to_mlflow(self.uri), self.run_id, {}, tags)
 
     def log_files(self, paths: Iterable[Path], under: str | None = None) -> None:
         """Copy files (pictures, tables) to the MLflow run's artifacts."""
-        with self._warned("files"):
-            client = connect(self.uri)
+        with self._warn_on_failure("files"):
+            client = connect_to_mlflow(self.uri)
             for path in paths:
                 client.log_artifact(self.run_id, str(path), under)
 
     def catch_up(self) -> None:
         """Begin to send what a process that was killed left unsent; `close` waits for it."""
         if self._sender is None and self._path.exists():
-            self._sender = _Sender(self.uri, self.run_id, self._path)
+            self._sender = _MetricSender(self.uri, self.run_id, self._path)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until MLflow has all that was logged; False when it has not within `timeout` seconds."""
@@ -163,26 +169,26 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> None:
         """Close and set the MLflow run's end status: FINISHED, FAILED or KILLED."""
         self.close()
-        with self._warned("the run's end"):
-            connect(self.uri).set_terminated(self.run_id, status)
+        with self._warn_on_failure("the run's end"):
+            connect_to_mlflow(self.uri).set_terminated(self.run_id, status)
 
     @contextmanager
-    def _warned(self, what: str) -> Iterator[None]:
+    def _warn_on_failure(self, what: str) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
 
         try:
             yield
         except (UsageError, MlflowException, OSError) as error:
-            log.warning("MLflow did not take %s of run %s: %s", what, self.run_id, first_line(error))
+            log.warning("MLflow did not take %s of run %s: %s", what, self.run_id, summarize_error(error))
 
 
-class _Sender:
+class _MetricSender:
     """Feeds MLflow from `metrics.jsonl`: the file is the queue, nothing is dropped, memory is bounded."""
 
     def __init__(self, uri: str, run_id: str, path: Path) -> None:
         self._uri, self._run_id, self._path = uri, run_id, path
         self._file = path.open("ab")
-        _drop_torn_line(path)
+        drop_torn_line(path)
         self._changed = threading.Condition()
         self._written = path.stat().st_size
         self._sent = 0
@@ -190,7 +196,7 @@ class _Sender:
         self._backoff = 0.0
         self._client: MlflowClient | None = None
         self._last: dict[str, int] = {}  # per metric, the last step MLflow holds
-        self._thread = threading.Thread(target=self._run, name="mlflow-metrics", daemon=True)
+        self._thread = threading.Thread(target=self._send_repeatedly, name="mlflow-metrics", daemon=True)
         self._thread.start()
 
     def append(self, line: str) -> None:
@@ -213,7 +219,7 @@ class _Sender:
         self._file.close()
         return self._sent >= self._written
 
-    def _run(self) -> None:
+    def _send_repeatedly(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait(self._backoff or _SEND_SECONDS)
@@ -226,21 +232,21 @@ class _Sender:
     def _try_send(self) -> None:
         try:
             if self._client is None:
-                client = connect(self._uri)
-                self._last = _last_steps(client, self._run_id)
+                client = connect_to_mlflow(self._uri)
+                self._last = _find_last_steps(client, self._run_id)
                 self._client = client
-            self._send()
+            self._send_batches()
             self._backoff = 0.0
         except Exception as error:  # whatever the server does, the training goes on
             if not self._backoff:
-                log.warning("MLflow takes no metrics (kept in %s): %s", self._path, first_line(error))
+                log.warning("MLflow takes no metrics (kept in %s): %s", self._path, summarize_error(error))
             self._backoff = min(max(2 * self._backoff, _SEND_SECONDS), _LONGEST_BACKOFF_SECONDS)
 
-    def _send(self) -> None:
+    def _send_batches(self) -> None:
         assert self._client is not None
         while self._sent < self._written:
             lines, end = self._next_lines()
-            points = self._unsent(lines)
+            points = self._list_unsent(lines)
             for start in range(0, len(points), _METRICS_PER_BATCH):
                 self._client.log_batch(self._run_id, metrics=points[start : start + _METRICS_PER_BATCH])
             self._last |= {point.key: point.step for point in points}
@@ -258,24 +264,26 @@ class _Sender:
                 values += len(lines[-1])
             return lines, file.tell()
 
-    def _unsent(self, lines: list[dict[str, Any]]) -> list[Any]:
+    def _list_unsent(self, lines: list[dict[str, Any]]) -> list[Any]:
         from mlflow.entities import Metric
 
         points = []
         for line in lines:
             step, stamp = int(line.pop("step")), int(1000 * line.pop("time", 0))
             for key, value in line.items():
-                if step > self._last.get(metric_key(key), -1):
-                    points.append(Metric(metric_key(key), math.nan if value is None else value, stamp, step))
+                if step > self._last.get(to_metric_key(key), -1):
+                    points.append(
+                        Metric(to_metric_key(key), math.nan if value is None else value, stamp, step)
+                    )
         return points
 
 
-def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
+def _find_last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
     keys = client.get_run(run_id).data.metrics
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
-def _existing_run(client: "MlflowClient", run_id: str | None) -> Any:
+def _find_run(client: "MlflowClient", run_id: str | None) -> Any:
     from mlflow.exceptions import MlflowException
 
     if run_id is None:

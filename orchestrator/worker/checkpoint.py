@@ -23,7 +23,7 @@ PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands.
 
     The data position is the step alone, because a batch is planned from (seed, epoch, step); random
@@ -44,7 +44,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
+def save_checkpoint(folder: str | Path, parallel: Parallel, progress: TrainingProgress) -> None:
     """Write this rank's part of a checkpoint into a folder; whoever keeps it brings the parts together.
 
     Every rank calls it: a weight in shards is put together by all.
@@ -60,7 +60,7 @@ def save(folder: str | Path, parallel: Parallel, progress: Progress) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class BestEvaluation:
     """The evaluation whose weights are kept as the best so far, by one metric."""
 
     metric: str
@@ -73,7 +73,7 @@ class Best:
         return self.metrics[self.metric]
 
 
-def save_best(file: Path, parallel: Parallel, best: Best) -> None:
+def save_best(file: Path, parallel: Parallel, best: BestEvaluation) -> None:
     """Write the trained weights alone with what they gave, replacing the file in one move.
 
     Every rank calls it. Rank 0 writes, and has all trained weights in main memory meanwhile.
@@ -90,12 +90,12 @@ def save_best(file: Path, parallel: Parallel, best: Best) -> None:
     part.replace(file)
 
 
-def best_in(file: Path, metric: str) -> Best | None:
+def read_best(file: Path, metric: str) -> BestEvaluation | None:
     """What an earlier process of the run kept as the best by this metric."""
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as weights:
-        best = Best(**json.loads(weights.metadata()["best"]))
+        best = BestEvaluation(**json.loads(weights.metadata()["best"]))
     return best if best.metric == metric else None
 
 
@@ -105,17 +105,17 @@ def load_best(file: Path, parallel: Parallel) -> None:
         parallel.restore(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
 
 
-def step_of(folder: Path) -> int:
+def read_step(folder: Path) -> int:
     """The step that a checkpoint was taken at."""
     return int(json.loads((folder / PROGRESS).read_text())["step"])
 
 
-def newest(folder: Path) -> Path | None:
+def find_newest(folder: Path) -> Path | None:
     """The newest whole checkpoint among `checkpoint_*` folders: for when Ray's own list of them was lost."""
     for candidate in sorted(folder.glob("checkpoint_*/"), reverse=True):
         try:
             json.loads((candidate / PROGRESS).read_text())
-            _States(candidate)
+            _StateFiles(candidate)
         except (OSError, ValueError, SafetensorError):  # cut short when the run was killed
             continue
         return candidate
@@ -123,20 +123,20 @@ def newest(folder: Path) -> Path | None:
 
 
 @contextmanager
-def newest_kept(mirror: Mirror, under: str) -> Iterator[Path | None]:
+def fetch_newest(mirror: Mirror, under: str) -> Iterator[Path | None]:
     """The newest whole checkpoint of a run, for reading, wherever the run is kept."""
     if not mirror.remote:
-        yield newest(mirror.folder / under)
+        yield find_newest(mirror.folder / under)
         return
-    for name in reversed(mirror.folders(under)):
-        with mirror.fetched(f"{under}/{name}") as copy:
-            if newest(copy.parent) is not None:
+    for name in reversed(mirror.list_folders(under)):
+        with mirror.fetch_folder(f"{under}/{name}") as copy:
+            if find_newest(copy.parent) is not None:
                 yield copy
                 return
     yield None
 
 
-def set_aside_torn_list(folder: Path) -> None:
+def quarantine_corrupt_index(folder: Path) -> None:
     """Ray writes its list of checkpoints in place, and refuses to start over one that a kill cut short."""
     snapshot = folder / "checkpoint_manager_snapshot.json"
     try:
@@ -147,25 +147,25 @@ def set_aside_torn_list(folder: Path) -> None:
         snapshot.replace(snapshot.with_suffix(".torn"))
 
 
-def load(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) -> Progress:
+def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) -> TrainingProgress:
     """Put a checkpoint's weights and optimizer state back and return where it stood.
 
     Raises:
         RuntimeError: the checkpoint belongs to other references or data than `identity`.
     """
     folder = Path(folder)
-    progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+    progress = TrainingProgress(**json.loads((folder / PROGRESS).read_text()))
     if progress.identity != identity:
         changed = sorted(
             k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)
         )
         raise RuntimeError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}")
-    states = _States(folder)
-    parallel.restore(states.read, states.names)
+    states = _StateFiles(folder)
+    parallel.restore(states.read_state, states.names)
     return progress
 
 
-class _States:
+class _StateFiles:
     """The weights of a checkpoint with their moments, each read when it is asked for.
 
     Raises OSError or SafetensorError where the checkpoint is not whole.
@@ -186,5 +186,5 @@ class _States:
     def names(self) -> list[str]:
         return list(self._files)
 
-    def read(self, name: str) -> dict[str, Tensor]:
+    def read_state(self, name: str) -> dict[str, Tensor]:
         return {what: file.get_tensor(f"{name}/{what}") for what, file in self._files[name].items()}

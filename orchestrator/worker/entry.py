@@ -7,13 +7,13 @@ import os
 from typing import Any
 
 
-def work(settings: dict[str, Any]) -> dict[str, Any]:
+def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """`train_loop_per_worker`: load environment and setup, and run `loop.train_worker`."""
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))
     from orchestrator.worker.loop import train_worker
-    from orchestrator.worker.session import Group
+    from orchestrator.worker.session import RayTrainSession
 
     setup = ray.get(settings["setup"])
-    return train_worker(setup, Group(setup.folder))
+    return train_worker(setup, RayTrainSession(setup.folder))

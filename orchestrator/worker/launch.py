@@ -10,14 +10,14 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.cluster.connection import own_ctrl_c
-from orchestrator.cluster.worker_environment import secrets
+from orchestrator.cluster.connection import keep_ctrl_c_handler
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import RunFailed
-from orchestrator.storage.object_store import for_ray
+from orchestrator.storage.object_store import ray_storage_arguments
 from orchestrator.storage.paths import is_uri
-from orchestrator.worker.checkpoint import set_aside_torn_list
-from orchestrator.worker.entry import work
+from orchestrator.worker.checkpoint import quarantine_corrupt_index
+from orchestrator.worker.entry import run_worker
 from orchestrator.worker.session import CHECKPOINTS
 from orchestrator.worker.setup import WorkerSetup
 
@@ -31,12 +31,12 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[st
     config = setup.config
     bundle = dict(setup.bundle)
     if not is_uri(setup.folder):  # an object store replaces the list whole
-        set_aside_torn_list(Path(setup.folder) / CHECKPOINTS)
-    filesystem, path = for_ray(setup.folder)
+        quarantine_corrupt_index(Path(setup.folder) / CHECKPOINTS)
+    filesystem, path = ray_storage_arguments(setup.folder)
     trainer = TorchTrainer(
-        work,
-        train_loop_config={"setup": ray.put(setup), "secrets": ray.put(secrets(os.environ))},
-        torch_config=TorchConfig(backend=_backend(config, gpu=bundle.get("GPU", 0) > 0)),
+        run_worker,
+        train_loop_config={"setup": ray.put(setup), "secrets": ray.put(collect_secrets(os.environ))},
+        torch_config=TorchConfig(backend=_choose_backend(config, gpu=bundle.get("GPU", 0) > 0)),
         scaling_config=ScalingConfig(
             num_workers=config.parallel.workers,
             use_gpu=bundle.get("GPU", 0) > 0,
@@ -55,21 +55,21 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[st
         ),
     )
     try:
-        with own_ctrl_c():
+        with keep_ctrl_c_handler():
             return trainer.fit().return_value
     except SystemExit:  # how Ray's own handler of Ctrl-C ends
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise RunFailed(_reason(error)) from error
+        raise RunFailed(_find_cause(error)) from error
 
 
-def _backend(config: RunConfig, *, gpu: bool) -> str:
+def _choose_backend(config: RunConfig, *, gpu: bool) -> str:
     if not gpu:
         return "gloo"
     return "cpu:gloo,cuda:nccl" if config.parallel.offload else "nccl"  # offloaded shards meet on the CPU
 
 
-def _reason(error: ray.train.TrainingFailedError) -> str:
+def _find_cause(error: ray.train.TrainingFailedError) -> str:
     """The workers' own error in one line; the full traces are in the log of Ray."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     causes = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}

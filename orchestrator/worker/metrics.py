@@ -74,7 +74,7 @@ class StepTable:
         """The column's (pairs,) values."""
         return self.values[:-1, self._column[name]]
 
-    def record(
+    def record_pairs(
         self,
         slots: Tensor,
         policy: PairScores,
@@ -93,7 +93,7 @@ class StepTable:
             policy.rejected,
             entropy,
             output.scale,
-            _gap(policy, references[0] if references else None),
+            _primary_gap(policy, references[0] if references else None),
             soft_labels,
         ]
         columns += [
@@ -104,7 +104,7 @@ class StepTable:
         rows = torch.stack([column.detach().to(self.values) for column in columns], dim=1)
         self.values[slots, : rows.shape[1]] = rows
 
-    def spend(self, cost: StepCost) -> None:
+    def add_cost(self, cost: StepCost) -> None:
         """Add this rank's costs."""
         figures = [cost.tokens, cost.positions, cost.flops, cost.reference_stall]
         self.values[-1, : len(figures)] += torch.tensor(
@@ -117,19 +117,19 @@ class StepTable:
         tokens, positions, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
         return StepCost(int(tokens), int(positions), flops, stall)
 
-    def non_finite(self) -> list[int]:
+    def find_non_finite(self) -> list[int]:
         """Slots of the pairs whose loss is NaN or infinite."""
         return torch.nonzero(~torch.isfinite(self["loss"])).flatten().tolist()
 
 
-def _gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
+def _primary_gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
     """h against the primary reference, of raw sums: what accuracy is the sign of, for every loss alike."""
     gap = policy.chosen - policy.rejected
     return gap if primary is None else gap - (primary.chosen - primary.rejected)
 
 
 @dataclass(frozen=True)
-class Told:
+class MetricFlags:
     """What of a run's metrics has a meaning.
 
     Attributes:
@@ -145,7 +145,7 @@ class Told:
     weighted: bool = False
 
 
-def training_metrics(table: StepTable, told: Told) -> dict[str, float]:
+def compute_training_metrics(table: StepTable, told: MetricFlags) -> dict[str, float]:
     """Named means over a step's pairs; the table is summed over ranks."""
     metrics = {
         "loss": table["loss"].mean(),
@@ -174,7 +174,7 @@ def training_metrics(table: StepTable, told: Told) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def perf_metrics(
+def compute_perf_metrics(
     table: StepTable, *, seconds: float, world_size: int, peak_flops: float | None
 ) -> dict[str, float]:
     """Speed of a step over all ranks.
@@ -197,7 +197,7 @@ def perf_metrics(
     return metrics
 
 
-def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
+def compute_eval_metrics(table: StepTable, told: MetricFlags) -> dict[str, float]:
     """`eval/` metrics: those of training, and agreement with the people who were asked.
 
     `eval/accuracy` is the share of pairs whose h against the primary reference has the sign of the
@@ -206,34 +206,34 @@ def held_out_metrics(table: StepTable, told: Told) -> dict[str, float]:
     is. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
     compare sigma(beta h), beta h being the implied reward margin, with the soft labels.
     """
-    metrics = training_metrics(table, told)
+    metrics = compute_training_metrics(table, told)
     if told.paired:
-        correct = agreement(table)
+        correct = majority_agreement(table)
         if len(correct):
             accuracy = correct.mean()
             metrics["accuracy"] = float(accuracy)
             metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(correct)).sqrt())
-            metrics["margin"] = float(majority_gaps(table).mean())
+            metrics["margin"] = float(compute_majority_gaps(table).mean())
     if told.soft:
         margin = table["chosen_reward"] - table["rejected_reward"]
-        metrics["label_nll"] = float(label_nll(margin, table["soft_label"]))
-        metrics["calibration_error"] = float(calibration_error(margin.sigmoid(), table["soft_label"]))
+        metrics["label_nll"] = float(compute_label_nll(margin, table["soft_label"]))
+        metrics["calibration_error"] = float(compute_calibration_error(margin.sigmoid(), table["soft_label"]))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def majority_gaps(table: StepTable) -> Tensor:
+def compute_majority_gaps(table: StepTable) -> Tensor:
     """h against the primary reference with the sign of the majority's label: (pairs with p != 1/2,)."""
     label = table["soft_label"] - 0.5
     return table["primary_gap"][label != 0] * label[label != 0].sign()
 
 
-def agreement(table: StepTable) -> Tensor:
+def majority_agreement(table: StepTable) -> Tensor:
     """1, 0 or (h = 0) one half for every pair that has a majority: (pairs with p != 1/2,)."""
-    gap = majority_gaps(table)
+    gap = compute_majority_gaps(table)
     return torch.where(gap == 0, 0.5, (gap > 0).double())
 
 
-def best_within(
+def find_best_within(
     budget: float | None, metrics: Mapping[str, float], before: Mapping[str, float], references: Sequence[str]
 ) -> dict[str, float]:
     """`eval/margin_at_kl` and `eval/reward_at_kl`: the best so far whose KL to the primary is within budget.
@@ -255,13 +255,13 @@ def best_within(
     return best
 
 
-def label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:
+def compute_label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:
     """Mean -[p log sigma(m) + (1 - p) log sigma(-m)] of implied reward margins m against labels p."""
     log_sigmoid = torch.nn.functional.logsigmoid
     return -(soft_labels * log_sigmoid(margins) + (1 - soft_labels) * log_sigmoid(-margins)).mean()
 
 
-def calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int = 10) -> Tensor:
+def compute_calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int = 10) -> Tensor:
     """Expected calibration error: |mean prediction - mean label| over equal-width bins, weighted by count."""
     index = (predicted * bins).long().clamp(0, bins - 1)
     zeros = torch.zeros(bins, dtype=predicted.dtype)

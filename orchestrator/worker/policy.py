@@ -43,7 +43,7 @@ class Policy:
     start: Callable[[], PreTrainedModel | PeftModel]
     tokenizer: Any
     precision: torch.dtype
-    sharing_refused: str | None
+    plain_rows_reason: str | None
     pad_id: int
     peak_flops: float | None
 
@@ -60,7 +60,7 @@ class Policy:
         with adapter_off(self.scorer.model):
             return self.scorer(rows, entropy=True)
 
-    def flops(self, rows: Rows) -> float:
+    def count_flops(self, rows: Rows) -> float:
         """Model FLOPs of a training step: backward costs twice the forward, or once with LoRA."""
         passes = 2 if find_adapter(self.scorer) is not None else 3
         return passes * self.scorer.forward_flops(rows)
@@ -77,7 +77,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
         local_workers: workers on this machine, which share its cores.
     """
     if device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // local_workers))
+        torch.set_num_threads(max(1, _count_cores() // local_workers))
     training, parallel = config.training, config.parallel
     # Decided by what the policy runs on, wherever it is loaded.
     settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
@@ -96,7 +96,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
     refused = (
         "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
     )
-    precision = _precision(training.precision, device)
+    precision = _choose_precision(training.precision, device)
     return Policy(
         parallel=prepare(
             scorer,
@@ -111,7 +111,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
         start=partial(load, device=torch.device("cpu")),
         tokenizer=tokenizer,
         precision=precision,
-        sharing_refused=refused,
+        plain_rows_reason=refused,
         pad_id=0,
         peak_flops=_peak_flops(device, precision),
     )
@@ -131,7 +131,7 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     probe = Probe.of(
         policy.scorer.model, probes, logits=lambda rows: policy.scorer.logits(rows.to(device)).float().cpu()
     )
-    model = _whole(policy)
+    model = _gather_model(policy)
     if model is None:
         return
     part = folder.with_name(f".{folder.name}.part")
@@ -145,7 +145,7 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     part.rename(folder)
 
 
-def _whole(policy: Policy) -> PreTrainedModel | PeftModel | None:
+def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
     """The trained model in one piece, on rank 0 alone.
 
     Shards are put together one weight at a time, into a copy of the start: that is all the memory it takes.
@@ -163,12 +163,12 @@ def _whole(policy: Policy) -> PreTrainedModel | PeftModel | None:
     return model
 
 
-def _cores() -> int:
+def _count_cores() -> int:
     """Cores that this process may use; fewer than the machine has where it was given some of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _precision(asked: str, device: torch.device) -> torch.dtype:
+def _choose_precision(asked: str, device: torch.device) -> torch.dtype:
     if asked == "auto":
         asked = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]

@@ -11,9 +11,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from models.config import ModelConfig, ModelError
-from orchestrator.cluster.nodes import nodes
-from orchestrator.cluster.placement import Kind, replica_bundle
-from orchestrator.cluster.worker_environment import secrets
+from orchestrator.cluster.nodes import list_node_resources
+from orchestrator.cluster.placement import ClusterProfile, build_replica_bundle
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.functions import import_function
 from orchestrator.config.sections import RewardConfig
 from orchestrator.errors import RunFailed, UsageError, did_you_mean
@@ -24,7 +24,7 @@ RESTARTS = 3
 _EXAMPLE = "orchestrator.demo.rewards:sentiment"
 
 
-class Judge(Protocol):
+class RewardScorer(Protocol):
     """Gives a response a number, larger for better. Can be sent to a worker."""
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
@@ -36,7 +36,7 @@ class Judge(Protocol):
         ...
 
 
-def start_judge(config: RewardConfig, *, start_timeout_s: float) -> Judge:
+def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> RewardScorer:
     """The judge of a run file, ready to be asked.
 
     Args:
@@ -48,12 +48,12 @@ def start_judge(config: RewardConfig, *, start_timeout_s: float) -> Judge:
         RunFailed: the reward model found no place, or died.
     """
     if config.function is not None:
-        return load_function(config.function)
-    bundle = replica_bundle(config.resources, Kind.of(nodes()))
+        return load_reward_function(config.function)
+    bundle = build_replica_bundle(config.resources, ClusterProfile.from_nodes(list_node_resources()))
     needs = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
     num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
     actor = (
-        ray.remote(RewardModel)
+        ray.remote(RewardModelActor)
         .options(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
@@ -61,12 +61,17 @@ def start_judge(config: RewardConfig, *, start_timeout_s: float) -> Judge:
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
-        .remote(_found_here(config), gpu=num_gpus > 0, cpus=num_cpus, environment=secrets(os.environ))
+        .remote(
+            _resolve_model_path(config),
+            gpu=num_gpus > 0,
+            cpus=num_cpus,
+            environment=collect_secrets(os.environ),
+        )
     )
-    judge = _ModelJudge(actor, str(config.model))
+    judge = RewardModelClient(actor, str(config.model))
     try:
-        _answer(judge.name, actor.pid.remote(), start_timeout_s)
-        _answer(judge.name, actor.setup.remote())
+        _wait_for_answer(judge.name, actor.pid.remote(), start_timeout_s)
+        _wait_for_answer(judge.name, actor.setup.remote())
     except GetTimeoutError:
         judge.close()
         raise RunFailed(
@@ -79,7 +84,7 @@ def start_judge(config: RewardConfig, *, start_timeout_s: float) -> Judge:
     return judge
 
 
-def load_function(path: str) -> Judge:
+def load_reward_function(path: str) -> RewardScorer:
     """The function `package.module:function`, (prompts, responses) -> one number for each response.
 
     Modules are looked for in the working folder too. It is called in the process that asks.
@@ -88,16 +93,16 @@ def load_function(path: str) -> Judge:
         UsageError: there is no such module or function, or it cannot be imported or called.
     """
     folder = os.getcwd()
-    _import(path, folder)
-    return _FunctionJudge(path, folder)
+    _import_reward_function(path, folder)
+    return RewardFunction(path, folder)
 
 
-def _import(path: str, folder: str) -> Callable[[list[str], list[str]], Iterable[Any]]:
+def _import_reward_function(path: str, folder: str) -> Callable[[list[str], list[str]], Iterable[Any]]:
     return import_function(path, folder, field=f"{FIELD}.function", example=_EXAMPLE)
 
 
 @dataclass(frozen=True)
-class _FunctionJudge:
+class RewardFunction:
     """A function by its name: the worker that asks imports it itself.
 
     `folder` is the working folder of the command, which is not a worker's everywhere.
@@ -107,9 +112,9 @@ class _FunctionJudge:
     folder: str
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        who, function = f"{FIELD}.function {self.path}", _import(self.path, self.folder)
+        who, function = f"{FIELD}.function {self.path}", _import_reward_function(self.path, self.folder)
         try:
-            return _checked(who, function(list(prompts), list(responses)), responses)
+            return _check_rewards(who, function(list(prompts), list(responses)), responses)
         except RunFailed:
             raise
         except Exception as error:  # whatever a function of the user's may raise
@@ -120,21 +125,21 @@ class _FunctionJudge:
 
 
 @dataclass(frozen=True)
-class _ModelJudge:
+class RewardModelClient:
     """A reward model by its actor."""
 
     actor: Any
     name: str
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        rewards = _answer(self.name, self.actor.score.remote(list(prompts), list(responses)))
-        return _checked(f"{FIELD}.model {self.name}", rewards, responses)
+        rewards = _wait_for_answer(self.name, self.actor.score.remote(list(prompts), list(responses)))
+        return _check_rewards(f"{FIELD}.model {self.name}", rewards, responses)
 
     def close(self) -> None:
         ray.kill(self.actor)
 
 
-class RewardModel:
+class RewardModelActor:
     """The actor: a text classifier's score of prompt and response as one text.
 
     With one output its value is the reward, with several the probability of the class `label`. The
@@ -190,7 +195,7 @@ class RewardModel:
                 f"{settings.model} is no classifier: it has no weights {min(loaded['missing_keys'])}; give a "
                 "model that was trained for sequence classification"
             )
-        self._class = class_of(model.config.id2label, self._config.label)
+        self._class = find_reward_class(model.config.id2label, self._config.label)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(self._device).eval()
@@ -205,10 +210,10 @@ class RewardModel:
         return [
             reward
             for start in range(0, len(texts), size)
-            for reward in self._batch(texts[start : start + size])
+            for reward in self._score_batch(texts[start : start + size])
         ]
 
-    def _batch(self, texts: list[str]) -> list[float]:
+    def _score_batch(self, texts: list[str]) -> list[float]:
         import torch
 
         positions = getattr(self._model.config, "max_position_embeddings", None)
@@ -228,7 +233,7 @@ class RewardModel:
         return chances[:, self._class].tolist()
 
 
-def class_of(names: Mapping[int, str], label: str | int | None) -> int | None:
+def find_reward_class(names: Mapping[int, str], label: str | int | None) -> int | None:
     """The class whose probability is the reward, or None where the model has one output.
 
     Raises:
@@ -251,7 +256,7 @@ def class_of(names: Mapping[int, str], label: str | int | None) -> int | None:
     return found[0]
 
 
-def _checked(who: str, rewards: Iterable[Any], responses: list[str]) -> list[float]:
+def _check_rewards(who: str, rewards: Iterable[Any], responses: list[str]) -> list[float]:
     """The rewards as numbers, one for each response."""
     try:
         numbers = [float(reward) for reward in rewards]
@@ -267,13 +272,13 @@ def _checked(who: str, rewards: Iterable[Any], responses: list[str]) -> list[flo
     return numbers
 
 
-def _found_here(config: RewardConfig) -> RewardConfig:
+def _resolve_model_path(config: RewardConfig) -> RewardConfig:
     """A relative folder made absolute here, where it was given: actors work in other folders."""
     path = Path(str(config.model)).expanduser()
     return config.model_copy(update={"model": str(path.resolve())}) if path.exists() else config
 
 
-def _answer(name: str, answer: Any, timeout: float | None = None) -> Any:
+def _wait_for_answer(name: str, answer: Any, timeout: float | None = None) -> Any:
     """The actor's answer, or its error as one that says which model."""
     try:
         return ray.get(answer, timeout=timeout)

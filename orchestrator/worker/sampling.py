@@ -18,14 +18,14 @@ from models.logprobs import causal_model
 from models.rows import Prompted, build_rows
 from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.client import ReferenceClient
-from orchestrator.references.messages import Group, Ids
-from orchestrator.references.store import response_key
+from orchestrator.references.messages import Ids, PromptGroup
+from orchestrator.references.store import digest_response
 from orchestrator.worker.policy import Policy
-from orchestrator.worker.rewards import Judge
+from orchestrator.worker.rewards import RewardScorer
 from preferences.split import Part
 from preferences.tokenize import Ragged, TokenTable
 
-CHUNK = 8
+PROMPTS_PER_CHUNK = 8
 """Prompts sampled together, whatever the number of ranks: padding is then the same, and so are samples."""
 
 
@@ -57,7 +57,7 @@ class Sampler:
         client: ReferenceClient,
         names: Sequence[str],
         in_process: Collection[str],
-        judge: Judge | None,
+        judge: RewardScorer | None,
         rank: int,
         world_size: int,
         *,
@@ -66,13 +66,13 @@ class Sampler:
         self.config = config
         self._policy, self._client, self._judge = policy, client, judge
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._prompts = _different(part.policy.prompts)[: config.prompts]
+        self._prompts = _drop_repeats(part.policy.prompts)[: config.prompts]
         self._new_tokens = config.max_new_tokens
-        self._names = [name for name in names if _same_ids(part.policy, part.references[name])]
+        self._names = [name for name in names if _has_same_ids(part.policy, part.references[name])]
         self._served = [name for name in self._names if name not in in_process]
         self._in_process = [name for name in self._names if name in in_process]
         self._model = causal_model(policy.scorer.model)
-        self._ends = _ends(self._model, policy.tokenizer)
+        self._ends = _find_end_tokens(self._model, policy.tokenizer)
         self._refuse_too_long()
         if config.kl_budget is not None and self._names[:1] != list(names[:1]):
             raise ModelError(
@@ -81,7 +81,7 @@ class Sampler:
                 "make a reference with the policy's tokenizer the primary, or leave kl_budget out"
             )
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure_policy(self, step: int) -> dict[str, float]:
         """Means over the samples of all ranks, the same on every rank; every rank takes part.
 
         `eval/kl/<reference>` in nats per response, `eval/reward` with a judge, `eval/samples/length` in
@@ -90,7 +90,7 @@ class Sampler:
         parallel = self._policy.parallel
         parallel.module.eval()
         try:
-            values = self._measured(step)
+            values = self._measure_share(step)
         finally:
             parallel.module.train()
         # A sample has one row, filled by one rank: the sum over ranks is exact, whatever their number.
@@ -103,37 +103,40 @@ class Sampler:
         return [*(f"eval/kl/{name}" for name in self._names), *reward, "eval/samples/length"]
 
     @torch.no_grad()
-    def _measured(self, step: int) -> Tensor:
+    def _measure_share(self, step: int) -> Tensor:
         """(prompts, columns) float64: this rank's samples, and zeros where the others' are."""
         table = np.zeros((len(self._prompts), len(self._columns)))
         column = {name: table[:, index] for index, name in enumerate(self._columns)}
         logps: dict[int, np.ndarray] = {}
-        mine = range(self._rank * CHUNK, len(self._prompts), self._world_size * CHUNK)
+        mine = range(self._rank * PROMPTS_PER_CHUNK, len(self._prompts), self._world_size * PROMPTS_PER_CHUNK)
         for start in mine:
-            prompts, at = self._prompts[start : start + CHUNK], slice(start, start + CHUNK)
-            responses = self._write(prompts, [self._seed, step, start])
-            self._client.ask_samples(start, _groups(prompts, responses), self._served)
+            prompts, at = (
+                self._prompts[start : start + PROMPTS_PER_CHUNK],
+                slice(start, start + PROMPTS_PER_CHUNK),
+            )
+            responses = self._sample_responses(prompts, [self._seed, step, start])
+            self._client.request_sample_scores(start, _build_groups(prompts, responses), self._served)
             logps[start], own_start = self._log_probs(prompts, responses)
             for name in self._in_process:
                 column[f"eval/kl/{name}"][at] = logps[start] - own_start
             if self._judge is not None:
-                column["eval/reward"][at] = self._judge.score(*self._texts(prompts, responses))
+                column["eval/reward"][at] = self._judge.score(*self._decode_rows(prompts, responses))
             column["eval/samples/length"][at] = [len(response) for response in responses]
         for start in mine:
-            for name, scores in self._client.collect_samples(start).items():
-                column[f"eval/kl/{name}"][start : start + CHUNK] = logps[start] - scores.logps
-        self._keep_in_step(step, done=len(mine))
+            for name, scores in self._client.collect_sample_scores(start).items():
+                column[f"eval/kl/{name}"][start : start + PROMPTS_PER_CHUNK] = logps[start] - scores.logps
+        self._run_idle_chunks(step, done=len(mine))
         return torch.from_numpy(table)
 
-    def _keep_in_step(self, step: int, *, done: int) -> None:
+    def _run_idle_chunks(self, step: int, *, done: int) -> None:
         """Where a forward pass is a collective of all ranks, run it for nothing as often as others do."""
         if self._policy.parallel.sharded:
-            chunks = math.ceil(len(self._prompts) / CHUNK)
+            chunks = math.ceil(len(self._prompts) / PROMPTS_PER_CHUNK)
             for _ in range(math.ceil(chunks / self._world_size) - done):
-                prompts = self._prompts[:CHUNK]
-                self._log_probs(prompts, self._write(prompts, [self._seed, step, 0]))
+                prompts = self._prompts[:PROMPTS_PER_CHUNK]
+                self._log_probs(prompts, self._sample_responses(prompts, [self._seed, step, 0]))
 
-    def _write(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
+    def _sample_responses(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
         """A response to each prompt, drawn from the policy's distribution as it is."""
         width, device = max(map(len, prompts)), self._policy.parallel.device
         ids = np.full((len(prompts), width), self._policy.pad_id, dtype=np.int64)
@@ -150,16 +153,16 @@ class Sampler:
             pad_token_id=self._policy.pad_id,
             use_cache=True,
         )
-        with _own_defaults_off(self._model), _seeded(seed, device), self._autocast():
+        with _disable_generation_defaults(self._model), _fork_seed(seed, device), self._autocast():
             out = self._policy.scorer.generate(
                 torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
                 generation_config=config,
                 synced_gpus=self._policy.parallel.sharded,
             )
-        return [self._ended(row) for row in out[:, width:].cpu().numpy().astype(np.int32)]
+        return [self._cut_at_end(row) for row in out[:, width:].cpu().numpy().astype(np.int32)]
 
-    def _ended(self, response: Ids) -> Ids:
+    def _cut_at_end(self, response: Ids) -> Ids:
         """The response up to its first end token."""
         ends = np.flatnonzero(np.isin(response, self._ends))
         return response[: ends[0] + 1] if len(ends) else response
@@ -171,16 +174,16 @@ class Sampler:
         groups = [Prompted(p, [r]) for p, r in zip(prompts, responses, strict=True)]
         rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
         with self._autocast():
-            logps = _numpy(self._policy.scorer(rows).logps)
-        return logps, _numpy(self._policy.score_start(rows).logps) if self._in_process else None
+            logps = _to_numpy(self._policy.scorer(rows).logps)
+        return logps, _to_numpy(self._policy.score_start(rows).logps) if self._in_process else None
 
-    def _texts(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[list[str], list[str]]:
-        before = [self._decoded(prompt) for prompt in prompts]
-        whole = [self._decoded(np.concatenate(pair)) for pair in zip(prompts, responses, strict=True)]
+    def _decode_rows(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[list[str], list[str]]:
+        before = [self._decode_ids(prompt) for prompt in prompts]
+        whole = [self._decode_ids(np.concatenate(pair)) for pair in zip(prompts, responses, strict=True)]
         # Not decoded alone: some tokenizers leave out the blank that a text begins with.
         return before, [text.removeprefix(start) for text, start in zip(whole, before, strict=True)]
 
-    def _decoded(self, ids: Ids) -> str:
+    def _decode_ids(self, ids: Ids) -> str:
         tokenizer = self._policy.tokenizer
         return str(
             tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -202,13 +205,13 @@ class Sampler:
             )
 
 
-def _different(prompts: Ragged) -> list[Ids]:
+def _drop_repeats(prompts: Ragged) -> list[Ids]:
     """The prompts in the file's order, each once."""
     rows = (prompts[index] for index in range(len(prompts)))
     return list({row.tobytes(): row for row in rows}.values())
 
 
-def _same_ids(one: TokenTable, other: TokenTable) -> bool:
+def _has_same_ids(one: TokenTable, other: TokenTable) -> bool:
     """Whether two models read the rows as the same token ids: a sample then means the same to both."""
     if one is other:
         return True
@@ -218,24 +221,26 @@ def _same_ids(one: TokenTable, other: TokenTable) -> bool:
     return all(np.array_equal(a.offsets, b.offsets) and np.array_equal(a.flat, b.flat) for a, b in columns)
 
 
-def _ends(model: PreTrainedModel, tokenizer: object) -> list[int]:
+def _find_end_tokens(model: PreTrainedModel, tokenizer: object) -> list[int]:
     """Token ids that end a response: the tokenizer's, and those the model was published with."""
     own = model.generation_config.eos_token_id
     ids = {getattr(tokenizer, "eos_token_id", None), *(own if isinstance(own, list) else [own])}
     return sorted(int(i) for i in ids if i is not None)
 
 
-def _groups(prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[Group]:
+def _build_groups(prompts: Sequence[Ids], responses: Sequence[Ids]) -> list[PromptGroup]:
     pairs = zip(prompts, responses, strict=True)
-    return [Group(prompt, [response], [response_key(prompt, response)]) for prompt, response in pairs]
+    return [
+        PromptGroup(prompt, [response], [digest_response(prompt, response)]) for prompt, response in pairs
+    ]
 
 
-def _numpy(values: Tensor) -> np.ndarray:
+def _to_numpy(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
 @contextmanager
-def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
+def _disable_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
     """Without the sampling settings a model is published with (a repetition penalty, say).
 
     `generate` merges them into whatever config it is given, and samples would not be the policy's.
@@ -248,7 +253,7 @@ def _own_defaults_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: Sequence[int], device: torch.device) -> Iterator[None]:
+def _fork_seed(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """Random numbers that depend on `seed` alone, and leave no trace on those outside."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))

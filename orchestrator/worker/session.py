@@ -38,7 +38,7 @@ class Session(Protocol):
         """The folder of the checkpoint to go on from, if there is one."""
 
 
-class Group:
+class RayTrainSession:
     """A worker of a Ray Train group, whose run is kept at a folder or URI."""
 
     def __init__(self, kept_at: str) -> None:
@@ -69,14 +69,14 @@ class Group:
 
         stored = ray.train.get_checkpoint()
         if stored is None:
-            with checkpoint.newest_kept(Mirror(self._kept_at, worker=self.rank), CHECKPOINTS) as newest:
+            with checkpoint.fetch_newest(Mirror(self._kept_at, worker=self.rank), CHECKPOINTS) as newest:
                 yield newest
             return
         with stored.as_directory() as folder:
             yield Path(folder)
 
 
-class Alone:
+class LocalSession:
     """One worker in one process.
 
     Args:
@@ -101,24 +101,24 @@ class Alone:
 
     def report(self, metrics: Mapping[str, float], write: Write | None = None) -> None:
         """Write the checkpoint, whole or not at all, and pass the metrics on."""
-        self._tell(metrics, None if write is None else self._written(write, int(metrics["step"])))
+        self._tell(metrics, None if write is None else self._write_checkpoint(write, int(metrics["step"])))
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         """The newest in its folder."""
-        yield checkpoint.newest(self._folder)
+        yield checkpoint.find_newest(self._folder)
 
-    def adopt(self, other: Path) -> None:
+    def adopt_checkpoint(self, other: Path) -> None:
         """Go on from another run's checkpoint: a copy of it becomes the only one."""
 
         def copy(part: Path) -> None:
             shutil.copytree(other, part, dirs_exist_ok=True)
 
-        copied = self._written(copy, checkpoint.step_of(other))
+        copied = self._write_checkpoint(copy, checkpoint.read_step(other))
         for left in set(self._folder.glob("checkpoint_*/")) - {copied}:
             shutil.rmtree(left)
 
-    def _written(self, write: Write, step: int) -> Path:
+    def _write_checkpoint(self, write: Write, step: int) -> Path:
         part, whole = self._folder / ".part", self._folder / f"checkpoint_{step:09d}"
         for old in (part, whole):
             shutil.rmtree(old, ignore_errors=True)

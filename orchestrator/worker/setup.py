@@ -10,16 +10,16 @@ import ray
 from models.config import ModelConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.tracking.metrics_file import METRICS_FILE, SCALES_FILE
-from orchestrator.worker.rewards import Judge
+from orchestrator.worker.rewards import RewardScorer
 from preferences.batches import BatchPlan
 
 CALIBRATION_PAIRS = 2048
 
 
-EXPORT, BEST = "export", "best.safetensors"
+EXPORT_FOLDER, BEST_FILE = "export", "best.safetensors"
 
 
-JOURNAL = (METRICS_FILE, SCALES_FILE)
+METRIC_FILES = (METRICS_FILE, SCALES_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +45,28 @@ class WorkerSetup:
     config: RunConfig
     policy: ModelConfig
     train: ray.ObjectRef
-    held_out: ray.ObjectRef | None
+    eval: ray.ObjectRef | None
     routers: Mapping[str, Any]
     identity: dict[str, Any]
-    start_is: str | None
+    initial_policy_reference: str | None
     bundle: Mapping[str, float]
     folder: str
     tracking_uri: str
     tracking_run: str
-    seen: str | None = None
-    judge: Judge | None = None
+    probe_path: str | None = None
+    reward_scorer: RewardScorer | None = None
     export: bool = True
-    neighbours: int = 1
+    trials_per_node: int = 1
 
 
-def total_steps(config: RunConfig, pairs: int) -> int:
+def count_total_steps(config: RunConfig, pairs: int) -> int:
     """Optimizer steps of a run over so many training pairs."""
     training = config.training
     plan = BatchPlan(pairs, training.pairs_per_step, training.seed)
     return training.max_steps or training.epochs * plan.steps_per_epoch
 
 
-def calibration_rows(pairs: int, seed: int) -> np.ndarray:
+def sample_calibration_rows(pairs: int, seed: int) -> np.ndarray:
     """The seeded sample of so many training pairs that stands for all where a mean over them is needed."""
     count = min(CALIBRATION_PAIRS, pairs)
     return np.sort(np.random.default_rng(seed).choice(pairs, size=count, replace=False))

@@ -9,28 +9,28 @@ import torch
 
 from losses.config import LossConfig
 from losses.dispersion import calibrated_phi_star
-from orchestrator.cluster.shared_storage import unshared
+from orchestrator.cluster.shared_storage import explain_unshared_storage
 from orchestrator.config.run import RunConfig
 from orchestrator.references.client import ReferenceClient
 from orchestrator.storage.mirror import Mirror
-from orchestrator.storage.probe import visible
+from orchestrator.storage.probe import why_invisible
 from orchestrator.tracking.tracker import Tracker
-from orchestrator.worker.batches import Feed
-from orchestrator.worker.checkpoint import Best, Progress, best_in, load
+from orchestrator.worker.batches import BatchLoader
+from orchestrator.worker.checkpoint import BestEvaluation, TrainingProgress, load_checkpoint, read_best
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
-from orchestrator.worker.setup import BEST, WorkerSetup, calibration_rows
+from orchestrator.worker.setup import BEST_FILE, WorkerSetup, sample_calibration_rows
 from preferences.split import Part
 
 
-def _best(config: RunConfig, mirror: Mirror) -> Best | None:
+def read_best_evaluation(config: RunConfig, mirror: Mirror) -> BestEvaluation | None:
     """What an earlier start kept as the best, where the best is kept."""
     evaluation = config.evaluation
-    return best_in(mirror.folder / BEST, evaluation.metric) if evaluation.keep == "best" else None
+    return read_best(mirror.folder / BEST_FILE, evaluation.metric) if evaluation.keep == "best" else None
 
 
-def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -> None:
+def refuse_differing_ranks(policy: Policy, progress: TrainingProgress, best: BestEvaluation | None) -> None:
     """Raise unless every rank goes on from the same point: storage may show one of them an older state.
 
     Another start of the workers puts it right.
@@ -42,42 +42,46 @@ def _refuse_out_of_step(policy: Policy, progress: Progress, best: Best | None) -
         raise RuntimeError(f"workers see different states of the run: step {progress.step} here, not on all")
 
 
-def _feed(setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_size: int) -> Feed:
-    return Feed(
+def make_batch_loader(
+    setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_size: int
+) -> BatchLoader:
+    return BatchLoader(
         part,
         order=setup.config.references.ordered,
         client=ReferenceClient(
             setup.routers,
             {name: part.references[name] for name in setup.config.references.ordered},
-            in_process=[n for n, r in setup.config.references.models.items() if r.in_process],
+            in_process=[n for n, r in setup.config.references.models.items() if r.scored_by_workers],
         ),
         score_start=policy.score_start,
         on_any_rank=policy.parallel.on_any_rank,
         rank=rank,
         world_size=world_size,
         tokens_per_microbatch=setup.config.training.tokens_per_microbatch,
-        shared_rows=policy.sharing_refused is None,
+        shared_rows=policy.plain_rows_reason is None,
         pad_id=policy.pad_id,
         device=policy.parallel.device,
-        flops=policy.flops,
+        flops=policy.count_flops,
     )
 
 
-def _refuse_elsewhere(setup: WorkerSetup) -> None:
+def refuse_unshared_storage(setup: WorkerSetup) -> None:
     """A node that came after the command had looked at all may have another folder of the same name."""
-    why = None if setup.seen is None else visible(setup.seen)
+    why = None if setup.probe_path is None else why_invisible(setup.probe_path)
     if why is not None:
         node = ray.util.get_node_ip_address()
-        raise RuntimeError(unshared(setup.config.storage_path, node, why))
+        raise RuntimeError(explain_unshared_storage(setup.config.storage_path, node, why))
 
 
-def _journal(setup: WorkerSetup, folder: Path, progress: Progress) -> Tracker:
+def open_worker_tracker(setup: WorkerSetup, folder: Path, progress: TrainingProgress) -> Tracker:
     """The run's metrics, without those that came after the checkpoint it goes on from."""
     after = progress.step or -1
     return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=after)
 
 
-def _sampler(setup: WorkerSetup, session: Session, policy: Policy, feed: Feed | None) -> Sampler | None:
+def make_sampler(
+    setup: WorkerSetup, session: Session, policy: Policy, feed: BatchLoader | None
+) -> Sampler | None:
     sampling, references = setup.config.evaluation.sampling, setup.config.references
     if sampling is None or feed is None:
         return None
@@ -87,20 +91,20 @@ def _sampler(setup: WorkerSetup, session: Session, policy: Policy, feed: Feed | 
         feed.part,
         feed.client,
         names=references.ordered,
-        in_process=[name for name, reference in references.models.items() if reference.in_process],
-        judge=setup.judge,
+        in_process=[name for name, reference in references.models.items() if reference.scored_by_workers],
+        judge=setup.reward_scorer,
         rank=session.rank,
         world_size=session.world_size,
         seed=setup.config.training.seed,
     )
 
 
-def _resume(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> Progress:
+def resume_training(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> TrainingProgress:
     """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
     with session.checkpoint() as folder:
         if folder is None:
-            return Progress(identity=setup.identity)
-        progress = load(folder, policy.parallel, identity=setup.identity)
+            return TrainingProgress(identity=setup.identity)
+        progress = load_checkpoint(folder, policy.parallel, identity=setup.identity)
     # The rate is this run's, not the checkpoint's: a search may go on from another trial's with a new one.
     rate = setup.config.training.learning_rate
     scaled = rate * schedule.lr_lambdas[0](progress.step)
@@ -111,7 +115,9 @@ def _resume(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any)
     return progress
 
 
-def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[LossConfig, Progress]:
+def calibrate_loss(
+    config: RunConfig, feed: BatchLoader, progress: TrainingProgress
+) -> tuple[LossConfig, TrainingProgress]:
     """The loss with `phi_star: auto` resolved from the primary's scores of a seeded sample of pairs.
 
     Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
@@ -120,7 +126,7 @@ def _calibrated(config: RunConfig, feed: Feed, progress: Progress) -> tuple[Loss
     if not loss.needs_calibration:
         return loss, progress
     if progress.phi_star is None:
-        sample = calibration_rows(len(feed.part), config.training.seed)
-        progress = replace(progress, phi_star=calibrated_phi_star(feed.primary_entropies(sample)))
+        sample = sample_calibration_rows(len(feed.part), config.training.seed)
+        progress = replace(progress, phi_star=calibrated_phi_star(feed.read_primary_entropies(sample)))
     assert progress.phi_star is not None
     return loss.with_phi_star(progress.phi_star), progress

@@ -48,7 +48,7 @@ class MicroBatch:
     flops: float = 0.0
 
 
-def training_step(
+def run_training_step(
     parallel: Parallel,
     microbatches: Sequence[MicroBatch],
     *,
@@ -81,10 +81,10 @@ def training_step(
         with parallel.accumulate(index == len(microbatches) - 1):
             with _autocast(parallel.device, precision):
                 scores = parallel.module(batch.rows, entropy=True)
-            losses = _score(scores, batch, loss=loss, table=table)
+            losses = _score_batch(scores, batch, loss=loss, table=table)
             parallel.backward(global_mean(losses, global_count=pairs, world_size=parallel.world_size))
     parallel.all_reduce_sum(table.values)
-    if bad := table.non_finite():
+    if bad := table.find_non_finite():
         parallel.zero_grad()
         raise NonFiniteLoss("the loss is not finite", bad)
     grad_norm = float(parallel.clip(clip_norm))
@@ -97,7 +97,7 @@ def training_step(
 
 
 @torch.no_grad()
-def evaluation_pass(
+def run_evaluation_pass(
     parallel: Parallel,
     microbatches: Iterator[MicroBatch] | Sequence[MicroBatch],
     *,
@@ -121,34 +121,36 @@ def evaluation_pass(
             if start_is is None:
                 with _autocast(parallel.device, precision):
                     scores = parallel.module(batch.rows, entropy=True)
-                _score(scores, batch, loss=loss, table=table)
+                _score_batch(scores, batch, loss=loss, table=table)
             elif len(batch.slots):
                 same = batch.references[start_is]
                 assert same.chosen_entropy is not None
                 assert same.rejected_entropy is not None
                 policy = PairScores(same.chosen, same.rejected, same.chosen_lengths, same.rejected_lengths)
                 entropy = (same.chosen_entropy + same.rejected_entropy) / (2 if batch.paired else 1)
-                _tabulate(policy, entropy, batch, loss=loss, table=table)
+                _record_losses(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()
     parallel.all_reduce_sum(table.values)
     return table
 
 
-def _score(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
+def _score_batch(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
     """Per-pair losses of a micro-batch, written down in the table: (B,)."""
     if not len(batch.slots):
         return scores.logps
-    table.spend(StepCost(tokens=batch.rows.tokens, positions=batch.rows.input_ids.numel(), flops=batch.flops))
+    table.add_cost(
+        StepCost(tokens=batch.rows.tokens, positions=batch.rows.input_ids.numel(), flops=batch.flops)
+    )
     policy, entropy = pair_scores(scores, paired=batch.paired)
-    return _tabulate(policy, entropy, batch, loss=loss, table=table)
+    return _record_losses(policy, entropy, batch, loss=loss, table=table)
 
 
-def _tabulate(
+def _record_losses(
     policy: PairScores, entropy: Tensor, batch: MicroBatch, *, loss: LossConfig, table: StepTable
 ) -> Tensor:
     output = preference_loss(policy, batch.references, config=loss, soft_labels=batch.soft_labels)
-    table.record(
+    table.record_pairs(
         batch.slots, policy, batch.references, output, entropy=entropy, soft_labels=batch.soft_labels
     )
     return output.losses

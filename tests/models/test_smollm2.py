@@ -25,9 +25,9 @@ TEXTS = [
 
 @cache
 def folder() -> str:
-    from orchestrator.demo.assets import smollm2
+    from orchestrator.demo.assets import fetch_smollm2
 
-    return str(smollm2())
+    return str(fetch_smollm2())
 
 
 @cache

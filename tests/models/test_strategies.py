@@ -27,7 +27,7 @@ from models.logprobs import Scorer
 from models.parallel import Parallel, Replicated, Sharded, Zero, prepare
 from models.rows import Prompted, build_rows
 from orchestrator.worker.metrics import StepTable
-from orchestrator.worker.step import MicroBatch, evaluation_pass, training_step
+from orchestrator.worker.step import MicroBatch, run_evaluation_pass, run_training_step
 
 CPU = torch.device("cpu")
 STEPS, SAVED_AT, SHORT = 20, 15, 4
@@ -182,7 +182,7 @@ def train(
     for step in range(first, case.steps):
         at(step, schedule)
         share = SHARES[step % 3][rank] if rank is not None else [list(range(PAIRS))]
-        table, norm = training_step(
+        table, norm = run_training_step(
             parallel,
             batches(against, share),
             loss=LOSS,
@@ -194,7 +194,7 @@ def train(
         course.losses.append(float(table["loss"].mean()))
         course.norms.append(norm)
     share = SHARES[1][rank] if rank is not None else [list(range(PAIRS))]
-    table = evaluation_pass(
+    table = run_evaluation_pass(
         parallel,
         batches(against, share),
         loss=LOSS,

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from orchestrator.cluster.connection import NAMESPACE
-from orchestrator.cluster.worker_environment import worker_environment
+from orchestrator.cluster.worker_environment import build_worker_environment
 from orchestrator.config.run import RunConfig, parse_run
 
 WORDS = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]
@@ -87,7 +87,7 @@ def cluster() -> Iterator[None]:
         object_store_memory=200 * 2**20,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": worker_environment(os.environ)},
+        runtime_env={"env_vars": build_worker_environment(os.environ)},
     )
     yield
     ray.shutdown()

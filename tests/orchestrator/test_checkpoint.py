@@ -9,7 +9,13 @@ import torch
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted, build_rows
-from orchestrator.worker.checkpoint import Progress, load, newest, save, set_aside_torn_list
+from orchestrator.worker.checkpoint import (
+    TrainingProgress,
+    find_newest,
+    load_checkpoint,
+    quarantine_corrupt_index,
+    save_checkpoint,
+)
 
 IDENTITY = {"policy": "p", "references": {"base": "b"}}
 ROWS = build_rows([Prompted([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)
@@ -33,14 +39,16 @@ def checkpoint(folder: Path, steps: int = 3) -> Parallel:
     for _ in range(steps):
         step(parallel)
     folder.mkdir(parents=True)
-    save(folder, parallel, Progress(identity=IDENTITY, step=steps, metrics={"eval/loss": 0.5}))
+    save_checkpoint(
+        folder, parallel, TrainingProgress(identity=IDENTITY, step=steps, metrics={"eval/loss": 0.5})
+    )
     return parallel
 
 
 def test_a_loaded_policy_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> None:
     kept = checkpoint(tmp_path / "one")
     back = policy(seed=7)
-    progress = load(tmp_path / "one", back, identity=IDENTITY)
+    progress = load_checkpoint(tmp_path / "one", back, identity=IDENTITY)
     assert (progress.step, progress.metrics) == (3, {"eval/loss": 0.5})
     assert [step(back) for _ in range(3)] == [step(kept) for _ in range(3)]
     assert {path.suffix for path in (tmp_path / "one").iterdir()} == {".safetensors", ".json"}
@@ -49,11 +57,11 @@ def test_a_loaded_policy_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> Non
 def test_a_checkpoint_of_other_references_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "one")
     with pytest.raises(RuntimeError, match="another references"):
-        load(tmp_path / "one", policy(), identity=IDENTITY | {"references": {"base": "c"}})
+        load_checkpoint(tmp_path / "one", policy(), identity=IDENTITY | {"references": {"base": "c"}})
 
 
 def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     checkpoint(tmp_path / "checkpoint_1")
     checkpoint(tmp_path / "checkpoint_2")
     state = tmp_path / "checkpoint_2" / "state-00000-of-00001.safetensors"
@@ -62,15 +70,15 @@ def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -
     checkpoint(tmp_path / "checkpoint_4")
     part = tmp_path / "checkpoint_4" / state.name
     part.rename(part.with_name("state-00000-of-00002.safetensors"))  # the other rank's was not written
-    assert newest(tmp_path) == tmp_path / "checkpoint_1"
+    assert find_newest(tmp_path) == tmp_path / "checkpoint_1"
 
 
 def test_only_a_torn_list_is_set_aside(tmp_path: Path) -> None:
     snapshot = tmp_path / "checkpoint_manager_snapshot.json"
-    set_aside_torn_list(tmp_path)
+    quarantine_corrupt_index(tmp_path)
     snapshot.write_text("{}")
-    set_aside_torn_list(tmp_path)
+    quarantine_corrupt_index(tmp_path)
     assert snapshot.exists()
     snapshot.write_text("")
-    set_aside_torn_list(tmp_path)
+    quarantine_corrupt_index(tmp_path)
     assert not snapshot.exists()

@@ -19,15 +19,15 @@ from models.logprobs import Scorer
 from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.demo.assets import gpt2_tokenizer, smollm2
-from orchestrator.driver.prepare import Prepared, prepare
-from orchestrator.driver.train import train
+from orchestrator.demo.assets import fetch_smollm2, gpt2_tokenizer
+from orchestrator.driver.prepare import PreparedRun, prepare_run
+from orchestrator.driver.train import train_run
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.metrics import StepTable
-from orchestrator.worker.step import MicroBatch, pair_scores, training_step
+from orchestrator.worker.step import MicroBatch, pair_scores, run_training_step
 
 POSITIONS = 64
 FILM_TEMPLATE = (
@@ -48,7 +48,7 @@ TOO_LONG = ("Rated " + "a😀b " * 24, "good", "bad")
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama behind SmolLM2's own tokenizer and chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(fetch_smollm2())
     model = tiny.llama(
         vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=2
     )
@@ -99,7 +99,7 @@ def run_over(rows: list[dict[str, Any]], policy: Path, reference: Path, folder: 
     )
 
 
-def served(prepared: Prepared) -> ReferenceArrays:
+def served(prepared: PreparedRun) -> ReferenceArrays:
     """What the running reference answers for all rows."""
     model = prepared.references["other"]
     spec = ReferenceSpec(
@@ -110,8 +110,8 @@ def served(prepared: Prepared) -> ReferenceArrays:
     )
     with start_references([spec], prepared.config.storage_path) as service:
         client = ReferenceClient(service.routers, prepared.train.references)
-        client.ask("all", np.arange(len(prepared.train)))
-        return client.collect("all")["other"]
+        client.request_scores("all", np.arange(len(prepared.train)))
+        return client.collect_scores("all")["other"]
 
 
 def by_hand(folder: Path, prompt: list[int], response: list[int]) -> tuple[float, int, float]:
@@ -138,7 +138,7 @@ def test_plain_text_is_scored_in_the_references_own_tokens(
     policy_folder: Path, gpt2_folder: Path, tmp_path: Path
 ) -> None:
     rows = [plain(text) for text in (*TEXTS[:2], TOO_LONG, *TEXTS[2:])]
-    prepared = prepare(run_over(rows, policy_folder, gpt2_folder, tmp_path / "plain"))
+    prepared = prepare_run(run_over(rows, policy_folder, gpt2_folder, tmp_path / "plain"))
 
     tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
     policy_tokenizer = AutoTokenizer.from_pretrained(policy_folder)
@@ -164,7 +164,7 @@ def test_messages_are_rendered_in_each_models_own_template(
     policy_folder: Path, gpt2_folder: Path, tmp_path: Path
 ) -> None:
     rows = [chat(text) for text in TEXTS[:3]]
-    prepared = prepare(run_over(rows, policy_folder, gpt2_folder, tmp_path / "chat"))
+    prepared = prepare_run(run_over(rows, policy_folder, gpt2_folder, tmp_path / "chat"))
 
     expected = []
     for i, row in enumerate(rows):
@@ -197,7 +197,7 @@ def rendered(folder: Path, row: dict[str, Any], side: str) -> tuple[list[int], l
 @pytest.mark.smollm2
 def test_a_real_model_against_itself_begins_at_log_2() -> None:
     """Models and step alone: the frozen copy's scores, then one training step of the policy."""
-    folder = str(smollm2())
+    folder = str(fetch_smollm2())
     frozen = ModelConfig(model=folder, dtype="float32")
     policy = PolicyConfig(model=folder, dtype="float32", adapter=LoraSettings(r=4, alpha=8))
     tokenizer: Any = load_tokenizer(locate(frozen), frozen)
@@ -230,7 +230,7 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
     losses = []
     for _ in range(2):
         table = StepTable(2, ["base"], torch.device("cpu"))
-        table, norm = training_step(parallel, [batch], loss=preset("dpo"), table=table, clip_norm=1.0)
+        table, norm = run_training_step(parallel, [batch], loss=preset("dpo"), table=table, clip_norm=1.0)
         assert norm > 0
         losses.append(table["loss"].mean().item())
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -240,11 +240,11 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
 @pytest.mark.smollm2
 @pytest.mark.usefixtures("cluster")
 def test_a_run_of_a_real_model_against_itself_begins_at_log_2(tmp_path: Path) -> None:
-    folder = smollm2()
+    folder = fetch_smollm2()
     config = run_over([plain(TEXTS[0]), plain(TEXTS[2])], folder, folder, tmp_path / "real")
     training = config.training.model_copy(update={"max_steps": 1, "pairs_per_step": 2})
     config = config.model_copy(update={"training": training})
-    record = train(config)
+    record = train_run(config)
     assert read_metrics(config.folder)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert record.result["scores"]["other"]["scored"] == 4
     model = AutoModelForCausalLM.from_pretrained(config.folder / "export" / "model", dtype="auto")

@@ -10,15 +10,15 @@ from losses.preference import preference_loss
 from losses.presets import preset
 from losses.scores import PairScores, ReferenceScores
 from orchestrator.worker.metrics import (
+    MetricFlags,
     StepCost,
     StepTable,
-    Told,
-    agreement,
-    calibration_error,
-    held_out_metrics,
-    label_nll,
-    perf_metrics,
-    training_metrics,
+    compute_calibration_error,
+    compute_eval_metrics,
+    compute_label_nll,
+    compute_perf_metrics,
+    compute_training_metrics,
+    majority_agreement,
 )
 
 
@@ -42,8 +42,10 @@ def table_of(count: int, *, parts: list[list[int]]) -> tuple[StepTable, PairScor
         cut = [type(s)(*(v[at] for v in vars(s).values())) for s in (policy, *references)]
         own = StepTable(count, ["base", "movie"])
         output = preference_loss(cut[0], cut[1:], config=loss, soft_labels=labels[at])
-        own.record(at, cut[0], cut[1:], output, entropy=torch.full((len(part),), 0.5), soft_labels=labels[at])
-        own.spend(StepCost(tokens=10, positions=16, flops=100.0, reference_stall=0.5))
+        own.record_pairs(
+            at, cut[0], cut[1:], output, entropy=torch.full((len(part),), 0.5), soft_labels=labels[at]
+        )
+        own.add_cost(StepCost(tokens=10, positions=16, flops=100.0, reference_stall=0.5))
         total.values += own.values
     return total, policy, references
 
@@ -52,7 +54,7 @@ def test_ranks_sum_to_the_whole_batch() -> None:
     whole, policy, references = table_of(7, parts=[[0, 1, 2, 3, 4, 5, 6]])
     split, *_ = table_of(7, parts=[[6, 0], [3, 1, 5], [2, 4]])
     assert torch.equal(whole.values[:-1], split.values[:-1])
-    metrics = training_metrics(split, Told(dispersed=True, weighted=True))
+    metrics = compute_training_metrics(split, MetricFlags(dispersed=True, weighted=True))
     assert metrics["logps/chosen"] == pytest.approx(float(policy.chosen.mean()))
     by_hand = (policy.chosen - references[1].chosen + policy.rejected - references[1].rejected) / 2
     assert metrics["logratio/movie"] == pytest.approx(float(by_hand.mean()))
@@ -62,7 +64,7 @@ def test_ranks_sum_to_the_whole_batch() -> None:
 
 def test_speed_is_per_second_over_all_ranks() -> None:
     table, *_ = table_of(4, parts=[[0, 1], [2, 3]])
-    metrics = perf_metrics(table, seconds=2.0, world_size=2, peak_flops=50.0)
+    metrics = compute_perf_metrics(table, seconds=2.0, world_size=2, peak_flops=50.0)
     assert metrics == {
         "perf/tokens_per_second": 10.0,
         "perf/pairs_per_second": 2.0,
@@ -76,8 +78,8 @@ def test_accuracy_counts_ties_half_and_leaves_out_pairs_without_majority() -> No
     table = StepTable(5, [])
     table["primary_gap"][:] = torch.tensor([1.0, -1.0, 0.0, 5.0, -2.0], dtype=torch.float64)
     table["soft_label"][:] = torch.tensor([0.9, 0.9, 0.9, 0.5, 0.2], dtype=torch.float64)
-    assert agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
-    metrics = held_out_metrics(table, Told())
+    assert majority_agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
+    metrics = compute_eval_metrics(table, MetricFlags())
     assert metrics["eval/accuracy"] == 0.625
     assert metrics["eval/accuracy_interval"] == pytest.approx(1.96 * math.sqrt(0.625 * 0.375 / 4))
 
@@ -87,7 +89,7 @@ def test_label_nll_is_cross_entropy_with_the_votes() -> None:
     labels = np.array([0.2, 0.5, 0.9])
     predicted = 1 / (1 + np.exp(-margins))
     expected = -np.mean(labels * np.log(predicted) + (1 - labels) * np.log(1 - predicted))
-    assert float(label_nll(torch.tensor(margins), torch.tensor(labels))) == pytest.approx(expected)
+    assert float(compute_label_nll(torch.tensor(margins), torch.tensor(labels))) == pytest.approx(expected)
 
 
 def test_calibration_error_by_bins() -> None:
@@ -97,4 +99,4 @@ def test_calibration_error_by_bins() -> None:
     expected = sum(
         len(b) / 5 * abs(np.mean([predicted[i] for i in b]) - np.mean([labels[i] for i in b])) for b in bins
     )
-    assert float(calibration_error(predicted, labels)) == pytest.approx(expected)
+    assert float(compute_calibration_error(predicted, labels)) == pytest.approx(expected)

@@ -2,7 +2,12 @@
 
 import pytest
 
-from orchestrator.cluster.placement import Kind, reference_needs, refuse_impossible, worker_needs
+from orchestrator.cluster.placement import (
+    ClusterProfile,
+    list_reference_needs,
+    list_worker_needs,
+    refuse_impossible,
+)
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.errors import UsageError
 
@@ -79,8 +84,11 @@ TRAINERS = {"CPU": 96, "GPU": 8, "polyref_trainer": 1}
 
 
 def test_each_asks_for_the_nodes_of_its_role_where_there_are_any() -> None:
-    config, kind = run(references=TWO, workers=8), Kind.of([HEAD, REFERENCES, TRAINERS])
-    wanted = {need.role: need.bundle for need in reference_needs(config, kind) + worker_needs(config, kind)}
+    config, kind = run(references=TWO, workers=8), ClusterProfile.from_nodes([HEAD, REFERENCES, TRAINERS])
+    wanted = {
+        need.role: need.bundle
+        for need in list_reference_needs(config, kind) + list_worker_needs(config, kind)
+    }
     assert wanted == {
         "reference a": {"CPU": 1, "GPU": 1, "polyref_reference": 0.001},
         "reference b": {"CPU": 1, "GPU": 1, "polyref_reference": 0.001},
@@ -96,5 +104,7 @@ def test_room_on_nodes_of_another_role_does_not_count() -> None:
 
 def test_where_one_role_has_nodes_of_its_own_the_other_takes_what_comes() -> None:
     config = run(references=TWO, workers=8)
-    bundle = worker_needs(config, Kind.of([HEAD, REFERENCES, {"CPU": 96, "GPU": 8}]))[0].bundle
+    bundle = list_worker_needs(config, ClusterProfile.from_nodes([HEAD, REFERENCES, {"CPU": 96, "GPU": 8}]))[
+        0
+    ].bundle
     assert bundle == {"CPU": 1, "GPU": 1}

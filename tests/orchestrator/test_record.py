@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.driver.record import RunRecord, locked, open_record, pinned, read_record
+from orchestrator.driver.record import RunRecord, find_pin, lock_run, open_record, read_record
 from orchestrator.errors import UsageError
 
 
@@ -48,9 +48,9 @@ def test_another_reference_behind_the_same_name_is_refused(tmp_path: Path) -> No
 
 def test_a_pin_holds_for_the_name_it_was_made_for() -> None:
     field = "references.models.replicas"
-    assert pinned(record(), field, "models:/m@x") == "models:/m/3"
-    assert pinned(record(), field, "models:/m@y") is None
-    assert pinned(None, field, "models:/m@x") is None
+    assert find_pin(record(), field, "models:/m@x") == "models:/m/3"
+    assert find_pin(record(), field, "models:/m@y") is None
+    assert find_pin(None, field, "models:/m@x") is None
 
 
 def test_a_torn_record_is_not_mistaken_for_none(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_torn_record_is_not_mistaken_for_none(tmp_path: Path) -> None:
 
 
 def _hold(folder: Path, held: Any, done: Any) -> None:
-    with locked(folder):
+    with lock_run(folder):
         held.set()
         done.wait(30)
 
@@ -71,9 +71,9 @@ def test_one_process_at_a_time_and_the_lock_dies_with_it(tmp_path: Path) -> None
     other = context.Process(target=_hold, args=(tmp_path / "run", held, done))
     other.start()
     assert held.wait(30)
-    with pytest.raises(UsageError, match="is being trained by another process"), locked(tmp_path / "run"):
+    with pytest.raises(UsageError, match="is being trained by another process"), lock_run(tmp_path / "run"):
         pass
     other.kill()
     other.join()
-    with locked(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         pass

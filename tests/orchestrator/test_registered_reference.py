@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.cli.main import main
 from orchestrator.config.run import RunConfig
-from orchestrator.driver.prepare import prepare
+from orchestrator.driver.prepare import prepare_run
 from orchestrator.driver.record import RunRecord
-from orchestrator.driver.train import train
+from orchestrator.driver.train import train_run
 from orchestrator.errors import UsageError
-from orchestrator.registry.download import resolve
+from orchestrator.registry.download import resolve_model
 from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -93,8 +93,8 @@ def test_a_registered_model_is_the_next_runs_reference(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert train(movie).registered == "models:/movie/1"
-    record = train(after())
+    assert train_run(movie).registered == "models:/movie/1"
+    record = train_run(after())
     folder = after().folder
     assert pin(record.pins) == "models:/movie/1"
     assert record.registered == "models:/films/1"
@@ -115,7 +115,7 @@ def pin(pins: Mapping[str, str]) -> str:
 
 def assert_loads_everywhere(uri: str, folder: Path, *, base: str) -> None:
     """transformers, peft and MLflow give the same logits from the registered version as from the export."""
-    version = resolve("models:/films@candidate", uri)
+    version = resolve_model("models:/films@candidate", uri)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder / "export" / "model"))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(version.folder)), expected)
     adapted = PeftModel.from_pretrained(
@@ -168,16 +168,16 @@ def assert_pinned_where_the_alias_moves(after: Callable[..., RunConfig], uri: st
     client.set_registered_model_alias("movie", "champion", moved.version)
 
     unfinished(folder)
-    resumed = train(after())
+    resumed = train_run(after())
     assert pin(resumed.pins) == "models:/movie/1"
     assert resumed.identity == identity
     assert resumed.registered == "models:/films/1"
     assert read_metrics(folder) == before
-    assert pin(prepare(after()).pins) == "models:/movie/2"
+    assert pin(prepare_run(after()).pins) == "models:/movie/2"
 
     client.delete_model_version("movie", "1")
     unfinished(folder)
     with pytest.raises(
         UsageError, match=r"references.models.movie: 'models:/movie/1' is not in the registry"
     ):
-        train(after())
+        train_run(after())

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 
 from models.config import ModelError
 from orchestrator.config.sections import RewardConfig
-from orchestrator.demo.assets import lexicon
+from orchestrator.demo.assets import load_lexicon
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.worker.rewards import RewardModel, class_of, load_function
+from orchestrator.worker.rewards import RewardModelActor, find_reward_class, load_reward_function
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = """
@@ -48,7 +48,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
     working_folder, tmp_path_factory
 ):
-    judge = load_function("my_rewards:lengths")
+    judge = load_reward_function("my_rewards:lengths")
     assert judge.score(["ab", ""], ["c", "de"]) == [3.0, 2.0]
     judge.close()
     sent = tmp_path_factory.mktemp("elsewhere") / "judge"
@@ -79,7 +79,7 @@ def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
 )
 def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_folder, path, told):
     with pytest.raises(UsageError, match=f"evaluation.sampling.reward.function: .*{told}"):
-        load_function(path)
+        load_reward_function(path)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_fol
 )
 def test_results_that_are_no_rewards_end_the_run_by_name(working_folder, name, told):
     with pytest.raises(RunFailed, match=f"function my_rewards:{name} {told}"):
-        load_function(f"my_rewards:{name}").score(["", ""], ["a", "b"])
+        load_reward_function(f"my_rewards:{name}").score(["", ""], ["a", "b"])
 
 
 @pytest.mark.smollm2
 def test_the_example_likes_favourable_responses():
-    score = lexicon()
+    score = load_lexicon()
     responses = [" a great, funny film", " a dull mess", ""]
-    found = load_function("orchestrator.demo.rewards:sentiment").score(["A bad"] * 3, responses)
+    found = load_reward_function("orchestrator.demo.rewards:sentiment").score(["A bad"] * 3, responses)
     assert found == [score(response) for response in responses]
     assert found[0] > 0 > found[1]
 
@@ -119,8 +119,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def ready(folder: Path | str, **settings) -> RewardModel:
-    model = RewardModel(RewardConfig(model=str(folder), **settings), gpu=False, cpus=1, environment={})
+def ready(folder: Path | str, **settings) -> RewardModelActor:
+    model = RewardModelActor(RewardConfig(model=str(folder), **settings), gpu=False, cpus=1, environment={})
     model.setup()
     return model
 
@@ -164,17 +164,17 @@ def test_long_texts_keep_their_end(classifier):
 
 def test_labels_are_names_or_numbers_of_classes():
     names = {0: "bad", 1: "good"}
-    assert class_of(names, "good") == class_of(names, 1) == 1
-    assert class_of({0: "LABEL_0"}, None) is None
+    assert find_reward_class(names, "good") == find_reward_class(names, 1) == 1
+    assert find_reward_class({0: "LABEL_0"}, None) is None
     for label, told in [
         (None, r"label is missing: the model has 2 classes, 0 \(bad\), 1 \(good\); set it to"),
         ("goood", "no class 'goood'; did you mean 'good'"),
         (2, r"no class 2; it has 0 \(bad\), 1 \(good\)"),
     ]:
         with pytest.raises(UsageError, match=told):
-            class_of(names, label)
+            find_reward_class(names, label)
     with pytest.raises(UsageError, match="one output, which is the reward; leave label out"):
-        class_of({0: "LABEL_0"}, "good")
+        find_reward_class({0: "LABEL_0"}, "good")
 
 
 def test_models_that_do_not_classify_are_refused(classifier, tiny_llama_folder, tiny_gguf_file, tmp_path):

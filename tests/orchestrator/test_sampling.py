@@ -17,9 +17,9 @@ from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted
 from orchestrator.config.sections import SamplingConfig
-from orchestrator.references.messages import Group, Scores
+from orchestrator.references.messages import PromptGroup, Scores
 from orchestrator.worker.policy import Policy
-from orchestrator.worker.sampling import CHUNK, Sampler
+from orchestrator.worker.sampling import PROMPTS_PER_CHUNK, Sampler
 from preferences.split import Part
 from preferences.tokenize import Ragged, TokenTable
 
@@ -37,7 +37,7 @@ def policy_of(model: PreTrainedModel) -> Policy:
         start=lambda: model,
         tokenizer=WORDS,
         precision=torch.float32,
-        sharing_refused=None,
+        plain_rows_reason=None,
         pad_id=0,
         peak_flops=None,
     )
@@ -67,7 +67,7 @@ class Client:
 
     def __init__(self, **models: PreTrainedModel) -> None:
         self._models, self._open = models, {}
-        self.asked: list[Group] = []
+        self.asked: list[PromptGroup] = []
 
     def ask_samples(self, ticket, groups, names):
         self.asked += groups if names else []
@@ -79,7 +79,7 @@ class Client:
         }
 
 
-def plain(model: PreTrainedModel, groups: list[Group]) -> np.ndarray:
+def plain(model: PreTrainedModel, groups: list[PromptGroup]) -> np.ndarray:
     rows = [Prompted(g.prompt.tolist(), [r.tolist() for r in g.responses]) for g in groups]
     with torch.no_grad():
         return plain_scores(model, rows)[0].double().numpy()
@@ -108,7 +108,9 @@ def test_kl_is_the_mean_log_ratio_of_the_samples_under_plain_models():
     model, a, b = (tiny.llama(seed=seed, **SMALL) for seed in range(3))
     model.generation_config.eos_token_id = [OTHER_END]
     client, judge, prompts = Client(a=a, b=b), Length(), shuffled(24)
-    measured = sampler(policy_of(model), part_of(prompts[:5] + prompts), client, judge=judge).measure(3)
+    measured = sampler(policy_of(model), part_of(prompts[:5] + prompts), client, judge=judge).measure_policy(
+        3
+    )
     groups = client.asked
     assert [group.prompt.tolist() for group in groups] == prompts[:19]
     written = [group.responses[0].tolist() for group in groups]
@@ -135,7 +137,7 @@ def test_samples_follow_the_policys_distribution_whatever_its_own_sampling_setti
     prompts = shuffled(800)
     client = Client(a=model)
     config = SamplingConfig(prompts=len(prompts), max_new_tokens=2)
-    sampler(policy_of(model), part_of(prompts), client, config=config, names=["a"]).measure(0)
+    sampler(policy_of(model), part_of(prompts), client, config=config, names=["a"]).measure_policy(0)
     ids = torch.zeros(len(prompts), 9, dtype=torch.long)
     for row, group in enumerate(client.asked):
         text = [*group.prompt, *group.responses[0]]
@@ -162,14 +164,14 @@ class Recording(Parallel):
 
 def test_samples_depend_on_step_and_seed_and_neither_on_ranks_nor_padding():
     model, reference = tiny.llama(seed=0, **SMALL), tiny.llama(seed=1, **SMALL)
-    policy, part = policy_of(model), part_of(shuffled(2 * CHUNK + 3))
+    policy, part = policy_of(model), part_of(shuffled(2 * PROMPTS_PER_CHUNK + 3))
     parallel = Recording(policy.scorer, policy.parallel.optimizer, CPU)
     policy = replace(policy, parallel=parallel)
 
     def given(rank, world_size, *, seed=0, step=5, pad_id=0):
         client = Client(a=reference, b=reference)
         options = {"rank": rank, "world_size": world_size, "seed": seed, "judge": Length()}
-        sampler(replace(policy, pad_id=pad_id), part, client, **options).measure(step)
+        sampler(replace(policy, pad_id=pad_id), part, client, **options).measure_policy(step)
         return parallel.given
 
     whole = given(0, 1)
@@ -189,7 +191,7 @@ def test_measuring_leaves_the_policy_and_random_numbers_as_they_were(caplog):
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sampler(policy, part_of([[4, END], [END], [0], [3]]), Client(a=model, b=model)).measure(0)
+        sampler(policy, part_of([[4, END], [END], [0], [3]]), Client(a=model, b=model)).measure_policy(0)
     transformers_logging.disable_propagation()
     assert not caplog.records
     assert torch.equal(torch.get_rng_state(), before)
@@ -202,12 +204,12 @@ def test_a_reference_in_process_is_the_policy_without_its_adapter():
     model = add_lora(tiny.llama(seed=0, **SMALL), LoraSettings(r=4, dropout=0.5))
     policy, client = policy_of(model), Client(b=start)
     sample = sampler(policy, part_of(shuffled(12)), client, in_process=["a"])
-    assert sample.measure(0)["eval/kl/a"] == pytest.approx(0, abs=1e-6)
+    assert sample.measure_policy(0)["eval/kl/a"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.3)
-    moved = sample.measure(1)
+    moved = sample.measure_policy(1)
     assert moved["eval/kl/a"] > 0.05
     assert moved["eval/kl/a"] == pytest.approx(moved["eval/kl/b"], abs=1e-5)
 
@@ -215,7 +217,7 @@ def test_a_reference_in_process_is_the_policy_without_its_adapter():
 def test_a_reference_that_reads_other_tokens_has_no_kl():
     model = tiny.llama(seed=0, **SMALL)
     policy, part, client = policy_of(model), part_of(shuffled(4), others=("other",)), Client(a=model)
-    measured = sampler(policy, part, client, names=["other", "a"]).measure(0)
+    measured = sampler(policy, part, client, names=["other", "a"]).measure_policy(0)
     assert measured.keys() == {"eval/kl/a", "eval/samples/length"}
     budget = SETTINGS.model_copy(update={"kl_budget": 5.0})
     assert sampler(policy, part, client, names=["a", "other"], config=budget)

@@ -16,8 +16,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, SearchConfig
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.searcher import Search, sampled
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.searcher import JournalSearcher, sample_points
 from tune_spaces.spaces import SPACES, Ask, Space, SpaceError, parse
 
 Point = Mapping[str, Any]
@@ -57,7 +57,7 @@ class Killed(BaseException):
     pass
 
 
-class Dying(Trials):
+class Dying(Journal):
     """A journal whose process is killed instead of its write number `writes` + 1."""
 
     def __init__(self, folder: Path, writes: int) -> None:
@@ -78,23 +78,27 @@ def control(point: Point) -> Point | None:
 
 
 def make(
-    journal: Trials | Path,
+    journal: Journal | Path,
     space: Space,
     *objectives: Objective,
     allowed: Callable[[Point], str | None] = lambda point: None,
     **config: Any,
-) -> Search:
+) -> JournalSearcher:
     """A search as a new process makes it over what the journal holds."""
-    journal = Trials(journal) if isinstance(journal, Path) else journal
+    journal = Journal(journal) if isinstance(journal, Path) else journal
     objectives = objectives or (ACCURACY,)
-    return Search(space, SearchConfig(**config), objectives, journal, allowed=allowed, control=control)
+    return JournalSearcher(
+        space, SearchConfig(**config), objectives, journal, allowed=allowed, control=control
+    )
 
 
 def flat(point: Point, repeat: int) -> dict[str, float]:
     return {"eval/accuracy": 0.5 + repeat / 10}
 
 
-def drive(search: Search, score: Score = flat, *, at_once: int = 1, most: float = math.inf) -> list[int]:
+def drive(
+    search: JournalSearcher, score: Score = flat, *, at_once: int = 1, most: float = math.inf
+) -> list[int]:
     """Play Tune until nothing is left, or `most` trials were handed out and ended; their numbers in order."""
     numbers: list[int] = []
     running: list[tuple[str, dict[str, Any]]] = []
@@ -110,8 +114,8 @@ def drive(search: Search, score: Score = flat, *, at_once: int = 1, most: float 
     raise AssertionError
 
 
-def end(search: Search, trial_id: str, config: dict[str, Any], score: Score) -> None:
-    record = search._trials[config["number"]]
+def end(search: JournalSearcher, trial_id: str, config: dict[str, Any], score: Score) -> None:
+    record = search._journal[config["number"]]
     assert record.status == "running"
     assert config == {"number": record.number, **record.point}
     search.on_trial_result(trial_id, {"step": 1, "eval/accuracy": 0.0, "time_total_s": 3.0})
@@ -121,12 +125,12 @@ def end(search: Search, trial_id: str, config: dict[str, Any], score: Score) -> 
 
 def drawn(folder: Path) -> list[dict[str, Any]]:
     """The points in the order they were entered, without controls."""
-    return [of[0].drawn for of in Trials(folder).points().values() if of[0].control_of is None]
+    return [of[0].drawn for of in Journal(folder).group_by_point().values() if of[0].control_of is None]
 
 
 def test_points_get_their_repeats_and_each_distinct_control_once(tmp_path: Path) -> None:
     numbers = drive(make(tmp_path, space_of(FAMILIES), trials=12, repeats=3, controls=True, seed=1))
-    groups = Trials(tmp_path).points()
+    groups = Journal(tmp_path).group_by_point()
     assert numbers == list(range(1, 3 * len(groups) + 1))
     assert len(drawn(tmp_path)) == 12
     for point_id, group in groups.items():
@@ -149,27 +153,27 @@ def test_a_kill_at_any_write_changes_nothing_but_where_it_goes_on(tmp_path: Path
     def outcome(folder: Path) -> list[Any]:
         return sorted(
             json.dumps([record.drawn, record.repeat, record.status, record.result, record.step])
-            for record in Trials(folder)
+            for record in Journal(folder)
         )
 
     whole = tmp_path / "whole"
     drive(make(whole, space_of(FAMILIES), **settings), at_once=at_once)
-    assert len(Trials(whole).points()) == 5
+    assert len(Journal(whole).group_by_point()) == 5
     for writes in itertools.count():
         folder = tmp_path / str(writes)
         dying = Dying(folder, writes)
         try:
             drive(make(dying, space_of(FAMILIES), **settings), at_once=at_once)
         except Killed:
-            over = {record.number for record in Trials(folder) if record.ended}
+            over = {record.number for record in Journal(folder) if record.ended}
             again = drive(make(folder, space_of(FAMILIES), **settings), at_once=at_once)
             assert outcome(folder) == outcome(whole)
             assert drawn(folder) == drawn(whole)
             assert not over & set(again)
-            assert len(over) + len(again) == len(Trials(folder))
+            assert len(over) + len(again) == len(Journal(folder))
         else:
-            controlled = sum(record.control is not None for record in Trials(whole))
-            assert writes == 4 * len(Trials(whole)) + controlled
+            controlled = sum(record.control is not None for record in Journal(whole))
+            assert writes == 4 * len(Journal(whole)) + controlled
             return
 
 
@@ -186,7 +190,7 @@ def test_raised_repeats_and_trials_are_added_to_a_finished_search(tmp_path: Path
     before = drawn(tmp_path)
     assert drive(make(tmp_path, space_of(FAMILIES), trials=3, repeats=2)) == [3, 4, 5, 6]
     assert drawn(tmp_path)[:2] == before
-    assert [record.point_id for record in Trials(tmp_path)] == [1, 2, 1, 2, 5, 5]
+    assert [record.point_id for record in Journal(tmp_path)] == [1, 2, 1, 2, 5, 5]
 
 
 def test_a_grid_goes_through_its_points_in_order(tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_a_point_that_is_refused_is_drawn_again_until_it_is_hopeless(tmp_path: P
     assert all(point["training.learning_rate"] < 1e-5 for point in drawn(tmp_path))
     with pytest.raises(SpaceError, match="the rate is too high"):
         make(tmp_path / "none", space_of(RATE), allowed=lambda point: "the rate is too high", trials=1)
-    assert len(Trials(tmp_path / "none")) == 0
+    assert len(Journal(tmp_path / "none")) == 0
 
 
 @pytest.mark.parametrize("algorithm", ["random", "tpe"])
@@ -262,7 +266,7 @@ def test_tpe_finds_more_than_chance(tmp_path: Path) -> None:
     for (algorithm, values), seed in itertools.product(best.items(), range(3)):
         folder = tmp_path / f"{algorithm}-{seed}"
         drive(make(folder, Branching(), algorithm=algorithm, trials=36, seed=seed), hill, at_once=2)
-        values.append(np.mean(sorted(record.result["eval/accuracy"] for record in Trials(folder))[-10:]))
+        values.append(np.mean(sorted(record.result["eval/accuracy"] for record in Journal(folder))[-10:]))
     assert np.mean(best["tpe"]) > np.mean(best["random"]) + 0.2
 
 
@@ -277,9 +281,9 @@ def test_tpe_goes_on_as_if_it_had_never_stopped(tmp_path: Path, objectives: Sequ
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
 
 
-def start(folder: Path, **config: Any) -> tuple[Search, TrialRecord]:
+def start(folder: Path, **config: Any) -> tuple[JournalSearcher, TrialRecord]:
     search = make(folder, space_of(RATE), **{"trials": 1, **config})
-    return search, search._trials[search.suggest("t")["number"]]
+    return search, search._journal[search.suggest("t")["number"]]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_how_a_trial_ended(
 ) -> None:
     search, _ = start(tmp_path)
     search.on_trial_complete("t", result, error)
-    record = Trials(tmp_path)[1]
+    record = Journal(tmp_path)[1]
     assert (record.status, record.reason) == (status, reason)
 
 
@@ -305,7 +309,7 @@ def test_a_reason_known_before_the_error_stands(tmp_path: Path) -> None:
     search, record = start(tmp_path)
     record.reason = "out of memory"
     search.on_trial_complete("t", error=True)
-    assert Trials(tmp_path)[1].reason == "out of memory"
+    assert Journal(tmp_path)[1].reason == "out of memory"
 
 
 def test_a_waiting_trial_that_the_scheduler_gives_up_keeps_its_last_metrics(tmp_path: Path) -> None:
@@ -319,11 +323,11 @@ def test_a_waiting_trial_that_the_scheduler_gives_up_keeps_its_last_metrics(tmp_
         "eval/x": "?",
     }
     search.on_trial_result("t", reported)
-    running = Trials(tmp_path)[1]
+    running = Journal(tmp_path)[1]
     assert (running.status, running.step, running.result) == ("running", 4, {"eval/accuracy": 0.6})
     search.on_trial_complete("t")
     search.on_trial_complete("t", error=True)  # Tune may tell twice
-    stopped = Trials(tmp_path)[1]
+    stopped = Journal(tmp_path)[1]
     assert (stopped.status, stopped.step, stopped.result) == ("stopped", 4, {"eval/accuracy": 0.6})
 
 
@@ -352,12 +356,12 @@ def test_a_changed_point_goes_on_changed_and_what_was_drawn_stands(tmp_path: Pat
     search = make(tmp_path, space, **settings)
     assert [search.suggest(str(turn))["number"] for turn in range(3)] == [1, 2, 3]
     for number in (1, 2):  # a point and the control that it shares with the next point
-        search.changed(number, search._trials[number].point | {"loss.beta": 0.17})
+        search.change_point(number, search._journal[number].point | {"loss.beta": 0.17})
     again = make(tmp_path, space, repeats=2, **settings)
     handed_out = [again.suggest(str(turn))["loss.beta"] for turn in range(6)]
     assert handed_out == [0.17, 0.17, 0.1, 0.1, 0.1, 0.1]
-    assert again.waiting() is None
-    assert [record.drawn["loss.beta"] for record in Trials(tmp_path)] == [0.1] * 6
+    assert again.next_trial() is None
+    assert [record.drawn["loss.beta"] for record in Journal(tmp_path)] == [0.1] * 6
 
 
 def test_a_widened_space_goes_on_with_what_still_fits(tmp_path: Path) -> None:
@@ -393,6 +397,6 @@ def test_the_named_spaces_are_searched_and_taken_up_again_without_a_word(
 
 def test_points_can_be_sampled_without_a_journal() -> None:
     space = Space(SPACES, {"loss.preset": parse({"grid": ["dpo", "ipo"]})}, ("base",), {"preset": "dpo"})
-    points = sampled(space, 6, seed=1)
-    assert points == sampled(space, 6, seed=1) != sampled(space, 6, seed=2)
+    points = sample_points(space, 6, seed=1)
+    assert points == sample_points(space, 6, seed=1) != sample_points(space, 6, seed=2)
     assert Counter(point["loss.preset"] for point in points) == {"dpo": 3, "ipo": 3}

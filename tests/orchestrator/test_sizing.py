@@ -24,18 +24,18 @@ from models.rows import Prompted, Rows, build_rows
 from orchestrator.cluster.memory import (
     GIB,
     STRATEGIES,
-    Load,
+    PolicyWorkload,
     Strategy,
-    _activations,
-    _casts,
+    _count_activations,
+    _count_casts,
+    can_train,
+    estimate_replica_memory,
+    estimate_worker_memory,
     fewest_workers,
-    memory,
-    possible,
-    replica,
-    size,
+    size_run,
 )
-from orchestrator.cluster.memory_table import MODELS, documented, table
-from orchestrator.cluster.model_shape import Shape, _counted, shape_of
+from orchestrator.cluster.memory_table import MODELS, format_documented_tables, format_memory_table
+from orchestrator.cluster.model_shape import Shape, _count_shape, read_model_shape
 from orchestrator.config.run import RunConfig, parse_run
 from tests import tiny
 
@@ -49,16 +49,18 @@ SIZES: dict[str, Any] = {
 }
 
 
-def _of(model: PreTrainedModel, *, lora: bool, half: bool) -> tuple[torch.nn.Module, Load]:
+def _of(model: PreTrainedModel, *, lora: bool, half: bool) -> tuple[torch.nn.Module, PolicyWorkload]:
     """A policy as `load_model` prepares it, and its load."""
-    shape = _counted(model)
+    shape = _count_shape(model)
     policy: torch.nn.Module = model
     if lora:
         frozen = model.requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
         policy = add_lora(frozen, LORA)
         shape = replace(shape, adapter=sum(p.numel() for p in policy.parameters() if p.requires_grad))
     width = 2.0 if half else 4.0
-    return policy.train(), Load(shape, frozen_bytes=width, outer_bytes=width, compute_bytes=int(width))
+    return policy.train(), PolicyWorkload(
+        shape, frozen_bytes=width, outer_bytes=width, compute_bytes=int(width)
+    )
 
 
 def _rows() -> Rows:
@@ -93,7 +95,7 @@ def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> No
         vocabulary=settings.vocab_size,
     )
     config = ModelConfig(model=str(tiny_llama_folder))
-    found = shape_of(locate(config), config, lora=LORA)
+    found = read_model_shape(locate(config), config, lora=LORA)
     assert found == replace(plain.with_lora(4), lora=0)
     model = tiny.llama()
     assert found.parameters == sum(p.numel() for p in model.parameters())
@@ -104,13 +106,13 @@ def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> No
 @pytest.mark.parametrize("build", [tiny.llama, tiny.qwen, tiny.gpt2])
 def test_tied_weights_count_once(build: Callable[..., PreTrainedModel]) -> None:
     model = build()
-    assert _counted(model).parameters == sum(p.numel() for p in model.parameters())
+    assert _count_shape(model).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_experts_are_all_held_and_few_are_used() -> None:
     settings = MixtralConfig(**tiny.llama_config().to_diff_dict(), num_local_experts=4, num_experts_per_tok=2)
     model = AutoModelForCausalLM.from_config(settings)
-    shape = _counted(model)
+    shape = _count_shape(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.body > 4 * settings.num_hidden_layers * 3 * 32 * 64  # every expert's three matrices
     assert shape.intermediate == 2 * settings.intermediate_size
@@ -119,14 +121,14 @@ def test_experts_are_all_held_and_few_are_used() -> None:
 def test_a_model_without_attention_heads_is_counted_too() -> None:
     settings = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
     model = AutoModelForCausalLM.from_config(settings)
-    assert _counted(model).parameters == sum(p.numel() for p in model.parameters())
+    assert _count_shape(model).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_an_adapter_reference_is_base_and_adapter(tiny_llama_folder: Path, tmp_path: Path) -> None:
     adapted = add_lora(tiny.llama(), LORA)
     adapted.save_pretrained(tmp_path / "adapter")
     config = ModelConfig(model=str(tmp_path / "adapter"), base=str(tiny_llama_folder))
-    found = shape_of(locate(config), config)
+    found = read_model_shape(locate(config), config)
     assert found.adapter == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert found.parameters == sum(p.numel() for p in tiny.llama().parameters())
 
@@ -136,7 +138,7 @@ def test_an_unknown_architecture_is_refused(tiny_llama_folder: Path, tmp_path: P
     (tmp_path / "model.safetensors").symlink_to(tiny_llama_folder / "model.safetensors")
     config = ModelConfig(model=str(tmp_path))
     with pytest.raises(ModelError, match="its weights cannot be counted"):
-        shape_of(locate(config), config)
+        read_model_shape(locate(config), config)
 
 
 # ------------------------------------------------------------ states
@@ -148,7 +150,7 @@ def test_states_are_the_bytes_that_torch_holds(lora: bool, half: bool) -> None:
     policy, load = _of(tiny.llama(), lora=lora, half=half)
     parallel = prepare(Scorer(policy), device=torch.device("cpu"), learning_rate=1e-3)  # type: ignore[arg-type]
     parallel.backward(-parallel.module(_rows(), entropy=True).logps.sum())
-    expected = memory(load, Strategy("ddp"), 1)
+    expected = estimate_worker_memory(load, Strategy("ddp"), 1)
     assert expected.weights == sum(p.nbytes for p in policy.parameters())
     assert expected.gradients == sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
     parallel.step()
@@ -162,32 +164,40 @@ def test_split_states_are_what_a_rank_of_four_holds() -> None:
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
     )
     held = json.loads(said.stdout.splitlines()[-1])
-    load = Load(_counted(tiny.llama(vocab_size=264)), compute_bytes=4, frozen_bytes=4.0, outer_bytes=4.0)
+    load = PolicyWorkload(
+        _count_shape(tiny.llama(vocab_size=264)), compute_bytes=4, frozen_bytes=4.0, outer_bytes=4.0
+    )
     for name, strategy in (
         ("fsdp", Strategy("fsdp")),
         *((f"ZeRO-{stage}", Strategy("deepspeed", stage)) for stage in (1, 2, 3)),
     ):
-        expected, found = memory(load, strategy, 4), held[name]
+        expected, found = estimate_worker_memory(load, strategy, 4), held[name]
         assert expected.weights == 4 * found["weights"], name
         assert expected.moments == 4 * (found["moments"] + found["masters"]), name
-    assert memory(load, Strategy("fsdp"), 4).gradients == 4 * held["fsdp"]["gradients"]
+    assert estimate_worker_memory(load, Strategy("fsdp"), 4).gradients == 4 * held["fsdp"]["gradients"]
 
 
 def test_what_moves_to_main_memory_leaves_the_device() -> None:
-    load = Load(MODELS["8B"], checkpointing=True)
+    load = PolicyWorkload(MODELS["8B"], checkpointing=True)
     for name, stage in (("fsdp", 0), ("deepspeed", 3)):
-        near, far = (memory(load, Strategy(name, stage, offload), 4) for offload in (False, True))
+        near, far = (
+            estimate_worker_memory(load, Strategy(name, stage, offload), 4) for offload in (False, True)
+        )
         assert far.host == near.weights + near.gradients + near.moments
         assert far.weights == far.gradients == far.moments == 0
         assert far.working == near.working
-    near, far = (memory(load, Strategy("deepspeed", 2, offload), 4) for offload in (False, True))
+    near, far = (
+        estimate_worker_memory(load, Strategy("deepspeed", 2, offload), 4) for offload in (False, True)
+    )
     assert far.weights == near.weights
     assert far.host == near.gradients + near.moments
 
 
 def test_one_worker_under_fsdp_is_one_worker() -> None:
-    load = Load(MODELS["1.2B"])
-    assert memory(load, Strategy("fsdp"), 1) == memory(load, Strategy("ddp"), 1)
+    load = PolicyWorkload(MODELS["1.2B"])
+    assert estimate_worker_memory(load, Strategy("fsdp"), 1) == estimate_worker_memory(
+        load, Strategy("ddp"), 1
+    )
 
 
 # ------------------------------------------------------------ activations
@@ -231,7 +241,7 @@ def test_activations_are_bounded_and_not_by_much(
     policy, load = _of(build(3), lora=lora, half=half)
     load = replace(load, tokens=tokens.numel(), row_tokens=tokens.shape[1])
     kept = _kept(policy, half)
-    assert 1.0 <= (_activations(load) + _casts(load)) / kept <= 1.5
+    assert 1.0 <= (_count_activations(load) + _count_casts(load)) / kept <= 1.5
 
     fewer, _ = _of(build(2), lora=lora, half=half)
     layer = kept - _kept(fewer, half)  # what is made again, one layer at a time
@@ -239,45 +249,52 @@ def test_activations_are_bounded_and_not_by_much(
     checkpointing = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
     checkpointing(settings)
     load = replace(load, checkpointing=True)
-    assert 1.0 <= (_activations(load) + _casts(load)) / (_kept(policy, half) + layer) <= 1.6
+    assert 1.0 <= (_count_activations(load) + _count_casts(load)) / (_kept(policy, half) + layer) <= 1.6
 
 
 # ------------------------------------------------------------ what fits
 
 
 def test_fewest_workers_fit_and_half_of_them_do_not() -> None:
-    load = Load(MODELS["8B"], checkpointing=True)
+    load = PolicyWorkload(MODELS["8B"], checkpointing=True)
     strategy = Strategy("deepspeed", 3)
     fewest = fewest_workers(load, strategy, 40)
     assert fewest is not None
     assert (
-        memory(load, strategy, fewest).device <= 0.9 * 40 * GIB < memory(load, strategy, fewest // 2).device
+        estimate_worker_memory(load, strategy, fewest).device
+        <= 0.9 * 40 * GIB
+        < estimate_worker_memory(load, strategy, fewest // 2).device
     )
     assert fewest_workers(load, Strategy("ddp"), 80) is None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_more_workers_never_need_more_each(strategy: Strategy) -> None:
-    load = Load(MODELS["1.2B"])
-    needs = [memory(load, strategy, workers).device for workers in (2, 4, 8, 16)]
+    load = PolicyWorkload(MODELS["1.2B"])
+    needs = [estimate_worker_memory(load, strategy, workers).device for workers in (2, 4, 8, 16)]
     assert needs == sorted(needs, reverse=True)
 
 
 def test_quantised_weights_are_split_by_nobody() -> None:
-    load = Load(MODELS["8B"].with_lora(16), frozen_bytes=0.516, quantized=True)
-    assert {str(s) for s in STRATEGIES if possible(load, s)} == {"ddp", "ZeRO-1", "ZeRO-2", "ZeRO-2, offload"}
+    load = PolicyWorkload(MODELS["8B"].with_lora(16), frozen_bytes=0.516, quantized=True)
+    assert {str(s) for s in STRATEGIES if can_train(load, s)} == {
+        "ddp",
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-2, offload",
+    }
     assert (
-        memory(load, Strategy("ddp"), 1).weights
-        < 0.4 * memory(replace(load, frozen_bytes=2.0), Strategy("ddp"), 1).weights
+        estimate_worker_memory(load, Strategy("ddp"), 1).weights
+        < 0.4 * estimate_worker_memory(replace(load, frozen_bytes=2.0), Strategy("ddp"), 1).weights
     )
 
 
 def test_a_reference_is_its_weights_and_one_pass() -> None:
     shape = MODELS["8B"]
-    need = replica(shape, 2.0, 2.0)
+    need = estimate_replica_memory(shape, 2.0, 2.0)
     assert need.weights == 2 * 8_030_261_248
     assert need.gradients == need.moments == 0
-    assert replica(shape, 1.0, 2.0).weights == 2 * shape.root + shape.body
+    assert estimate_replica_memory(shape, 1.0, 2.0).weights == 2 * shape.root + shape.body
 
 
 # ------------------------------------------------------------ run files and tables
@@ -305,18 +322,18 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
     (folder / "model.safetensors").write_bytes(b"")  # never opened
     config = _run(folder)
     located = locate(ModelConfig(model=str(folder)))
-    found = size(config, located, {"start": located, "other": located})
+    found = size_run(config, located, {"start": located, "other": located})
     assert set(found.references) == {"other"}  # what is scored in process needs no replica
     assert found.references["other"].weights == 4 * found.load.shape.parameters
     assert found.load.frozen_bytes == found.load.compute_bytes == 2
     assert found.own in found.strategies
-    assert found.memory == memory(found.load, Strategy("deepspeed", 1, offload=True), 4)
-    on_cpu = size(config, located, {"start": located, "other": located}, device_type="cpu")
+    assert found.memory == estimate_worker_memory(found.load, Strategy("deepspeed", 1, offload=True), 4)
+    on_cpu = size_run(config, located, {"start": located, "other": located}, device_type="cpu")
     assert on_cpu.load.frozen_bytes == on_cpu.load.compute_bytes == 4
 
     console = Console(width=100)
     with console.capture() as said:
-        console.print(table(found))
+        console.print(format_memory_table(found))
     text = said.get()
     assert "ZeRO-1, offload *" in text
     assert "reference other:" in text
@@ -327,4 +344,4 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
 def test_the_documentation_says_what_is_computed() -> None:
     page = (ROOT / "docs" / "sizing.md").read_text()
     written = page.split("<!-- sizing: begin -->\n")[1].split("<!-- sizing: end -->")[0]
-    assert written == documented()
+    assert written == format_documented_tables()

@@ -13,7 +13,7 @@ from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted, build_rows
 from orchestrator.worker.metrics import StepTable
-from orchestrator.worker.step import MicroBatch, NonFiniteLoss, evaluation_pass, training_step
+from orchestrator.worker.step import MicroBatch, NonFiniteLoss, run_evaluation_pass, run_training_step
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,9 @@ def trajectory(
     batches = [batch(groups, part, references, shared=shared) for part in split]
     losses = []
     for _ in range(steps):
-        table, _ = training_step(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), clip_norm=1.0)
+        table, _ = run_training_step(
+            parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), clip_norm=1.0
+        )
         losses.append(float(table["loss"].mean()))
     weights = torch.cat([w.flatten() for w in weights_of(parallel).values()])
     return losses, weights
@@ -91,7 +93,7 @@ def test_plain_rows_are_the_same_step() -> None:
 def test_the_first_step_against_oneself_is_log_2() -> None:
     groups, parallel = pairs(), policy()
     own = reference_scores(parallel.unwrapped, groups)
-    table, _ = training_step(
+    table, _ = run_training_step(
         parallel,
         [batch(groups, list(range(6)), [own])],
         loss=preset("dpo"),
@@ -112,7 +114,7 @@ def test_the_norm_of_the_gradient_is_clipped() -> None:
         inner()
 
     parallel.step = step  # type: ignore[method-assign]
-    _, before = training_step(
+    _, before = run_training_step(
         parallel,
         [batch(groups, [0, 1, 2], [own])],
         loss=preset("dpo", beta=5.0),
@@ -129,7 +131,7 @@ def test_a_loss_that_is_not_finite_names_its_pairs_and_touches_no_weight() -> No
     own.chosen[4] = float("nan")
     before = weights_of(parallel)
     with pytest.raises(NonFiniteLoss) as caught:
-        training_step(
+        run_training_step(
             parallel,
             [batch(groups, [0, 1, 2], [own]), batch(groups, [3, 4, 5], [own])],
             loss=preset("dpo"),
@@ -148,8 +150,8 @@ def test_evaluation_leaves_weights_and_mode_and_equals_the_start_it_is_told() ->
     other = reference_scores(Scorer(tiny.llama(seed=1)), groups)
     batches = [batch(groups, [0, 2, 4], [own, other]), batch(groups, [1, 3, 5], [own, other])]
     before = weights_of(parallel)
-    table = evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]))
-    told = evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), start_is=0)
+    table = run_evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]))
+    told = run_evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), start_is=0)
     assert torch.allclose(table.values[:-1], told.values[:-1], atol=1e-4)
     assert told.cost.tokens == 0 < table.cost.tokens
     assert parallel.module.training
@@ -163,7 +165,9 @@ def test_supervised_rows_learn_their_completion() -> None:
     one = MicroBatch(rows=rows, slots=torch.arange(6), soft_labels=torch.ones(6), references=(), paired=False)
     losses = []
     for _ in range(5):
-        table, _ = training_step(parallel, [one], loss=preset("sft"), table=StepTable(6, []), clip_norm=1.0)
+        table, _ = run_training_step(
+            parallel, [one], loss=preset("sft"), table=StepTable(6, []), clip_norm=1.0
+        )
         losses.append(float(table["loss"].mean()))
     with torch.no_grad():
         start = Scorer(tiny.llama())(rows)

@@ -15,8 +15,8 @@ import pytest
 import ray
 from bucket import Bucket, object_store
 
-from orchestrator.cluster.shared_storage import refuse_unshared, unshared
-from orchestrator.driver.record import RunRecord, locked, open_record, read_record, remove_run
+from orchestrator.cluster.shared_storage import explain_unshared_storage, refuse_unshared
+from orchestrator.driver.record import RunRecord, lock_run, open_record, read_record, remove_run
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.redaction import redact
 from orchestrator.references.messages import Score
@@ -25,8 +25,8 @@ from orchestrator.storage import lease as hold
 from orchestrator.storage import mirror as storage
 from orchestrator.storage import probe
 from orchestrator.storage.mirror import Mirror
-from orchestrator.storage.object_store import for_ray
-from orchestrator.storage.probe import refuse_unwritable, visible
+from orchestrator.storage.object_store import ray_storage_arguments
+from orchestrator.storage.probe import refuse_unwritable, why_invisible
 from preferences.buckets import without_options
 
 
@@ -62,10 +62,10 @@ def test_a_folder_is_its_own_mirror(tmp_path):
     (tmp_path / "one" / "file").write_text("text")
     mirror.pull("file", "absent")
     mirror.push("file", "absent")
-    mirror.discard()
+    mirror.discard_copy()
     assert (tmp_path / "one" / "file").read_text() == "text"
-    assert mirror.folders("checkpoints") == ["a"]
-    with mirror.fetched("checkpoints/a") as folder:
+    assert mirror.list_folders("checkpoints") == ["a"]
+    with mirror.fetch_folder("checkpoints/a") as folder:
         assert folder == tmp_path / "one" / "checkpoints" / "a"
 
 
@@ -77,7 +77,7 @@ def test_what_is_pushed_is_what_another_machine_pulls(bucket, tmp_path, monkeypa
     (here.folder / "plots" / "deep" / "b.png").write_bytes(b"B" * 10_000_000)
     here.push("run.json", "plots", "absent")
     assert bucket.keys() == ["runs/one/plots/a.png", "runs/one/plots/deep/b.png", "runs/one/run.json"]
-    assert here.place("plots") == f"{bucket.uri}/runs/one/plots"
+    assert here.describe_path("plots") == f"{bucket.uri}/runs/one/plots"
 
     monkeypatch.setenv("POLYREF_CACHE", str(tmp_path / "other machine"))
     there = Mirror(f"{bucket.uri}/runs/one")
@@ -93,10 +93,10 @@ def test_what_is_pushed_is_what_another_machine_pulls(bucket, tmp_path, monkeypa
     (there.folder / "plots" / "a.png").unlink()
     there.push("plots")
     assert bucket.keys("runs/one/plots") == ["runs/one/plots/deep/b.png"]
-    with there.fetched("plots") as copy:
+    with there.fetch_folder("plots") as copy:
         assert [path.name for path in copy.rglob("*.png")] == ["b.png"]
     assert not copy.exists()
-    there.discard()
+    there.discard_copy()
     assert not there.folder.exists()
 
 
@@ -110,7 +110,10 @@ def test_command_and_workers_of_a_run_work_apart(bucket):
 def test_growing_files_are_kept_and_followed(bucket):
     worker, driver = Mirror(f"{bucket.uri}/one", worker=0), Mirror(f"{bucket.uri}/one")
     lines = worker.folder / "metrics.jsonl"
-    with worker.pushing("metrics.jsonl", every_s=0.05), driver.pulling("metrics.jsonl", every_s=0.05):
+    with (
+        worker.push_periodically("metrics.jsonl", every_s=0.05),
+        driver.pull_periodically("metrics.jsonl", every_s=0.05),
+    ):
         for number in range(3):
             with lines.open("a") as file:
                 file.write(f"{number}\n")
@@ -120,7 +123,7 @@ def test_growing_files_are_kept_and_followed(bucket):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     threads = [thread.name for thread in threading.enumerate()]
-    with worker.pushing("metrics.jsonl"):
+    with worker.push_periodically("metrics.jsonl"):
         assert len(threading.enumerate()) == len(threads) + 1
     assert len(threading.enumerate()) == len(threads)
 
@@ -138,7 +141,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(bucket, monkeypatch, cap
             raise answer
 
     monkeypatch.setattr(mirror, "_push", push)
-    with mirror.pushing("metrics.jsonl", every_s=0.01):
+    with mirror.push_periodically("metrics.jsonl", every_s=0.01):
         assert tried.wait(60)
     assert [entry.getMessage() for entry in caplog.records] == [
         f"{bucket.uri}/one does not answer (gone); it is tried again"
@@ -168,8 +171,8 @@ def test_a_record_is_kept_on_the_store(bucket, tmp_path, monkeypatch):
 
 _HOLDER = """
 import sys, time
-from orchestrator.storage import Mirror
-with Mirror(sys.argv[1]).held():
+from orchestrator.storage.mirror import Mirror
+with Mirror(sys.argv[1]).hold_lease():
     print("held", flush=True)
     time.sleep(300)
 """
@@ -182,14 +185,14 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         taken = rf"run 'one' in {home} is being trained by process {other.pid} on"
-        with pytest.raises(UsageError, match=taken), locked(Mirror(home)):
+        with pytest.raises(UsageError, match=taken), lock_run(Mirror(home)):
             pass
     finally:
         other.kill()
         other.wait()
     assert bucket.keys() == ["one/.held.json"]  # it was killed
     began = time.monotonic()
-    with locked(Mirror(home)):
+    with lock_run(Mirror(home)):
         assert time.monotonic() - began < hold._SILENT_S  # known to be gone: no need to wait
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
     assert bucket.keys() == []
@@ -197,7 +200,7 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
     left = {"id": "x", "where": ["another-machine", ""], "pid": 1, "beat": 1.0}
     bucket.put("one/.held.json", json.dumps(left).encode())
     monkeypatch.setattr(hold, "_SILENT_S", 3)
-    with locked(Mirror(home)):  # nobody signs any more
+    with lock_run(Mirror(home)):  # nobody signs any more
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
         bucket.put("one/run.json", b"{}")
         bucket.put("one/checkpoints/checkpoint_1/progress.json", b"{}")
@@ -214,7 +217,7 @@ def test_of_commands_that_start_together_one_gets_the_run(bucket, monkeypatch):
         mine = Mirror(f"{bucket.uri}/one")
         together.wait()
         try:
-            with mine.held():
+            with mine.hold_lease():
                 outcomes.append("held")
                 time.sleep(2)
         except UsageError as error:
@@ -233,15 +236,15 @@ def test_of_commands_that_start_together_one_gets_the_run(bucket, monkeypatch):
 def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
     monkeypatch.setattr(hold, "_SETTLED_S", 0)
     monkeypatch.setattr(hold, "_BEAT_S", 0.05)
-    beats, sign = [], hold.Hold._sign
+    beats, sign = [], hold.RunLease._write_lease
 
-    def slowly(self: hold.Hold) -> None:
+    def slowly(self: hold.RunLease) -> None:
         time.sleep(0.3)
         sign(self)
         beats.append(time.monotonic())
 
-    monkeypatch.setattr(hold.Hold, "_sign", slowly)
-    with locked(Mirror(f"{bucket.uri}/one")):
+    monkeypatch.setattr(hold.RunLease, "_sign", slowly)
+    with lock_run(Mirror(f"{bucket.uri}/one")):
         time.sleep(4)
     pauses = [later - before for before, later in itertools.pairwise(beats[1:])]
     assert len(pauses) >= 2
@@ -255,7 +258,7 @@ def test_who_has_lost_a_run_stops_and_leaves_the_sign_of_the_other(bucket, monke
     began = time.monotonic()
     with (
         pytest.raises(RunFailed, match=r"one was taken by process 7 on another-machine .* this one stops"),
-        locked(Mirror(f"{bucket.uri}/one")),
+        lock_run(Mirror(f"{bucket.uri}/one")),
     ):
         _take_over(bucket, other)
     assert time.monotonic() - began < 30
@@ -270,7 +273,7 @@ def _take_over(bucket: Bucket, sign: dict) -> None:
 
 def test_ctrl_c_is_still_ctrl_c_while_a_run_is_held(bucket, monkeypatch):
     monkeypatch.setattr(hold, "_SETTLED_S", 0)
-    with pytest.raises(KeyboardInterrupt), locked(Mirror(f"{bucket.uri}/one")):
+    with pytest.raises(KeyboardInterrupt), lock_run(Mirror(f"{bucket.uri}/one")):
         raise KeyboardInterrupt
     assert bucket.keys() == []
 
@@ -278,12 +281,12 @@ def test_ctrl_c_is_still_ctrl_c_while_a_run_is_held(bucket, monkeypatch):
 def test_a_process_is_known_to_be_gone_on_its_own_machine_only(tmp_path, monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert hold._is_gone({"where": hold._machine(), "pid": ended.pid})
-    assert not hold._is_gone({"where": hold._machine(), "pid": os.getpid()})
-    signed = {"where": hold._machine(), "pid": ended.pid}
+    assert hold._is_owner_gone({"where": hold._identify_machine(), "pid": ended.pid})
+    assert not hold._is_owner_gone({"where": hold._identify_machine(), "pid": os.getpid()})
+    signed = {"where": hold._identify_machine(), "pid": ended.pid}
     (tmp_path / "boot_id").write_text("another")
     monkeypatch.setattr(hold, "_BOOT", tmp_path / "boot_id")  # a machine with the same image and name
-    assert not hold._is_gone(signed)
+    assert not hold._is_owner_gone(signed)
 
 
 def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tmp_path):
@@ -291,9 +294,9 @@ def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tm
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / ".seen-old").write_text("polyref")
     for home in (f"{bucket.uri}/one", str(tmp_path / "one"), str(tmp_path / "new")):
-        with Mirror(home).beacon() as written:
+        with Mirror(home).write_probe() as written:
             assert written.startswith(f"{home}/.seen-")
-            assert visible(written) is None
+            assert why_invisible(written) is None
     assert bucket.keys() == []
     assert list(tmp_path.rglob(".seen-*")) == []
 
@@ -349,7 +352,7 @@ def test_storage_that_cannot_be_written(bucket, tmp_path):
 def test_ray_gets_the_keys_of_the_command(bucket, monkeypatch):
     endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     for place in ("one", f"one?endpoint_override={endpoint}&scheme=http"):
-        store, path = for_ray(f"{bucket.uri}/{place}")
+        store, path = ray_storage_arguments(f"{bucket.uri}/{place}")
         crossed = pickle.dumps(store)
         with monkeypatch.context() as elsewhere:
             for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
@@ -357,9 +360,9 @@ def test_ray_gets_the_keys_of_the_command(bucket, monkeypatch):
             with pickle.loads(crossed).open_output_stream(f"{path}/file") as stream:
                 stream.write(b"written")
         assert bucket.get("one/file") == b"written"
-    assert for_ray("/a/folder") == (None, "/a/folder")
+    assert ray_storage_arguments("/a/folder") == (None, "/a/folder")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")  # nodes have roles of their own
-    assert for_ray(f"{bucket.uri}/one") == (None, f"{bucket.uri}/one")
+    assert ray_storage_arguments(f"{bucket.uri}/one") == (None, f"{bucket.uri}/one")
 
 
 def test_a_key_in_a_uri_is_not_shown(bucket):
@@ -444,16 +447,18 @@ def test_nodes_that_cannot_look_are_told_and_those_that_are_gone_are_not(tmp_pat
 def test_what_another_process_wrote_is_seen_or_why_not(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "_SEEN_WITHIN_S", 0.3)
     for place in (str(tmp_path / "runs"), f"{bucket.uri}/runs"):
-        with storage.beacon(place) as written:
-            assert visible(written) is None
-        assert visible(written) is not None
-    assert visible(f"{tmp_path}/runs/x") == "the folder there is another one"
-    assert visible(f"{tmp_path}/elsewhere/x") == "no such folder there"
-    assert unshared("/x", "10.0.0.3", "no such folder there") == (
+        with storage.write_probe(place) as written:
+            assert why_invisible(written) is None
+        assert why_invisible(written) is not None
+    assert why_invisible(f"{tmp_path}/runs/x") == "the folder there is another one"
+    assert why_invisible(f"{tmp_path}/elsewhere/x") == "no such folder there"
+    assert explain_unshared_storage("/x", "10.0.0.3", "no such folder there") == (
         "storage_path /x is not shared: node 10.0.0.3 does not see it (no such folder there); mount it on "
         "all nodes (NFS, EFS, Filestore), or give the URI of an object store, as in s3://bucket/runs"
     )
-    assert "node 10.0.0.3 cannot read it (denied); check" in unshared("s3://b/x", "10.0.0.3", "denied")
+    assert "node 10.0.0.3 cannot read it (denied); check" in explain_unshared_storage(
+        "s3://b/x", "10.0.0.3", "denied"
+    )
 
 
 def test_scores_are_kept_on_a_store(bucket):

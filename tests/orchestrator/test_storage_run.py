@@ -13,7 +13,7 @@ from driver import Driver
 from safetensors.torch import load
 
 from orchestrator.config.run import load_run
-from orchestrator.driver.train import train
+from orchestrator.driver.train import train_run
 
 pytestmark = pytest.mark.long
 
@@ -116,5 +116,5 @@ def test_a_killed_run_goes_on_from_the_store_on_another_machine(
     for said in (f"plots: {bucket.uri}/runs/far/plots", "registered as models:/far/1", f"{STEPS}/{STEPS}"):
         assert said in second.log.read_text()
 
-    train(load_run(str(far), ()))  # told again, without a cluster
+    train_run(load_run(str(far), ()))  # told again, without a cluster
     assert "registered as models:/far/1" in capsys.readouterr().out

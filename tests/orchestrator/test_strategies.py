@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
-from orchestrator.driver.train import train
+from orchestrator.driver.train import train_run
 from orchestrator.tracking.metrics_file import read_metrics
-from orchestrator.worker.sampling import CHUNK
+from orchestrator.worker.sampling import PROMPTS_PER_CHUNK
 
 pytestmark = pytest.mark.long
 
@@ -59,14 +59,14 @@ def test_lora_in_fsdp_shards_with_samples_and_the_start_in_process(run_of: Calla
     sections: dict[str, Any] = {
         "training": {"max_steps": STEPS, "save_every": 10},
         # One chunk of prompts for two ranks: the other must run along for nothing.
-        "evaluation": {"every_steps": 10, "sampling": {"prompts": CHUNK, "max_new_tokens": 5}},
+        "evaluation": {"every_steps": 10, "sampling": {"prompts": PROMPTS_PER_CHUNK, "max_new_tokens": 5}},
         "loss": {"preset": "dpo"},
         "references": {"primary": "own", "models": {"own": {"model": "policy"}}},
     }
     one, two = run_of("one", **sections), run_of("two", parallel=FSDP, **sections)
     two = two.model_copy(update={"storage_path": f"{two.storage_path}-two"})  # with scores of its own to make
-    train(one)
-    train(two)
+    train_run(one)
+    train_run(two)
     assert len(losses(one.folder)) == STEPS
     assert losses(two.folder) == pytest.approx(losses(one.folder), abs=1e-4)
     measured = ("eval/loss", "eval/kl/own", "eval/samples/length")
@@ -92,7 +92,7 @@ def test_all_weights_in_zero_3_shards_with_the_best_kept_and_references_first(
         "references": base.references.model_dump() | {"mode": "precompute"},
     }
     one, two = run_of("one", **sections), run_of("two", parallel=ZERO, **sections)
-    first, second = train(one), train(two)
+    first, second = train_run(one), train_run(two)
     assert losses(two.folder) == pytest.approx(losses(one.folder), abs=1e-4)
     assert second.result["exported_step"] == first.result["exported_step"]
     assert_same_weights(exported(two.folder), exported(one.folder))

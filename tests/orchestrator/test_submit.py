@@ -21,11 +21,17 @@ import requests
 import yaml
 from ray.job_submission import JobInfo, JobStatus
 
-from orchestrator.cluster.job_secrets import BOX, NAMES, put
-from orchestrator.cluster.worker_environment import secrets
+from orchestrator.cluster.job_secrets import SECRET_NAMES, SECRETS_LOCATION, upload_secrets
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.jobs.bundle import LIMIT_MB, PACKAGES, pack
-from orchestrator.jobs.submit import _followed, _outcome, _submitted, connect, submit
+from orchestrator.jobs.bundle import LIMIT_MB, PACKAGES, build_bundle
+from orchestrator.jobs.submit import (
+    _convert_exit_code,
+    _follow_job,
+    _submit_bundle,
+    connect_to_job_server,
+    submit_job,
+)
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -66,7 +72,7 @@ def write(path: Path, **sections: Any) -> Path:
 
 
 def test_a_parcel_holds_what_the_run_names_and_nothing_else(folder: Path) -> None:
-    parcel = pack(["train", "run.yaml", "loss.beta=0.2", "--fresh"])
+    parcel = build_bundle(["train", "run.yaml", "loss.beta=0.2", "--fresh"])
     assert sorted(parcel.files) == ["data/train.jsonl", "judge.py", "run.yaml", "template.jinja"]
     assert parcel.command == ("train", "run.yaml", "loss.beta=0.2", "--fresh")
     assert parcel.name == "job"
@@ -76,23 +82,28 @@ def test_a_parcel_holds_what_the_run_names_and_nothing_else(folder: Path) -> Non
 
 
 def test_an_override_says_what_is_sent(folder: Path) -> None:
-    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=/shared/data.jsonl"]).files
-    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=s3://bucket/data.jsonl"]).files
-    assert "data/train.jsonl" not in pack(["train", "run.yaml", "data.train=someone/pairs"]).files
+    assert (
+        "data/train.jsonl" not in build_bundle(["train", "run.yaml", "data.train=/shared/data.jsonl"]).files
+    )
+    assert (
+        "data/train.jsonl"
+        not in build_bundle(["train", "run.yaml", "data.train=s3://bucket/data.jsonl"]).files
+    )
+    assert "data/train.jsonl" not in build_bundle(["train", "run.yaml", "data.train=someone/pairs"]).files
 
 
 def test_a_sweep_brings_its_run_file(folder: Path) -> None:
-    parcel = pack(["tune", "--samples", "3", "sweeps/sweep.yaml", "search.trials=3"])
+    parcel = build_bundle(["tune", "--samples", "3", "sweeps/sweep.yaml", "search.trials=3"])
     assert {"run.yaml", "sweeps/sweep.yaml", "data/train.jsonl"} <= set(parcel.files)
     assert parcel.name == "search"
     other = write(folder / "other.yaml")
-    parcel = pack(["tune", "sweeps/sweep.yaml", f"run=../{other.name}"])
+    parcel = build_bundle(["tune", "sweeps/sweep.yaml", f"run=../{other.name}"])
     assert "other.yaml" in parcel.files
     assert "run.yaml" not in parcel.files
 
 
 def test_an_absolute_path_to_a_file_in_the_folder_is_found_in_the_parcel(folder: Path) -> None:
-    assert pack(["check", str(folder / "run.yaml")]).command == ("check", "run.yaml")
+    assert build_bundle(["check", str(folder / "run.yaml")]).command == ("check", "run.yaml")
 
 
 def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) -> None:
@@ -106,7 +117,7 @@ def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) ->
     for hidden in (".env", "_SUCCESS", "deep/.env", "_old/more.jsonl"):
         (folder / "data" / hidden).parent.mkdir(exist_ok=True)
         (folder / "data" / hidden).write_text("")
-    files = pack(["train", "run.yaml", "data.train=data"]).files
+    files = build_bundle(["train", "run.yaml", "data.train=data"]).files
     names = {"data/train.jsonl", "data/deep/more.jsonl", "data/link/linked.jsonl"}
     assert {name for name in files if name.startswith("data")} == names
 
@@ -114,19 +125,19 @@ def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) ->
 def test_a_broken_link_among_the_data_is_one_message(folder: Path) -> None:
     (folder / "data" / "lost.jsonl").symlink_to(folder / "nowhere")
     with pytest.raises(UsageError, match=r"data\.train: data/lost\.jsonl is no file, or a link to none"):
-        pack(["train", "run.yaml", "data.train=data"])
+        build_bundle(["train", "run.yaml", "data.train=data"])
 
 
 def test_a_package_with_the_reward_is_sent_whole(folder: Path) -> None:
     (folder / "judges").mkdir()
     for name in ("__init__.py", "_words.py", ".env"):
         (folder / "judges" / name).write_text("")
-    files = pack(["check", "run.yaml", "evaluation.sampling.reward.function=judges:score"]).files
+    files = build_bundle(["check", "run.yaml", "evaluation.sampling.reward.function=judges:score"]).files
     assert {"judges/__init__.py", "judges/_words.py"} == {name for name in files if name.startswith("judges")}
 
 
 def test_code_is_sent_when_asked_for(folder: Path) -> None:
-    files = pack(["check", "run.yaml"], code=True).files
+    files = build_bundle(["check", "run.yaml"], code=True).files
     assert {f"{package}/__init__.py" for package in PACKAGES} <= set(files)
     assert not [name for name in files if "__pycache__" in name]
     assert "cli.py" in {Path(name).name for name in files}
@@ -163,7 +174,7 @@ def test_what_cannot_work_is_refused_before_a_cluster_is_asked(
 ) -> None:
     (folder.parent / "train.jsonl").write_text("")
     with pytest.raises(UsageError) as refused:
-        submit(command, address="http://127.0.0.1:9")
+        submit_job(command, address="http://127.0.0.1:9")
     assert said in str(refused.value)
     assert "secret@" not in str(refused.value)
 
@@ -183,7 +194,7 @@ def test_credentials_are_refused_wherever_they_stand(folder: Path, field: str, u
         with pytest.raises(
             UsageError, match=f"^{where} holds credentials.*--secret AWS_ACCESS_KEY_ID"
         ) as error:
-            submit(command, address="http://127.0.0.1:9")
+            submit_job(command, address="http://127.0.0.1:9")
         assert "secret@" not in str(error.value)
         assert "=secret" not in str(error.value)
 
@@ -198,14 +209,14 @@ def test_credentials_are_refused_wherever_they_stand(folder: Path, field: str, u
 
 def test_a_container_and_an_alias_are_no_credentials(folder: Path) -> None:
     container = "abfss://container@account.dfs.core.windows.net/runs"
-    pack(["train", "run.yaml", f"storage_path={container}", "policy.model=models:/name@best"])
+    build_bundle(["train", "run.yaml", f"storage_path={container}", "policy.model=models:/name@best"])
 
 
 def test_too_much_is_refused_with_the_largest_files(folder: Path) -> None:
     with open(folder / "data" / "huge.jsonl", "wb") as file:
         file.truncate(LIMIT_MB * 10**6)
     with pytest.raises(UsageError, match=r"largest: 50\.0 MB data/huge\.jsonl") as refused:
-        pack(["train", "run.yaml", "data.train=data"])
+        build_bundle(["train", "run.yaml", "data.train=data"])
     assert "storage that all nodes share" in str(refused.value)
 
 
@@ -228,7 +239,7 @@ def test_secrets_are_no_plain_variables(
         monkeypatch.setenv(name, PASSWORD)
     monkeypatch.setenv("A_URL", f"postgresql://me:{PASSWORD}@host/db")
     with pytest.raises(UsageError) as refused:
-        submit(["check", "run.yaml"], address="http://127.0.0.1:9", **options)
+        submit_job(["check", "run.yaml"], address="http://127.0.0.1:9", **options)
     assert said in str(refused.value)
     assert PASSWORD not in str(refused.value)
 
@@ -236,18 +247,18 @@ def test_secrets_are_no_plain_variables(
 def test_a_tokenizer_is_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     with pytest.raises(UsageError, match="no job server"):
-        submit(["check", "run.yaml"], address="http://127.0.0.1:9", env=["TOKENIZERS_PARALLELISM"])
+        submit_job(["check", "run.yaml"], address="http://127.0.0.1:9", env=["TOKENIZERS_PARALLELISM"])
 
 
 def test_workers_get_what_the_job_was_given() -> None:
-    given = {NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
-    assert secrets(given) == {"JUDGE_KEY": "a", "HF_TOKEN": "b"}
+    given = {SECRET_NAMES: "JUDGE_KEY,HF_TOKEN", "JUDGE_KEY": "a", "HF_TOKEN": "b", "HOME": "/root"}
+    assert collect_secrets(given) == {"JUDGE_KEY": "a", "HF_TOKEN": "b"}
 
 
 def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:7")  # an address that is given comes first
     with pytest.raises(UsageError, match=r"no job server answers at http://127\.0\.0\.1:9: .*ray dashboard"):
-        connect("http://127.0.0.1:9")
+        connect_to_job_server("http://127.0.0.1:9")
 
 
 def test_a_job_that_is_not_taken_is_one_message(folder: Path) -> None:
@@ -259,7 +270,7 @@ def test_a_job_that_is_not_taken_is_one_message(folder: Path) -> None:
             raise ConnectionError
 
     with pytest.raises(RunFailed, match="did not take the job: ConnectionError"):
-        _submitted(Refusing(), pack(["check", "run.yaml"]), {}, code=False)
+        _submit_bundle(Refusing(), build_bundle(["check", "run.yaml"]), {}, code=False)
 
 
 class Flaky:
@@ -281,7 +292,7 @@ class Flaky:
 
 def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
-    assert asyncio.run(_followed(Flaky(2), "job-1", said.append)).status == JobStatus.SUCCEEDED
+    assert asyncio.run(_follow_job(Flaky(2), "job-1", said.append)).status == JobStatus.SUCCEEDED
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
     assert set(said) == {"no answer from the cluster; asking again for 5 minutes"}
 
@@ -289,7 +300,7 @@ def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.Capt
 def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.jobs.submit.PATIENCE_S", 0.0)
     with pytest.raises(RunFailed, match="job-1 may run on: see ray job logs --follow job-1"):
-        asyncio.run(_followed(Flaky(10**6), "job-1", lambda _: None))
+        asyncio.run(_follow_job(Flaky(10**6), "job-1", lambda _: None))
 
 
 @pytest.mark.parametrize(
@@ -299,12 +310,12 @@ def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_exit_code_is_as_a_shell_gives_it(status: str, code: int, expected: int) -> None:
     said: list[str] = []
     details = JobInfo(JobStatus(status), entrypoint="", driver_exit_code=code)
-    assert _outcome("job-1", details, said.append) == expected
+    assert _convert_exit_code("job-1", details, said.append) == expected
     assert bool(said) == (code == 127)
     if status == "FAILED":
         details = JobInfo(JobStatus.FAILED, entrypoint="", message="runtime_env setup failed")
         with pytest.raises(RunFailed, match="did not start: runtime_env setup failed"):
-            _outcome("job-1", details, said.append)
+            _convert_exit_code("job-1", details, said.append)
 
 
 # ---- on a real head ----
@@ -384,7 +395,7 @@ def running(temp: Path) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def unclaimed(head: str) -> tuple[str, float]:
     """Where secrets lie since when that nobody takes."""
-    box = put({"A": PASSWORD}, server=head, headers=bearer())
+    box = upload_secrets({"A": PASSWORD}, server=head, headers=bearer())
     assert left_at(head, box) == 200
     return box, time.monotonic()
 
@@ -410,10 +421,10 @@ def test_a_missing_or_wrong_token_is_one_message(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     with pytest.raises(UsageError, match="there is no token here; copy the cluster's"):
-        connect(head)
+        connect_to_job_server(head)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     with pytest.raises(UsageError, match="the token here is another; copy the cluster's"):
-        connect(head)
+        connect_to_job_server(head)
 
 
 @pytest.mark.long
@@ -429,7 +440,7 @@ def test_the_log_is_streamed_and_the_exit_code_is_the_jobs(
     )
     rows = (folder / "data" / "train.jsonl").read_text()
     (folder / "data" / "train.jsonl").write_text(rows + '{"prompt": "Film is "}\n')
-    code = submit(["score", "run.yaml", f"storage_path={folder.parent}/runs"], address=head, code=True)
+    code = submit_job(["score", "run.yaml", f"storage_path={folder.parent}/runs"], address=head, code=True)
     printed = capfd.readouterr()
     assert code == 2, printed.out + printed.err
     assert "data/train.jsonl:9" in printed.out
@@ -474,7 +485,7 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking[0])
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-    code = submit(
+    code = submit_job(
         ["models", "list"],
         address=head,
         env=["MLFLOW_TRACKING_URI"],
@@ -486,7 +497,7 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
     assert f"Basic {password}" in tracking[1], printed.out + printed.err
     [job] = [job for job in details(head) if job["entrypoint"] == "polyref models list"]
     assert job["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] == tracking[0]
-    box = job["runtime_env"]["env_vars"][BOX]
+    box = job["runtime_env"]["env_vars"][SECRETS_LOCATION]
     for place in (json.dumps(job), printed.out, printed.err):
         assert PASSWORD not in place
     logs = Path(f"/tmp/polyref-{os.getpid()}")
@@ -498,8 +509,8 @@ def test_secrets_reach_the_job_and_nothing_that_can_be_looked_at(
 @pytest.mark.long
 @pytest.mark.usefixtures("token")
 def test_secrets_are_handed_out_once(head: str) -> None:
-    client, _ = connect(head)
-    variables = {BOX: "gcs://polyref-taken.zip"}
+    client, _ = connect_to_job_server(head)
+    variables = {SECRETS_LOCATION: "gcs://polyref-taken.zip"}
     job = client.submit_job(entrypoint="polyref models list", runtime_env={"env_vars": variables})
     until(lambda: client.get_job_info(job).status.is_terminal(), 120, lambda: client.get_job_logs(job))
     assert client.get_job_info(job).driver_exit_code == 1
@@ -518,12 +529,12 @@ def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
     head: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", head)
-    assert submit(["check", "run.yaml"], wait=False) == 0
+    assert submit_job(["check", "run.yaml"], wait=False) == 0
     printed = capfd.readouterr()
     job = printed.out.strip()
     assert job.startswith("job-")
     assert f"follow it: RAY_AUTH_MODE=token ray job logs --address {head} --follow {job}" in printed.err
-    client, _ = connect(None)
+    client, _ = connect_to_job_server(None)
     client.stop_job(job)
     until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))
 
@@ -533,7 +544,7 @@ def test_without_waiting_the_id_is_all_of_the_output_and_the_job_can_be_stopped(
 def test_a_job_that_is_stopped_by_somebody_is_said_to_be(
     head: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    client, _ = connect(head)
+    client, _ = connect_to_job_server(head)
     before = {job["submission_id"] for job in details(head)}
 
     def stop() -> None:
@@ -545,7 +556,7 @@ def test_a_job_that_is_stopped_by_somebody_is_said_to_be(
     thread.start()
     try:
         with pytest.raises(RunFailed, match=r"job-\w+ was stopped"):
-            submit(["check", "run.yaml"], address=head)
+            submit_job(["check", "run.yaml"], address=head)
     finally:
         thread.join()
 
@@ -567,7 +578,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
     job = said.split(":")[0]
     assert f"{job} runs on; follow it: RAY_AUTH_MODE=token ray job logs" in said
     assert f"stop it: RAY_AUTH_MODE=token ray job stop --address {head} {job}" in said
-    client, _ = connect(head)
+    client, _ = connect_to_job_server(head)
     assert not client.get_job_info(job).status.is_terminal()
     client.stop_job(job)
     until(lambda: client.get_job_info(job).status.is_terminal(), 60, lambda: str(client.get_job_info(job)))

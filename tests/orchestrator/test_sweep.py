@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 
 from losses.presets import preset
-from orchestrator.config.sweep import SweepConfig, load_sweep, parse_sweep, sweep_schema, trial_run
+from orchestrator.config.sweep import (
+    SweepConfig,
+    build_sweep_schema,
+    build_trial_run,
+    load_sweep,
+    parse_sweep,
+)
 from orchestrator.errors import UsageError
-from orchestrator.search.controls import control_of, matched_beta
+from orchestrator.search.controls import build_control, match_beta
 
 RUN: dict[str, Any] = {
     "name": "base-run",
@@ -186,7 +192,7 @@ def test_an_objective_has_a_direction_of_its_own() -> None:
 
 
 def test_the_schema_has_the_fields_of_the_file() -> None:
-    schema = sweep_schema()
+    schema = build_sweep_schema()
     assert set(schema["properties"]) == set(SweepConfig.model_fields)
     assert {"type": "string"} in schema["properties"]["run"]["anyOf"]
 
@@ -202,13 +208,15 @@ def test_reading_a_sweep_file_imports_neither_torch_nor_ray() -> None:
 
 
 def test_a_drawn_loss_replaces_the_run_files() -> None:
-    drawn = trial_run(sweep(), {"loss.preset": "dpo", "references.use": ["base"]})
+    drawn = build_trial_run(sweep(), {"loss.preset": "dpo", "references.use": ["base"]})
     assert (drawn.preset, drawn.loss) == ("dpo", preset("dpo"))
     assert drawn.references.ordered == ["base"]
 
 
 def test_drawn_fields_without_a_loss_are_merged_over_the_run_files() -> None:
-    drawn = trial_run(sweep(), {"loss.beta": 0.7, "training.learning_rate": 1e-4, "policy.adapter.r": 4})
+    drawn = build_trial_run(
+        sweep(), {"loss.beta": 0.7, "training.learning_rate": 1e-4, "policy.adapter.r": 4}
+    )
     expected = preset("mrpo", beta=0.7, soft_label={"type": "geometric"})
     assert (drawn.preset, drawn.loss) == ("mrpo", expected)
     assert drawn.references.ordered == ["base", "other"]
@@ -218,36 +226,36 @@ def test_drawn_fields_without_a_loss_are_merged_over_the_run_files() -> None:
 
 
 def test_repeats_differ_in_the_seed_alone() -> None:
-    runs = [trial_run(sweep(), {"loss.beta": 0.2}, repeat=repeat, name="0003") for repeat in range(3)]
+    runs = [build_trial_run(sweep(), {"loss.beta": 0.2}, repeat=repeat, name="0003") for repeat in range(3)]
     assert [run.training.seed for run in runs] == [7, 8, 9]
     same = [run.model_dump() | {"training": run.training.model_dump() | {"seed": 0}} for run in runs]
     assert same[0] == same[1] == same[2]
 
 
 def test_a_trial_keeps_one_checkpoint() -> None:
-    run = trial_run(sweep(), {}, name="0003")
+    run = build_trial_run(sweep(), {}, name="0003")
     assert (run.name, run.training.keep_last) == ("0003", 1)
     assert run.training.save_every == 200
     population = sweep({"evaluation": {"every_steps": 25}}, scheduler={"type": "pbt"})
-    assert trial_run(population, {}).training.save_every == 25  # what a population hands around
+    assert build_trial_run(population, {}).training.save_every == 25  # what a population hands around
 
 
 def test_a_trial_is_judged_by_the_first_objective() -> None:
-    assert trial_run(sweep(objective="eval/margin"), {}).evaluation.metric == "eval/margin"
-    at_kl = trial_run(sweep({"evaluation": SAMPLING}, objective="eval/margin_at_kl"), {}).evaluation
+    assert build_trial_run(sweep(objective="eval/margin"), {}).evaluation.metric == "eval/margin"
+    at_kl = build_trial_run(sweep({"evaluation": SAMPLING}, objective="eval/margin_at_kl"), {}).evaluation
     assert (at_kl.metric, at_kl.keep) == ("eval/margin_at_kl", "best")
 
 
 def test_a_point_that_makes_no_run_is_refused_by_its_trial() -> None:
     with pytest.raises(UsageError, match=r"trial 0004: .*combine is single"):
-        trial_run(sweep(), {"loss.preset": "dpo"}, name="0004")
+        build_trial_run(sweep(), {"loss.preset": "dpo"}, name="0004")
 
 
 # ---------------------------------------------------------------- controls
 
 
 def beta_of(name: str, *, labels: Any = LABELS, **settings: Any) -> float | None:
-    return matched_beta(preset(name, **settings), soft_labels=labels, entropies=ENTROPIES)
+    return match_beta(preset(name, **settings), soft_labels=labels, entropies=ENTROPIES)
 
 
 def test_dpo_matches_itself_whatever_its_references_and_labels() -> None:
@@ -297,7 +305,7 @@ def test_other_links_are_matched_with_themselves() -> None:
     soft = {"soft_label": {"type": "geometric"}}
     assert beta_of("hinge", beta=0.2, **soft) == pytest.approx(0.2 * pull, rel=1e-3)  # slope beta
     assert beta_of("gipo", beta=0.2) == pytest.approx(0.2 / pull, rel=1e-3)  # slope 1 / beta
-    control = control_of({"loss.preset": "gipo"}, preset("gipo"), 0.3)
+    control = build_control({"loss.preset": "gipo"}, preset("gipo"), 0.3)
     assert control is not None
     assert control["loss.link"] == {"type": "ipo"}
 
@@ -305,15 +313,15 @@ def test_other_links_are_matched_with_themselves() -> None:
 def test_a_control_is_dpo_with_all_else_as_it_was() -> None:
     loss = preset("mrpo", beta=0.3, soft_label={"type": "geometric"}, sft_weight=0.5)
     point = {"loss.preset": "mrpo", "loss.beta": 0.3, "training.learning_rate": 1e-4}
-    control = control_of(point, loss, 0.2)
+    control = build_control(point, loss, 0.2)
     assert control is not None
     assert control["training.learning_rate"] == 1e-4
-    assert trial_run(sweep(), control).loss == preset(
+    assert build_trial_run(sweep(), control).loss == preset(
         "dpo", beta=0.2, sft_weight=0.5, references=loss.references.model_dump()
     )
 
 
 def test_what_has_neither_soft_labels_nor_dispersion_needs_no_control() -> None:
-    assert control_of({"loss.preset": "ipo"}, preset("ipo"), 0.1) is None
+    assert build_control({"loss.preset": "ipo"}, preset("ipo"), 0.1) is None
     assert beta_of("gdpo", labels=np.full(len(LABELS), 0.5)) is None  # labels that pull nowhere
-    assert control_of({"loss.preset": "gdpo"}, preset("gdpo"), None) is None
+    assert build_control({"loss.preset": "gdpo"}, preset("gdpo"), None) is None

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from losses.presets import PRESETS
-from orchestrator.config.sweep import SweepConfig, load_sweep, parse_sweep, trial_run
-from orchestrator.search.searcher import sampled
+from orchestrator.config.sweep import SweepConfig, build_trial_run, load_sweep, parse_sweep
+from orchestrator.search.searcher import sample_points
 from tune_spaces.losses import FAMILIES
 from tune_spaces.schedulers import Asha, Pbt, build
 from tune_spaces.spaces import SPACES, Space
@@ -36,8 +36,8 @@ def space_of(sweep: SweepConfig) -> Space:
 def check(sweep: SweepConfig) -> None:
     """50 points make valid trials, and the scheduler has something to do."""
     space = space_of(sweep)
-    for point in sampled(space, 50, seed=1):
-        trial_run(sweep, point)
+    for point in sample_points(space, 50, seed=1):
+        build_trial_run(sweep, point)
     if sweep.search.algorithm == "grid":
         assert len(list(space.grid())) > 1
     build(

@@ -12,9 +12,9 @@ from searches import ACCURACY, KL
 
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report.figures import Evaluated, Search, hull
-from orchestrator.search.report.importance import importance
+from orchestrator.search.report.importance import estimate_importance
 from orchestrator.search.report.labels import ABSENT
-from orchestrator.search.report.write import draw, not_drawn
+from orchestrator.search.report.write import draw_search, explain_missing_figures
 
 ALL = ["trials.png", "history.png", "parallel.png", "importance.png", "frontier.png", "search.html"]
 
@@ -29,7 +29,7 @@ def test_pictures_of_a_whole_search(tmp_path: Path) -> None:
     records, folders = searches.search(
         tmp_path / "trials", points=9, repeats=2, controls=True, failed=[3], kl=True, seed=1
     )
-    drawn = draw(records, [ACCURACY, KL], folders, tmp_path / "plots", primary="base")
+    drawn = draw_search(records, [ACCURACY, KL], folders, tmp_path / "plots", primary="base")
     assert [path.name for path in drawn] == ALL
     assert all(_decodes(path) for path in drawn[:-1])
     assert not list(tmp_path.rglob("*.part"))
@@ -40,18 +40,18 @@ def test_pictures_of_a_whole_search(tmp_path: Path) -> None:
     assert str(last) in page
     for record in records:
         assert f"trial {record.number}" in page
-    assert not_drawn(records, [ACCURACY, KL]) == []
+    assert explain_missing_figures(records, [ACCURACY, KL]) == []
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     records, folders = searches.search(tmp_path / "trials", points=3)
-    names = [path.name for path in draw(records, [ACCURACY], folders, tmp_path)]
+    names = [path.name for path in draw_search(records, [ACCURACY], folders, tmp_path)]
     assert names == ["trials.png", "history.png", "parallel.png", "search.html"]
-    assert not_drawn(records, [ACCURACY]) == [
+    assert explain_missing_figures(records, [ACCURACY]) == [
         "importance is not drawn: it needs 8 points with a result, and there are 3"
     ]
     pending = [TrialRecord(number=1, point_id=1)]
-    assert draw(pending, [ACCURACY], {1: tmp_path / "0001"}, tmp_path / "none") == []
+    assert draw_search(pending, [ACCURACY], {1: tmp_path / "0001"}, tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
 
 
@@ -128,20 +128,22 @@ def test_importance_finds_the_field_that_decided() -> None:
         {"loss.preset": rng.choice("abc"), "x": rng.random(), **({"only": 1.0} if rng.random() < 0.5 else {})}
         for _ in range(30)
     ]
-    decided = importance(drawn, ["abc".index(point["loss.preset"]) + rng.gauss(0, 0.05) for point in drawn])
+    decided = estimate_importance(
+        drawn, ["abc".index(point["loss.preset"]) + rng.gauss(0, 0.05) for point in drawn]
+    )
     assert decided is not None
     assert next(iter(decided.shares)) == "loss.preset"
     assert decided.shares["loss.preset"] > 0.7
     assert max(abs(decided.shares[field]) for field in ("x", "only")) < 0.05
     assert decided.explained > 0.9
-    set_or_not = importance(drawn, [point.get("only", 0.0) for point in drawn])
+    set_or_not = estimate_importance(drawn, [point.get("only", 0.0) for point in drawn])
     assert set_or_not is not None
     assert next(iter(set_or_not.shares)) == "only"
-    noise = importance(drawn, [rng.random() for _ in drawn])
+    noise = estimate_importance(drawn, [rng.random() for _ in drawn])
     assert noise is not None
-    assert "chance" in noise.told
-    assert importance(drawn[:7], [1.0, 2.0] * 3 + [1.0]) is None
-    assert importance(drawn, [1.0] * 30) is None
+    assert "chance" in noise.explanation
+    assert estimate_importance(drawn[:7], [1.0, 2.0] * 3 + [1.0]) is None
+    assert estimate_importance(drawn, [1.0] * 30) is None
 
 
 @pytest.mark.parametrize("value", ["a <b> & $x$", ["base", "movie-sft"], None, True, 3])
@@ -152,5 +154,5 @@ def test_any_value_can_be_drawn(tmp_path: Path, value: object) -> None:
     axes = {axis.name: axis for axis in search.axes()}
     assert {label for _, label in axes["what"].ticks} >= {"not set"}
     assert ABSENT not in {label for _, label in axes["what"].ticks}
-    (page,) = [p for p in draw(records, [ACCURACY], folders, tmp_path) if p.suffix == ".html"]
+    (page,) = [p for p in draw_search(records, [ACCURACY], folders, tmp_path) if p.suffix == ".html"]
     assert "<b>" not in page.read_text()[-60_000:]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.driver.record import RunRecord
-from orchestrator.driver.train import train
+from orchestrator.driver.train import train_run
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.tracking.metrics_file import read_metrics
 
@@ -35,13 +35,13 @@ def counts(record: RunRecord, key: str) -> dict[str, int]:
 
 def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any) -> None:
     one = run_of("one")
-    record = train(one)
+    record = train_run(one)
     expected = losses(one.folder)
     assert len(expected) == 6
     assert counts(record, "replicas_started") == {"base": 1, "other": 1}
 
     two = run_of("two", parallel={"workers": 2})
-    train(two)
+    train_run(two)
     assert losses(two.folder) == pytest.approx(expected, rel=1e-5)
 
     micro = run_of(
@@ -50,7 +50,7 @@ def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any
         references=one.references.model_copy(update={"mode": "precompute"}).model_dump(),
         storage_path=str(one.folder.parent / "elsewhere"),
     )
-    record = train(micro)
+    record = train_run(micro)
     assert losses(micro.folder) == pytest.approx(expected, rel=1e-5)
     last = read_metrics(one.folder)[-1]
     assert read_metrics(micro.folder)[-1]["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
@@ -59,7 +59,7 @@ def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any
 
 
 def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_of: Any) -> None:
-    first = train(run_of("first"))
+    first = train_run(run_of("first"))
     pairs = [json.loads(line) for line in Path(first.config["data"]["train"]).read_text().splitlines()]
     responses = {(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")}
     assert counts(first, "scored") == {"base": len(responses), "other": len(responses)}
@@ -70,7 +70,7 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
         "dispersion": {"phi_star": "auto"},
     }
     second = run_of("second", loss=loss, training={"seed": 1}, data={"eval_fraction": 0.25})
-    record = train(second)
+    record = train_run(second)
     assert counts(record, "scored") == {"base": 0, "other": 0}
     assert counts(record, "replicas_started") == {"base": 0, "other": 0}
     tags = MlflowClient(f"sqlite:///{second.folder.parent}/mlflow.db").get_run(record.mlflow_run).data.tags
@@ -83,10 +83,10 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
 def test_the_policy_itself_as_reference_starts_at_log_2_and_equals_the_served_one(run_of: Any) -> None:
     loss = {"preset": "dpo"}
     own = run_of("own", loss=loss, references={"primary": "self", "models": {"self": {"model": "policy"}}})
-    train(own)
+    train_run(own)
     base = {"model": own.policy.model}
     served = run_of("served", loss=loss, references={"primary": "base", "models": {"base": base}})
-    record = train(served)
+    record = train_run(served)
     assert losses(own.folder)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses(served.folder) == pytest.approx(losses(own.folder), rel=1e-5)
     assert counts(record, "scored") == {"base": 0}, "what the worker scored itself is in the store"
@@ -94,7 +94,7 @@ def test_the_policy_itself_as_reference_starts_at_log_2_and_equals_the_served_on
 
 def test_full_training_without_references_exports_what_was_trained(run_of: Any) -> None:
     run = run_of("full", policy={"adapter": None}, references={}, loss={"preset": "simpo"})
-    train(run)
+    train_run(run)
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export" / "model")
     start = AutoModelForCausalLM.from_pretrained(run.policy.model)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
@@ -109,13 +109,13 @@ def test_full_training_without_references_exports_what_was_trained(run_of: Any) 
 
 def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(run_of: Any) -> None:
     run = run_of("again", training={"max_steps": 2})
-    train(run)
+    train_run(run)
     before = (run.folder / "metrics.jsonl").read_text()
-    train(run)
+    train_run(run)
     assert (run.folder / "metrics.jsonl").read_text() == before
     with pytest.raises(UsageError, match=r"loss.beta: 0.1 -> 0.3.*--fresh"):
-        train(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
-    assert train(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result["step"] == 2
+        train_run(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
+    assert train_run(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result["step"] == 2
     assert (run.folder / "metrics.jsonl").read_text() != before
 
 
@@ -128,6 +128,6 @@ def test_a_diverging_run_stops_names_the_step_and_keeps_the_last_checkpoint(run_
         training={"learning_rate": 1e30, "save_every": 1, "warmup": 0.2},
     )
     with pytest.raises(RunFailed, match=r"not finite at step \d+, pairs .*pairs.jsonl:\d+"):
-        train(run)
+        train_run(run)
     assert list((run.folder / "checkpoints").glob("checkpoint_*"))
     assert not (run.folder / "export").exists()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig, parse_sweep
 from orchestrator.driver.record import RunRecord
-from orchestrator.search.journal import TrialRecord, Trials
-from orchestrator.search.tune import tune
+from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.tune import run_sweep
 from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cluster")]
@@ -39,7 +39,7 @@ def folder_of(sweep: SweepConfig) -> Path:
 
 
 def trials_of(sweep: SweepConfig) -> list[TrialRecord]:
-    return list(Trials(folder_of(sweep) / "trials"))
+    return list(Journal(folder_of(sweep) / "trials"))
 
 
 def scored(record: RunRecord, key: str = "scored") -> dict[str, int]:
@@ -65,7 +65,7 @@ def test_a_search_scores_each_response_once_and_the_next_one_none(run_of: Any) -
     run = run_of("base", tracking={"registered_model": "found"})
     space = {"loss.preset": {"grid": ["dpo", "gdpo", "mallows_theta", "mrpo"]}}
     sweep = sweep_of(run, "first", space, search={"algorithm": "grid", "controls": True}, promote="best")
-    record = tune(sweep)
+    record = run_sweep(sweep)
     pairs = [json.loads(line) for line in Path(run.data.train).read_text().splitlines()]
     responses = {(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")}
     assert scored(record) == {"base": len(responses), "other": len(responses)}
@@ -99,7 +99,7 @@ def test_a_search_scores_each_response_once_and_the_next_one_none(run_of: Any) -
     assert left_behind() == []
 
     other = {"loss.preset": {"grid": ["multi_dpo", "ipo"]}}
-    again = tune(sweep_of(run, "second", other, search={"algorithm": "grid", "trials": 2}))
+    again = run_sweep(sweep_of(run, "second", other, search={"algorithm": "grid", "trials": 2}))
     assert scored(again) == {"base": 0, "other": 0}
     assert scored(again, "replicas_started") == {"base": 0, "other": 0}
 
@@ -120,7 +120,7 @@ def test_bad_trials_are_stopped_or_fail_with_their_reason_and_leave_nothing_behi
         objective="eval/margin",
         max_concurrent=1,
     )
-    tune(sweep)
+    run_sweep(sweep)
     idle, worse, broken = trials_of(sweep)  # the second first takes a step in the wrong direction
     assert (idle.status, idle.step) == ("finished", 8)
     assert broken.status == "failed"

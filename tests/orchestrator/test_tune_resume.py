@@ -11,7 +11,7 @@ import yaml
 from driver import Driver
 from mlflow import MlflowClient
 
-from orchestrator.search.journal import TrialRecord, Trials
+from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.long
@@ -103,7 +103,7 @@ def test_a_search_that_is_killed_and_then_stopped_goes_on_and_repeats_nothing(
     assert third.end() == 0, third.log.read_text()
     assert "0 responses scored" in third.log.read_text()
     assert {path: path.read_bytes() for path in (folder / "0001").rglob("*") if path.is_file()} == before
-    records = list(Trials(folder))
+    records = list(Journal(folder))
     assert [(record.number, record.status, record.step) for record in records] == [
         (1, "finished", STEPS),
         (2, "finished", STEPS),

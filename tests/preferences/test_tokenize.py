@@ -303,7 +303,7 @@ def test_rows_are_counted_from_either_end():
 
 @pytest.fixture(scope="module")
 def smollm2() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(assets.smollm2())
+    return AutoTokenizer.from_pretrained(assets.fetch_smollm2())
 
 
 @pytest.fixture(scope="module")

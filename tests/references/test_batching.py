@@ -4,14 +4,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.references.batching import WaitingGroups, cut
-from orchestrator.references.messages import Group, ScoreRequest
+from orchestrator.references.batching import WaitingGroups, split_into_batches
+from orchestrator.references.messages import PromptGroup, ScoreRequest
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
 @settings(deadline=None, max_examples=100)
 def test_cut_keeps_every_row_within_the_padded_budget(lengths, budget):
-    batches = cut(lengths, budget)
+    batches = split_into_batches(lengths, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
@@ -25,7 +25,9 @@ arrays = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(lambda ids: np.
 @given(st.lists(st.tuples(arrays, st.lists(arrays, min_size=1, max_size=3)), max_size=5))
 @settings(deadline=None, max_examples=100)
 def test_requests_unpack_to_what_was_packed(content):
-    groups = [Group(p, rs, [bytes([i, j]) * 8 for j in range(len(rs))]) for i, (p, rs) in enumerate(content)]
+    groups = [
+        PromptGroup(p, rs, [bytes([i, j]) * 8 for j in range(len(rs))]) for i, (p, rs) in enumerate(content)
+    ]
     unpacked = ScoreRequest.pack(groups).groups()
     assert len(unpacked) == len(groups)
     for before, after in zip(groups, unpacked, strict=True):

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.config import ModelConfig, ModelError
 from models.logprobs import Scorer
-from orchestrator.references.client import ReferenceClient, pair_groups
-from orchestrator.references.messages import Group, ReferenceSpec, ScoreRequest, ScoringError
+from orchestrator.references.client import ReferenceClient, group_pairs
+from orchestrator.references.messages import PromptGroup, ReferenceSpec, ScoreRequest, ScoringError
 from orchestrator.references.replica import FrozenModel, Replica
 from orchestrator.references.service import start_references
-from orchestrator.references.store import response_key
+from orchestrator.references.store import digest_response
 from tests import tiny
 
 TOLERANCE = 2e-4  # nats, on sums of about a hundred
@@ -35,11 +35,11 @@ def frozen(model: PreTrainedModel, *, shared: bool, budget: int = 10_000) -> Fro
     return FrozenModel("base", Scorer(model), device=torch.device("cpu"), shared=shared, budget=budget)
 
 
-def request_of(groups: list[Group]) -> ScoreRequest:
+def request_of(groups: list[PromptGroup]) -> ScoreRequest:
     return ScoreRequest.pack(groups)
 
 
-def agrees(model: PreTrainedModel, groups: list[Group], scores) -> bool:
+def agrees(model: PreTrainedModel, groups: list[PromptGroup], scores) -> bool:
     wanted = [plain(model, group.prompt, response) for group in groups for response in group.responses]
     found = [tuple(scores[i]) for i in range(len(scores))]
     return len(found) == len(wanted) and np.allclose(found, wanted, atol=TOLERANCE, rtol=0)
@@ -49,10 +49,10 @@ def agrees(model: PreTrainedModel, groups: list[Group], scores) -> bool:
 @pytest.mark.parametrize(("shared", "budget"), [(True, 10_000), (True, 60), (False, 60)])
 def test_scores_equal_log_softmax_in_the_order_asked(build, shared, budget, make_table):
     model = build()
-    groups = pair_groups(make_table(7), range(7))
-    groups[3] = Group(groups[3].prompt, groups[3].responses[:1], groups[3].keys[:1])
+    groups = group_pairs(make_table(7), range(7))
+    groups[3] = PromptGroup(groups[3].prompt, groups[3].responses[:1], groups[3].keys[:1])
     groups[5].responses.append(groups[0].responses[0])
-    groups[5].keys.append(response_key(groups[5].prompt, groups[0].responses[0]))
+    groups[5].keys.append(digest_response(groups[5].prompt, groups[0].responses[0]))
     replica = frozen(model, shared=shared, budget=budget)
     assert agrees(model, groups, replica.score(request_of(groups)))
     assert (replica.forwards == 1) == (budget == 10_000)
@@ -74,7 +74,7 @@ class OutOfMemory(torch.nn.Module):
 
 def test_out_of_memory_halves_the_batch_and_the_batches_after_it(make_table):
     model = tiny.llama()
-    groups = pair_groups(make_table(12), range(12))
+    groups = group_pairs(make_table(12), range(12))
     scorer = OutOfMemory(Scorer(model), room=100)
     replica = FrozenModel("base", scorer, device=torch.device("cpu"), shared=True, budget=10_000)
     assert agrees(model, groups, replica.score(request_of(groups)))
@@ -87,7 +87,7 @@ def test_out_of_memory_halves_the_batch_and_the_batches_after_it(make_table):
 def test_a_shared_row_that_does_not_fit_falls_apart_and_then_the_error_says_what_to_do(make_table):
     model = tiny.llama()
     prompt, a, b = (np.arange(n, dtype=np.int32) for n in (20, 15, 16))
-    groups = [Group(prompt, [a, b], [b"a" * 16, b"b" * 16])]
+    groups = [PromptGroup(prompt, [a, b], [b"a" * 16, b"b" * 16])]
     device = torch.device("cpu")
     roomy = FrozenModel("base", OutOfMemory(Scorer(model), room=40), device=device, shared=True, budget=999)
     assert agrees(model, groups, roomy.score(request_of(groups)))
@@ -129,12 +129,12 @@ def test_two_live_references_score_what_the_models_say_through_a_kill(
     ]
     with start_references(specs, tmp_path) as service:
         client = ReferenceClient(service.routers, dict.fromkeys(folders, table))
-        client.ask("first", range(4))
-        first = client.collect("first")
+        client.request_scores("first", range(4))
+        first = client.collect_scores("first")
         (pid,) = ray.get(service.routers["base"].replica_pids.remote())
-        client.ask("rest", range(24))
+        client.request_scores("rest", range(24))
         os.kill(pid, signal.SIGKILL)
-        rest = client.collect("rest")
+        rest = client.collect_scores("rest")
         stats = service.stats()
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -161,8 +161,8 @@ def test_two_live_references_score_what_the_models_say_through_a_kill(
 def test_a_missing_model_is_the_users_error(ray_running, tmp_path, make_table):
     with start_references([spec_of(tmp_path / "nowhere")], tmp_path / "storage") as service:
         client = ReferenceClient(service.routers, {"base": make_table(2)})
-        client.ask(0, [0, 1])
+        client.request_scores(0, [0, 1])
         with pytest.raises(ModelError, match=r"reference 'base': .*nowhere"):
-            client.collect(0)
+            client.collect_scores(0)
         with pytest.raises(ModelError, match="nowhere"):
-            service.start()
+            service.start_replicas()

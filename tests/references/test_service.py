@@ -17,10 +17,16 @@ from transformers import LlamaForSequenceClassification
 
 from orchestrator.config.sections import Resources, RewardConfig
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.references.client import NAMESPACE, ReferenceArrays, ReferenceClient, connect, pair_groups
+from orchestrator.references.client import (
+    NAMESPACE,
+    ReferenceArrays,
+    ReferenceClient,
+    connect_to_routers,
+    group_pairs,
+)
 from orchestrator.references.messages import ScoringError
 from orchestrator.references.store import ScoreStore
-from orchestrator.worker.rewards import RewardModel, start_judge
+from orchestrator.worker.rewards import RewardModelActor, start_reward_scorer
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.arange(6)
@@ -32,8 +38,8 @@ def client_of(service, table, **options):
 
 def ask_all(service, table, rows=ROWS):
     client = client_of(service, table)
-    client.ask("all", rows)
-    return client.collect("all")
+    client.request_scores("all", rows)
+    return client.collect_scores("all")
 
 
 def running_polyref_actors():
@@ -45,8 +51,8 @@ def test_scored_once_then_from_the_store_then_without_a_replica(serve, spec, mak
     with serve(spec()) as service:
         client = client_of(service, table)
         for ticket in (0, 1):
-            client.ask(ticket, ROWS)
-            assert right(table, ROWS, client.collect(ticket)["base"])
+            client.request_scores(ticket, ROWS)
+            assert right(table, ROWS, client.collect_scores(ticket)["base"])
         stats = service.stats()["base"]
         assert (stats.asked, stats.from_store, stats.joined, stats.scored) == (24, 12, 0, 12)
         assert (stats.batches, stats.forwards, stats.retries, stats.replicas_started) == (1, 1, 0, 1)
@@ -69,14 +75,14 @@ def test_asking_does_not_wait_and_tickets_may_be_collected_in_any_order(
     gate.touch()
     with serve(spec()) as service:
         client = client_of(service, table)
-        client.ask("one", [0, 1])
-        client.ask("two", [5, 3, 4])
+        client.request_scores("one", [0, 1])
+        client.request_scores("two", [5, 3, 4])
         with pytest.raises(ValueError, match="still open"):
-            client.ask("one", [0])
+            client.request_scores("one", [0])
         calls.wait_for(1)  # the replica works, and nobody has answered yet
         gate.unlink()
-        assert right(table, [5, 3, 4], client.collect("two")["base"])
-        assert right(table, [0, 1], client.collect("one")["base"])
+        assert right(table, [5, 3, 4], client.collect_scores("two")["base"])
+        assert right(table, [0, 1], client.collect_scores("one")["base"])
 
 
 def test_two_askers_of_the_same_responses_share_one_forward(serve, spec, make_table, folder, calls, right):
@@ -85,14 +91,14 @@ def test_two_askers_of_the_same_responses_share_one_forward(serve, spec, make_ta
     gate.touch()
     with serve(spec()) as service:
         first, second = client_of(service, table), client_of(service, table)
-        first.ask(0, ROWS)
+        first.request_scores(0, ROWS)
         calls.wait_for(1)
-        second.ask(0, ROWS[::-1])
+        second.request_scores(0, ROWS[::-1])
         while ray.get(service.routers["base"].stats.remote()).asked < 24:
             time.sleep(0.01)
         gate.unlink()
-        assert right(table, ROWS, first.collect(0)["base"])
-        assert right(table, ROWS[::-1], second.collect(0)["base"])
+        assert right(table, ROWS, first.collect_scores(0)["base"])
+        assert right(table, ROWS[::-1], second.collect_scores(0)["base"])
         stats = service.stats()["base"]
         assert (stats.asked, stats.joined, stats.scored, stats.batches) == (24, 12, 12, 1)
     assert sum(calls.sizes) == 12
@@ -105,19 +111,19 @@ def test_what_waits_for_a_replica_is_merged_into_full_batches(serve, spec, make_
         clients = [client_of(service, table) for _ in range(4)]
         for _ in range(2):  # both places of the replica are taken
             before = len(calls.sizes)
-            clients[0].ask(before, [before])
+            clients[0].request_scores(before, [before])
             if not before:
                 calls.wait_for(1)
         while ray.get(service.routers["base"].stats.remote()).asked < 2:
             time.sleep(0.01)
         time.sleep(0.2)
         for number, client in enumerate(clients):
-            client.ask("more", range(4 + number * 9, 13 + number * 9))
+            client.request_scores("more", range(4 + number * 9, 13 + number * 9))
         while ray.get(service.routers["base"].stats.remote()).asked < 4 + 72:
             time.sleep(0.01)
         (folder / "gate").unlink()
         for client in clients:
-            client.collect("more")
+            client.collect_scores("more")
     assert calls.sizes == [2, 2, 72]
 
 
@@ -136,11 +142,11 @@ def test_the_least_loaded_of_two_replicas_comes_first(serve, spec, make_table, f
         gate = folder / "gate"
         gate.touch()
         client = client_of(service, table)
-        client.ask(0, range(30))
+        client.request_scores(0, range(30))
         calls.wait_for(2)
         assert len(set(calls.pids)) == 2
         gate.unlink()
-        assert right(table, range(30), client.collect(0)["base"])
+        assert right(table, range(30), client.collect_scores(0)["base"])
         assert service.stats()["base"].replicas_started == 2
 
 
@@ -174,10 +180,10 @@ def test_replicas_that_always_die_give_an_error_to_everyone_and_later_asks_begin
     with serve(spec()) as service:
         clients = [client_of(service, table) for _ in range(2)]
         for client in clients:
-            client.ask(0, ROWS)
+            client.request_scores(0, ROWS)
         for client in clients:
             with pytest.raises(ScoringError, match=r"reference 'base'.* 3 times"):
-                client.collect(0)
+                client.collect_scores(0)
         (folder / "die").unlink()
         assert right(table, ROWS, ask_all(service, table)["base"])
     assert running_polyref_actors() == []
@@ -219,11 +225,11 @@ def test_a_killed_router_comes_back_and_open_requests_with_it(serve, spec, make_
     gate.touch()
     with serve(spec()) as service:
         client = client_of(service, table)
-        client.ask(0, ROWS)
+        client.request_scores(0, ROWS)
         calls.wait_for(1)
         ray.kill(service.routers["base"], no_restart=False)
         gate.unlink()
-        assert right(table, ROWS, client.collect(0)["base"])
+        assert right(table, ROWS, client.collect_scores(0)["base"])
         assert service.stats()["base"].replicas_started == 1  # of the new process
 
 
@@ -233,11 +239,11 @@ def test_a_router_that_is_gone_is_an_error(serve, spec, make_table):
     addresses = service.addresses
     service.shutdown()
     service.shutdown()
-    client.ask(0, ROWS)
+    client.request_scores(0, ROWS)
     with pytest.raises(ScoringError, match="reference 'base': its router died"):
-        client.collect(0)
+        client.collect_scores(0)
     with pytest.raises(ScoringError, match="is not running"):
-        connect(addresses)
+        connect_to_routers(addresses)
 
 
 def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
@@ -298,9 +304,9 @@ def test_other_processes_of_the_job_connect_by_name(serve, spec, make_table, rig
 
         @ray.remote(num_cpus=0)
         def elsewhere(addresses, table):
-            client = ReferenceClient(connect(addresses), {"base": table})
-            client.ask(0, ROWS)
-            return client.collect(0)["base"]
+            client = ReferenceClient(connect_to_routers(addresses), {"base": table})
+            client.request_scores(0, ROWS)
+            return client.collect_scores(0)["base"]
 
         assert right(table, ROWS, ray.get(elsewhere.remote(service.addresses, table)))
 
@@ -318,13 +324,13 @@ def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
     table = make_table(6)
     with serve(spec(replicas=0)) as service:
         client = client_of(service, table, in_process=["base"])
-        client.ask(0, ROWS)
-        assert client.collect(0)["base"].missing.all()
+        client.request_scores(0, ROWS)
+        assert client.collect_scores(0)["base"].missing.all()
         made = ReferenceArrays(*(np.arange(4.0) + 10 * column for column in range(6)))
-        client.record("base", ROWS[:4], made)
+        client.store_scores("base", ROWS[:4], made)
         client.close()
-        client.ask(1, ROWS[1:])
-        arrays = client.collect(1)["base"]
+        client.request_scores(1, ROWS[1:])
+        arrays = client.collect_scores(1)["base"]
         assert arrays.missing.tolist() == [False, False, False, True, True]
         for name in (
             "chosen",
@@ -339,7 +345,7 @@ def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
         with pytest.raises(ScoringError, match="scored by the workers themselves"):
             ask_all(service, table)
         unsound = [np.full(1, value) for value in (np.nan, -1.0, 1.0, 1.0, 0.5, 0.5)]
-        client.record("base", [5], ReferenceArrays(*unsound))
+        client.store_scores("base", [5], ReferenceArrays(*unsound))
         with pytest.raises(ScoringError, match="not finite"):
             client.close()
     again = serve(spec(replicas=0))
@@ -351,10 +357,10 @@ def test_samples_are_scored_and_counted_apart_and_not_stored(serve, spec, make_t
     table = make_table(6)
     with serve(spec()) as service:
         client = client_of(service, table)
-        client.ask_samples("x", pair_groups(table, ROWS), ["base"])
+        client.request_sample_scores("x", group_pairs(table, ROWS), ["base"])
         with pytest.raises(ValueError, match="still open"):
-            client.ask_samples("x", [], ["base"])
-        scores = client.collect_samples("x")["base"]
+            client.request_sample_scores("x", [], ["base"])
+        scores = client.collect_sample_scores("x")["base"]
         assert right(table, ROWS, in_pairs(scores))
         stats = service.stats()["base"]
         assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (12, 0, 0, 0, 1)
@@ -368,16 +374,16 @@ def test_a_sample_that_is_asked_for_in_earnest_is_stored(serve, spec, make_table
     (folder / "gate").touch()
     with serve(spec()) as service:
         client = client_of(service, table)
-        client.ask_samples(0, pair_groups(table, ROWS), ["base"])
+        client.request_sample_scores(0, group_pairs(table, ROWS), ["base"])
         calls.wait_for(1)
-        client.ask(0, ROWS[:2])
-        client.ask_samples(1, pair_groups(table, ROWS[1:3]), ["base"])
+        client.request_scores(0, ROWS[:2])
+        client.request_sample_scores(1, group_pairs(table, ROWS[1:3]), ["base"])
         while ray.get(service.routers["base"].stats.remote()).sampled < 16:
             time.sleep(0.01)
         (folder / "gate").unlink()
-        assert right(table, ROWS[:2], client.collect(0)["base"])
-        assert right(table, ROWS, in_pairs(client.collect_samples(0)["base"]))
-        assert right(table, ROWS[1:3], in_pairs(client.collect_samples(1)["base"]))
+        assert right(table, ROWS[:2], client.collect_scores(0)["base"])
+        assert right(table, ROWS, in_pairs(client.collect_sample_scores(0)["base"]))
+        assert right(table, ROWS[1:3], in_pairs(client.collect_sample_scores(1)["base"]))
         stats = service.stats()["base"]
         assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (16, 4, 4, 4, 1)
         assert service.missing({"base": table}) == {"base": 8}
@@ -392,9 +398,9 @@ def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
     with torch.random.fork_rng():
         model = LlamaForSequenceClassification(tiny.llama_config(num_labels=1))
     folder = tiny.save(tmp_path / "judge", model, tiny.byte_tokenizer())
-    judge = start_judge(RewardConfig(model=str(folder)), start_timeout_s=60)
+    judge = start_reward_scorer(RewardConfig(model=str(folder)), start_timeout_s=60)
     prompts, responses = ["Good: ", "Bad: "], ["yes", "no"]
-    here = RewardModel(RewardConfig(model=str(folder)), gpu=False, cpus=1, environment={})
+    here = RewardModelActor(RewardConfig(model=str(folder)), gpu=False, cpus=1, environment={})
     expected = here.score(prompts, responses)
 
     @ray.remote(num_cpus=0)
@@ -410,12 +416,12 @@ def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
 def test_a_reward_model_that_cannot_be_had_is_an_error_at_once(ray_running, tmp_path):
     missing = RewardConfig(model=str(tmp_path / "nothing"))
     with pytest.raises(UsageError, match=r"evaluation\.sampling\.reward\.model: .* no such file"):
-        start_judge(missing, start_timeout_s=60)
+        start_reward_scorer(missing, start_timeout_s=60)
     nowhere = missing.model_copy(update={"resources": Resources(custom={"no-such-thing": 1})})
     with pytest.raises(
         RunFailed, match=r"no node had room for it \(0\.1 CPU, 1 no-such-thing\) within 0\.5 s"
     ):
-        start_judge(nowhere, start_timeout_s=0.5)
+        start_reward_scorer(nowhere, start_timeout_s=0.5)
 
 
 def test_routers_and_tables_must_match(make_table):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.references import store as store_module
 from orchestrator.references.messages import Score, ScoringError
-from orchestrator.references.store import ScoreStore, response_key
+from orchestrator.references.store import ScoreStore, digest_response
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 scores = st.builds(
@@ -33,13 +33,15 @@ def columns(keys: list[bytes]) -> np.ndarray:
 @given(ids, ids, ids, ids)
 @settings(deadline=None, max_examples=200)
 def test_keys_are_equal_only_for_equal_prompt_and_response(a, b, c, d):
-    assert (response_key(a, b) == response_key(c, d)) == ((a, b) == (c, d))
+    assert (digest_response(a, b) == digest_response(c, d)) == ((a, b) == (c, d))
 
 
 def test_key_sees_the_border_between_prompt_and_response_and_no_dtype():
-    assert response_key([1, 2], [3]) != response_key([1], [2, 3])
-    assert response_key([1, 2], [3]) == response_key(np.array([1, 2], np.int64), np.array([3], np.uint8))
-    assert len(response_key([], [])) == 16
+    assert digest_response([1, 2], [3]) != digest_response([1], [2, 3])
+    assert digest_response([1, 2], [3]) == digest_response(
+        np.array([1, 2], np.int64), np.array([3], np.uint8)
+    )
+    assert len(digest_response([], [])) == 16
 
 
 @given(st.dictionaries(st.binary(min_size=16, max_size=16), scores, max_size=8), st.integers(0, 8))

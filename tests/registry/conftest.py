@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from models.probe import Probe
-from orchestrator.tracking.mlflow import connect
+from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
 from tests import tiny
 from tests.registry.policies import ROWS, Exported
@@ -25,7 +25,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables: making it takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("store")
-    connect(f"sqlite:///{folder / 'mlflow.db'}")
+    connect_to_mlflow(f"sqlite:///{folder / 'mlflow.db'}")
     return folder / "mlflow.db"
 
 

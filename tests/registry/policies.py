@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from models.probe import Probe
-from orchestrator.registry.model_card import Lineage, Reference
+from orchestrator.registry.model_card import Lineage, PinnedReference
 
 ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
 
@@ -28,8 +28,8 @@ def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: 
         "preset": "mallows_theta",
         "loss": {"beta": 0.1, "link": {"type": "logistic"}, "references": {"weights": (0.5, 0.5)}},
         "references": {
-            "base": Reference("tiny/base@0123abc", "f" * 40),
-            "movie": Reference("models:/movie-sft/4", "e" * 40),
+            "base": PinnedReference("tiny/base@0123abc", "f" * 40),
+            "movie": PinnedReference("models:/movie-sft/4", "e" * 40),
         },
         "primary": "base",
         "data_digest": "d" * 40,

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.models import app
 from orchestrator.errors import UsageError
-from orchestrator.registry.aliases import promotion_refusal
-from orchestrator.registry.register import register
-from orchestrator.tracking.mlflow import connect
+from orchestrator.registry.aliases import explain_refusal
+from orchestrator.registry.register import register_model
+from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage
 
@@ -36,7 +36,7 @@ def _refused(uri: str, *arguments: str) -> str:
 
 def _version(uri: str, folder: Path, accuracy: float | None, **tags: str) -> int:
     """A version as `register` tags it, with no files behind it: the commands that only read tags."""
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     run = Tracker.resume_or_start(
         None, name=f"run-{accuracy}", uri=uri, folder=folder, params={"loss": {"beta": accuracy}, "seed": 0}
     )
@@ -57,7 +57,7 @@ def _version(uri: str, folder: Path, accuracy: float | None, **tags: str) -> int
 def test_list_is_tab_separated_on_a_pipe(uri: str, tmp_path: Path) -> None:
     _version(uri, tmp_path, 0.7)
     _version(uri, tmp_path, 0.65)
-    connect(uri).set_registered_model_alias("sentiment", "champion", "1")
+    connect_to_mlflow(uri).set_registered_model_alias("sentiment", "champion", "1")
     result = _models(uri, "list")
     assert result.exit_code == 0
     lines = [line.split("\t") for line in result.stdout.splitlines()]
@@ -111,7 +111,7 @@ def test_promote_refuses_the_worse_with_the_numbers(uri: str, tmp_path: Path) ->
 
 
 def _champion(uri: str) -> int:
-    return int(connect(uri).get_model_version_by_alias("sentiment", "champion").version)
+    return int(connect_to_mlflow(uri).get_model_version_by_alias("sentiment", "champion").version)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_promote_refuses_what_cannot_be_compared(
 
 
 def test_promote_refuses_unknown_references(uri: str, tmp_path: Path) -> None:
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     client.create_registered_model("theirs")
     client.create_model_version("theirs", tmp_path.as_uri())
     assert "does not say which references" in _refused(uri, "promote", "theirs/1")
@@ -208,9 +208,9 @@ def test_a_renamed_reference_is_the_same_reference(uri: str, tmp_path: Path) -> 
     """Names are a run file's own; the fingerprint says which model it was."""
     _version(uri, tmp_path, 0.7)
     _version(uri, tmp_path, 0.8, **{"references.primary": "start (1)", "reference.start _1_": "f" * 40})
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     champion, candidate = (client.get_model_version("sentiment", number) for number in ("1", "2"))
-    assert promotion_refusal(client, candidate, champion) is None
+    assert explain_refusal(client, candidate, champion) is None
 
 
 def test_compare_shows_what_differs(uri: str, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_compare_shows_what_differs(uri: str, tmp_path: Path) -> None:
 
 def test_a_version_outlives_its_run(uri: str, tmp_path: Path) -> None:
     _version(uri, tmp_path, 0.7)
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     client.delete_run(client.get_model_version("sentiment", "1").run_id)
     assert _models(uri, "list").exit_code == 0
     assert _models(uri, "compare", "sentiment/1", "sentiment/1").exit_code == 0
@@ -240,7 +240,9 @@ def test_a_version_outlives_its_run(uri: str, tmp_path: Path) -> None:
 
 def test_get_hands_over_the_checked_folder(uri: str, run_id: str, policy: Exported, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"folder": policy.merged, "adapter": policy.adapter, "probe": policy.probe}
-    registered = register(uri, name="sentiment", run_id=run_id, lineage=lineage(), alias="best", **arguments)
+    registered = register_model(
+        uri, name="sentiment", run_id=run_id, lineage=lineage(), alias="best", **arguments
+    )
     result = _models(uri, "get", "sentiment@best", "--to", str(tmp_path / "mine"))
     assert result.exit_code == 0
     assert "models:/sentiment/1 is in" in result.stdout

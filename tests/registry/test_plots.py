@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.tracking.plots import _collect, _running_mean, draw
+from orchestrator.tracking.plots import _collect_series, _running_mean, draw_run
 
 
 def _write(folder: Path, lines: list[dict[str, Any]], scales: list[float] | None = None) -> Path:
@@ -36,7 +36,7 @@ def test_all_pictures_of_a_full_run(tmp_path: Path) -> None:
     lines += [
         {"step": s, "eval/loss": 0.7, "eval/accuracy": 0.5, "eval/accuracy_interval": 0.1} for s in (0, 99)
     ]
-    drawn = draw(_write(tmp_path, lines, [0.5, 1.0, 1.5, 9.0]))
+    drawn = draw_run(_write(tmp_path, lines, [0.5, 1.0, 1.5, 9.0]))
     assert [p.name for p in drawn] == ["learning.png", "references.png", "dispersion.png", "optimizer.png"]
     assert all(p.parent == tmp_path / "plots" for p in drawn)
     assert all(_size(p)[0] > 800 for p in drawn)
@@ -58,26 +58,26 @@ def test_all_pictures_of_a_full_run(tmp_path: Path) -> None:
 def test_no_picture_of_what_is_absent(
     tmp_path: Path, lines: list[dict[str, Any]], scales: list[float] | None, names: list[str]
 ) -> None:
-    assert [p.name for p in draw(_write(tmp_path, lines, scales), tmp_path / "to")] == names
+    assert [p.name for p in draw_run(_write(tmp_path, lines, scales), tmp_path / "to")] == names
 
 
 def test_panels_only_for_what_is_there(tmp_path: Path) -> None:
-    (one,) = draw(_write(tmp_path, [{"step": 1, "loss": 0.7}]))
+    (one,) = draw_run(_write(tmp_path, [{"step": 1, "loss": 0.7}]))
     height = _size(one)[1]
-    (three,) = draw(_write(tmp_path, [_line(1, **{"eval/accuracy": 0.5})]))
+    (three,) = draw_run(_write(tmp_path, [_line(1, **{"eval/accuracy": 0.5})]))
     assert _size(three)[1] > 2 * height
 
 
 def test_a_folder_without_metrics(tmp_path: Path) -> None:
-    assert draw(tmp_path) == []
+    assert draw_run(tmp_path) == []
     assert not (tmp_path / "plots").exists()
 
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     lines = [_line(1), _line(2, loss=None), _line(3)]
-    series = _collect(lines)
+    series = _collect_series(lines)
     assert series["loss"].steps == [1, 3]
-    assert draw(_write(tmp_path, lines))
+    assert draw_run(_write(tmp_path, lines))
 
 
 def test_the_bold_line_is_the_running_mean() -> None:

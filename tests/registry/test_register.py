@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.probe import Probe
 from orchestrator.errors import UsageError
-from orchestrator.files import folder_digest
+from orchestrator.files import digest_folder
 from orchestrator.registry import register as register_module
-from orchestrator.registry.download import ResolvedModel, resolve
-from orchestrator.registry.model_card import render
-from orchestrator.registry.register import RegistryError, register, verify
-from orchestrator.tracking.mlflow import connect
+from orchestrator.registry.download import ResolvedModel, resolve_model
+from orchestrator.registry.model_card import render_model_card
+from orchestrator.registry.register import RegistryError, register_model, verify_export
+from orchestrator.tracking.mlflow import connect_to_mlflow
 from tests import tiny
 from tests.registry.policies import ROWS, Exported, lineage
 
@@ -35,11 +35,11 @@ def _register(uri: str, run_id: str, policy: Exported, **changes: Any) -> Resolv
         "lineage": lineage(),
         "probe": policy.probe,
     }
-    return register(uri, **(arguments | changes))
+    return register_model(uri, **(arguments | changes))
 
 
 def _versions(uri: str) -> list[Any]:
-    return list(connect(uri).search_model_versions("name='sentiment'"))
+    return list(connect_to_mlflow(uri).search_model_versions("name='sentiment'"))
 
 
 def _logits(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_all_loaders_give_the_trained_models_logits(
     start = _logits(AutoModelForCausalLM.from_pretrained(policy.base), rows)
     assert (start - expected).abs().max() > 0.01  # the adapter matters
 
-    folder = resolve("models:/sentiment@champion", uri).folder
+    folder = resolve_model("models:/sentiment@champion", uri).folder
     plain = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(_logits(plain, rows), expected, rtol=0, atol=1e-5)
 
@@ -89,10 +89,10 @@ def test_a_bfloat16_export_is_within_its_rounding(uri: str, run_id: str, policy:
 def test_weights_are_the_exported_bytes_and_nothing_is_pickled(
     uri: str, run_id: str, policy: Exported
 ) -> None:
-    before = folder_digest(policy.merged)
+    before = digest_folder(policy.merged)
     registered = _register(uri, run_id, policy)
-    assert folder_digest(policy.merged) == before  # the card did not go into the export through a hard link
-    assert folder_digest(registered.folder) == registered.digest
+    assert digest_folder(policy.merged) == before  # the card did not go into the export through a hard link
+    assert digest_folder(registered.folder) == registered.digest
     exported = (policy.merged / "model.safetensors").read_bytes()
     assert (registered.folder / "model.safetensors").read_bytes() == exported
     allowed = {".safetensors", ".json", ".md", ".txt", ".yaml", ".jinja", ""}
@@ -102,7 +102,7 @@ def test_weights_are_the_exported_bytes_and_nothing_is_pickled(
 
 def test_lineage_is_on_the_version_and_holds_no_secret(uri: str, run_id: str, policy: Exported) -> None:
     registered = _register(uri, run_id, policy)
-    version = connect(uri).get_model_version("sentiment", str(registered.version))
+    version = connect_to_mlflow(uri).get_model_version("sentiment", str(registered.version))
     assert version.run_id == run_id
     assert version.tags["reference.base"] == "f" * 40
     assert version.tags["pin.movie"] == "models:/movie-sft/4"
@@ -122,14 +122,14 @@ def test_an_alias_is_given_by_the_same_checks_as_promote(
 ) -> None:
     judged = {"evaluation": {"metric": "eval/label_nll"}}
     first = _register(uri, run_id, policy, alias="champion", lineage=lineage(config=judged))
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     assert client.get_model_version("sentiment", "1").tags["evaluation.metric"] == "eval/label_nll"
     place = client.get_run(run_id).info.experiment_id
     worse = lineage(config=judged, after={"eval/accuracy": 0.9, "eval/label_nll": 0.7})
     assert caplog.records == []
     second = _register(uri, client.create_run(place).info.run_id, policy, alias="champion", lineage=worse)
     assert second.version == 2
-    assert resolve("models:/sentiment@champion", uri) == first
+    assert resolve_model("models:/sentiment@champion", uri) == first
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
         "models:/sentiment/2 was not promoted to 'champion': eval/label_nll of version 2 is 0.7000, that of "
@@ -138,7 +138,7 @@ def test_an_alias_is_given_by_the_same_checks_as_promote(
     )
     better = lineage(config=judged, after={"eval/label_nll": 0.5})
     _register(uri, client.create_run(place).info.run_id, policy, alias="champion", lineage=better)
-    assert resolve("models:/sentiment@champion", uri).version == 3
+    assert resolve_model("models:/sentiment@champion", uri).version == 3
 
 
 def test_the_adapter_names_its_base_as_others_find_it(uri: str, run_id: str, policy: Exported) -> None:
@@ -187,7 +187,7 @@ def test_a_broken_upload_does_not_count(
             _register(uri, run_id, policy, alias="champion")
     assert _versions(uri) == []
     with pytest.raises(UsageError, match="no versions yet"):
-        resolve("models:/sentiment@champion", uri)
+        resolve_model("models:/sentiment@champion", uri)
     assert _register(uri, run_id, policy).version >= 1  # once the store is whole again, so is the version
 
 
@@ -224,14 +224,14 @@ def test_killed_in_the_middle_and_run_again_makes_one_version(
         with pytest.raises(KeyboardInterrupt):
             _register(uri, run_id, policy, alias="champion")
     with pytest.raises(UsageError, match="never verified"):
-        resolve("models:/sentiment/1", uri)
+        resolve_model("models:/sentiment/1", uri)
     assert not list(policy.merged.parent.glob(".register-*"))
 
     first = _register(uri, run_id, policy, alias="champion")
     again = _register(uri, run_id, policy, alias="champion")
     assert first == again
     assert [int(v.version) for v in _versions(uri)] == [first.version]
-    assert resolve("models:/sentiment@champion", uri).version == first.version
+    assert resolve_model("models:/sentiment@champion", uri).version == first.version
 
 
 def test_a_stale_unverified_version_of_the_run_is_cleared_away(
@@ -250,14 +250,16 @@ def test_other_runs_and_other_weights_get_versions_of_their_own(
     uri: str, run_id: str, policy: Exported
 ) -> None:
     first = _register(uri, run_id, policy)
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     other_run = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     second = _register(uri, other_run, policy)
     base = Probe.of(AutoModelForCausalLM.from_pretrained(policy.base), ROWS)
     shutil.copy(policy.base / "model.safetensors", policy.merged / "model.safetensors")
     third = _register(uri, run_id, policy, probe=base, adapter=None)
     assert [first.version, second.version, third.version] == [1, 2, 3]
-    verify(resolve("models:/sentiment/1", uri).folder, policy.probe)  # the later upload left it alone
+    verify_export(
+        resolve_model("models:/sentiment/1", uri).folder, policy.probe
+    )  # the later upload left it alone
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_a_probe_trims_its_rows_and_keeps_the_models_mode(policy: Exported) -> N
 
 
 def test_the_card_is_yaml_and_names_what_the_model_is() -> None:
-    card = render("sentiment", lineage(), adapter=True)
+    card = render_model_card("sentiment", lineage(), adapter=True)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == "tiny/base"
     assert front["library_name"] == "transformers"
@@ -317,6 +319,6 @@ def test_the_card_is_yaml_and_names_what_the_model_is() -> None:
 
 
 def test_the_card_of_a_local_base_names_no_machine_path() -> None:
-    card = render("sentiment", lineage("/data/secret-project/llama"), adapter=True)
+    card = render_model_card("sentiment", lineage("/data/secret-project/llama"), adapter=True)
     assert "secret-project" not in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])

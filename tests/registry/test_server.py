@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.models import app
 from orchestrator.errors import UsageError
-from orchestrator.registry.download import ResolvedModel, resolve
-from orchestrator.registry.register import register
-from orchestrator.tracking.mlflow import connect
+from orchestrator.registry.download import ResolvedModel, resolve_model
+from orchestrator.registry.register import register_model
+from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
 from tests.registry.policies import Exported, lineage
 
@@ -120,7 +120,7 @@ def _register(
         None, name=f"run-{accuracy}", uri=uri, folder=folder / f"{accuracy}", params={"accuracy": accuracy}
     )
     tracker.finish()
-    return register(
+    return register_model(
         uri,
         name=name,
         folder=policy.merged,
@@ -139,7 +139,7 @@ def test_metrics_reach_the_server(server: str, tmp_path: Path) -> None:
     for step in range(1, 51):
         tracker.log(step, {"loss": 1 / step})
     tracker.finish()
-    history = connect(server).get_metric_history(tracker.run_id, "loss")
+    history = connect_to_mlflow(server).get_metric_history(tracker.run_id, "loss")
     assert [m.step for m in history] == list(range(1, 51))
 
 
@@ -150,7 +150,9 @@ def test_a_team_shares_models_without_sharing_a_disk(
     first = _register(server, "sentiment", policy, tmp_path, 0.75, alias="champion")
     second = _register(server, "sentiment", policy, tmp_path, 0.7, alias="champion")
     assert first.folder.is_relative_to(tmp_path / "trainer")  # downloaded, not found lying about
-    assert connect(server).get_model_version("sentiment", "1").source.startswith("mlflow-artifacts:/")
+    assert (
+        connect_to_mlflow(server).get_model_version("sentiment", "1").source.startswith("mlflow-artifacts:/")
+    )
     assert second.version == 2
 
     on_machine("a colleague's")
@@ -221,7 +223,7 @@ def test_one_flipped_bit_in_the_store_is_refused(
     name = f"flipped{''.join(flags)}"
     registered = _register(server, name, policy, tmp_path, 0.75)
     file = "adapter_model.safetensors" if flags == ("--adapter",) else "model/model.safetensors"
-    source = connect(server).get_model_version(name, "1").source.removeprefix("mlflow-artifacts:/")
+    source = connect_to_mlflow(server).get_model_version(name, "1").source.removeprefix("mlflow-artifacts:/")
     (stored,) = (p for p in (folder / "artifacts" / source).rglob("*.safetensors") if str(p).endswith(file))
     data = bytearray(stored.read_bytes())
     data[len(data) // 2] ^= 1
@@ -235,7 +237,7 @@ def test_one_flipped_bit_in_the_store_is_refused(
     assert not list(tmp_path.glob("*m*"))
     assert not [p for p in (tmp_path / "an unlucky one").rglob("*") if p.is_file()]
     on_machine("trainer")  # which still has what it registered
-    assert resolve(registered.uri_pinned, server) == registered
+    assert resolve_model(registered.uri_pinned, server) == registered
 
 
 def test_a_damaged_download_says_which_copy(
@@ -278,4 +280,4 @@ def test_a_name_that_the_server_does_not_know(server: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(socket, "getaddrinfo", here)
     with pytest.raises(UsageError, match="does not answer to this name: start it with --allowed-hosts"):
-        connect(f"http://mlflow.example:{port}")
+        connect_to_mlflow(f"http://mlflow.example:{port}")

@@ -16,9 +16,9 @@ from mlflow.exceptions import MlflowException
 from orchestrator.errors import UsageError
 from orchestrator.redaction import redact
 from orchestrator.tracking import tracker as tracking
-from orchestrator.tracking.code_version import code_tags
+from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.metrics_file import read_metrics, read_scales
-from orchestrator.tracking.mlflow import connect, flatten, tracking_uri
+from orchestrator.tracking.mlflow import connect_to_mlflow, flatten_settings, resolve_tracking_uri
 from orchestrator.tracking.tracker import Tracker
 
 
@@ -27,7 +27,7 @@ def _start(uri: str, folder: Path, run_id: str | None = None, **more: Any) -> Tr
 
 
 def _history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in connect(uri).get_metric_history(run_id, key)]
+    return [(m.step, m.value) for m in connect_to_mlflow(uri).get_metric_history(run_id, key)]
 
 
 def test_metrics_reach_the_file_and_mlflow(uri: str, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_metrics_reach_the_file_and_mlflow(uri: str, tmp_path: Path) -> None:
     assert lines[3]["loss"] == 0.25
     assert _history(uri, tracker.run_id, "loss") == [(step, 1 / step) for step in range(1, 60)]
     assert _history(uri, tracker.run_id, "eval/accuracy") == [(59, 0.75)]
-    run = connect(uri).get_run(tracker.run_id)
+    run = connect_to_mlflow(uri).get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "a-run"
     assert run.data.params == {"loss.beta": "0.1"}
@@ -54,7 +54,7 @@ def test_a_batch_larger_than_mlflow_takes(uri: str, tmp_path: Path) -> None:
         tracker.log(step, {f"m{i}": i for i in range(900)})
     assert tracker.flush()
     tracker.close()
-    run = connect(uri).get_run(tracker.run_id)
+    run = connect_to_mlflow(uri).get_run(tracker.run_id)
     assert len(run.data.params) == 250
     assert len(run.data.metrics) == 900
     assert len(_history(uri, tracker.run_id, "m899")) == 3
@@ -89,7 +89,7 @@ def test_a_restart_goes_on_with_the_same_run_and_repeats_nothing(uri: str, tmp_p
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, 41))
     assert _history(uri, first.run_id, "loss") == [(step, step) for step in range(1, 41)]
     assert [step for step, _ in _history(uri, first.run_id, "new")] == list(range(21, 41))
-    run = connect(uri).get_run(first.run_id)
+    run = connect_to_mlflow(uri).get_run(first.run_id)
     assert run.data.params == {"a": "1", "b": "2", "c": "4"}
     assert run.data.tags["changed.b"] == "3"
 
@@ -120,7 +120,7 @@ def test_a_run_deleted_in_mlflow_is_started_anew(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = _start(uri, tmp_path / "run")
-    connect(uri).delete_run(first.run_id)
+    connect_to_mlflow(uri).delete_run(first.run_id)
     with caplog.at_level(logging.WARNING):
         assert _start(uri, tmp_path / "run", first.run_id).run_id != first.run_id
         _start(uri, tmp_path / "run", "0" * 32)
@@ -192,7 +192,7 @@ def test_a_server_that_is_not_there_is_refused_before_training(tmp_path: Path) -
 
 def test_a_deleted_experiment_is_refused(uri: str, tmp_path: Path) -> None:
     run = _start(uri, tmp_path / "run", experiment="mine").run_id
-    client = connect(uri)
+    client = connect_to_mlflow(uri)
     client.delete_experiment(client.get_run(run).info.experiment_id)
     with pytest.raises(UsageError, match=r"'mine' was deleted in MLflow: .*mlflow experiments restore"):
         _start(uri, tmp_path / "run", experiment="mine")
@@ -201,7 +201,7 @@ def test_a_deleted_experiment_is_refused(uri: str, tmp_path: Path) -> None:
 def test_trials_are_nested_under_their_parent(uri: str, tmp_path: Path) -> None:
     parent = _start(uri, tmp_path / "sweep")
     child = _start(uri, tmp_path / "trial", parent=parent.run_id)
-    assert connect(uri).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert connect_to_mlflow(uri).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
 
 def test_files_go_beside_the_database(uri: str, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_params_are_flat_redacted_and_within_mlflows_limits(uri: str, tmp_path: 
         "references": {"models": {"movie (sft)": {"model": "m"}}},
         "tokens_per_microbatch": 8,
     }
-    flat = flatten(settings)
+    flat = flatten_settings(settings)
     assert flat["loss.references.weights"] == "[0.5, 0.5]"
     assert flat["loss.dispersion"] == "{}"
     assert flat["data.token"] == "None"
@@ -256,7 +256,7 @@ def test_params_are_flat_redacted_and_within_mlflows_limits(uri: str, tmp_path: 
     assert len(flat["template"]) == 6000
     assert "hunter2" not in str(flat)
     run = _start(uri, tmp_path / "run", params=settings).run_id
-    assert connect(uri).get_run(run).data.params == flat
+    assert connect_to_mlflow(uri).get_run(run).data.params == flat
 
 
 @pytest.mark.parametrize(
@@ -269,27 +269,27 @@ def test_params_are_flat_redacted_and_within_mlflows_limits(uri: str, tmp_path: 
     ],
 )
 def test_where_mlflow_is(uri: str | None, storage: str, expected: str) -> None:
-    assert tracking_uri(uri, storage) == expected
+    assert resolve_tracking_uri(uri, storage) == expected
 
 
 def test_the_environment_names_the_server_where_the_run_file_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
-    assert tracking_uri(None, "runs") == "http://mlflow.example:5000"
-    assert tracking_uri(None, "s3://bucket/runs") == "http://mlflow.example:5000"
-    assert tracking_uri("http://other.example", "runs") == "http://other.example"
+    assert resolve_tracking_uri(None, "runs") == "http://mlflow.example:5000"
+    assert resolve_tracking_uri(None, "s3://bucket/runs") == "http://mlflow.example:5000"
+    assert resolve_tracking_uri("http://other.example", "runs") == "http://other.example"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     with pytest.raises(UsageError, match=r"^\$MLFLOW_TRACKING_URI './mlruns' is a folder"):
-        tracking_uri(None, "runs")
+        resolve_tracking_uri(None, "runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert tracking_uri(None, "/data/runs") == "sqlite:////data/runs/mlflow.db"
+    assert resolve_tracking_uri(None, "/data/runs") == "sqlite:////data/runs/mlflow.db"
 
 
 def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking_uri(None, "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking_uri("sqlite:///here.db", "runs") == f"sqlite:///{tmp_path}/here.db"
+    assert resolve_tracking_uri(None, "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_tracking_uri("sqlite:///here.db", "runs") == f"sqlite:///{tmp_path}/here.db"
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_where_mlflow_cannot_be(uri: str | None, storage: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        tracking_uri(uri, storage)
+        resolve_tracking_uri(uri, storage)
 
 
 def test_code_tags(tmp_path: Path) -> None:
-    assert "polyref.version" in code_tags()
-    assert "mlflow.source.git.commit" not in code_tags(tmp_path)
+    assert "polyref.version" in read_code_tags()
+    assert "mlflow.source.git.commit" not in read_code_tags(tmp_path)

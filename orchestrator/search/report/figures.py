@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report import labels as points
-from orchestrator.search.report.importance import Importance, importance
-from orchestrator.search.report.ranking import Ranked, rank
+from orchestrator.search.report.importance import Importance, estimate_importance
+from orchestrator.search.report.ranking import RankedPoint, rank_points
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.plots import COLOURS
 
@@ -110,20 +110,20 @@ class Search:
         return cls(records, objectives, lines, primary)
 
     @cached_property
-    def ranked(self) -> list[Ranked]:
+    def ranked(self) -> list[RankedPoint]:
         """Points and controls with a result, best first."""
-        return [one for one in rank(self.records, self.objectives) if one.rank is not None]
+        return [one for one in rank_points(self.records, self.objectives) if one.rank is not None]
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Fields that vary, with their short names."""
-        return points.short_names(points.shown_fields(self.records))
+        return points.shorten_field_names(points.list_shown_fields(self.records))
 
     @cached_property
     def looks(self) -> dict[str, Look]:
         """By family, the best first. DPO and the best have a colour each; the others have one in common."""
         ranked = [trial for one in self.ranked for trial in one.trials]
-        families = list(dict.fromkeys(points.family(record) for record in [*ranked, *self.records]))
+        families = list(dict.fromkeys(points.loss_family(record) for record in [*ranked, *self.records]))
         count = len(COLOURS)
         if len(families) <= count:
             named = families
@@ -140,7 +140,7 @@ class Search:
 
     def look(self, record: TrialRecord) -> Look:
         """That of the trial's family."""
-        return self.looks[points.family(record)]
+        return self.looks[points.loss_family(record)]
 
     def by_look(self, evaluations: "Iterable[_Of]") -> dict[Look, "list[_Of]"]:
         """What belongs to a trial, by the look that its family has."""
@@ -150,7 +150,7 @@ class Search:
         return {look: own for look, own in found.items() if own}
 
     @property
-    def best(self) -> Ranked | None:
+    def best(self) -> RankedPoint | None:
         """The first of the ranking that is no control."""
         return next(iter(self.tried), None)
 
@@ -158,11 +158,11 @@ class Search:
     def importances(self) -> dict[str, Importance]:
         """By objective; empty where there are too few points."""
         drawn = [
-            {field: value for field, value in points.flat(one.point).items() if field in self.names}
+            {field: value for field, value in points.flatten_point(one.point).items() if field in self.names}
             for one in self.ranked
         ]
         found = {
-            o.metric: importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
+            o.metric: estimate_importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
             for o in self.objectives
         }
         return {metric: one for metric, one in found.items() if one is not None}
@@ -170,7 +170,7 @@ class Search:
     @property
     def kl(self) -> str | None:
         """The metric of the divergence from the primary reference, if it was measured."""
-        return points.kl_metric(self.records, self.primary)
+        return points.find_kl_metric(self.records, self.primary)
 
     def curves(self, metric: str) -> list[Curve]:
         """One per trial that measured it, controls and failed trials too."""
@@ -194,7 +194,8 @@ class Search:
         ended = [
             (max(stamps[record.number]) - started, record, value)
             for record in self.records
-            if stamps.get(record.number) and (value := points.result(record, objective.metric)) is not None
+            if stamps.get(record.number)
+            and (value := points.read_result(record, objective.metric)) is not None
         ]
         better = max if objective.mode == "max" else min
         best: float | None = None
@@ -223,7 +224,7 @@ class Search:
         return {metric: evaluations for metric, evaluations in found.items() if evaluations}
 
     @property
-    def tried(self) -> list[Ranked]:
+    def tried(self) -> list[RankedPoint]:
         """Those of the ranking that are no controls."""
         return [one for one in self.ranked if one.control_of is None]
 
@@ -235,8 +236,8 @@ class Search:
         shown = self.tried
         if len(shown) < 2:
             return []
-        drawn = [points.flat(one.point) for one in shown]
-        fields = points.varied(drawn)
+        drawn = [points.flatten_point(one.point) for one in shown]
+        fields = points.find_varied_fields(drawn)
         common = sorted(fields, key=lambda field: -sum(field in point for point in drawn))[:_AXES]
         fields = [field for field in fields if field in common]
         if not fields:
@@ -246,7 +247,7 @@ class Search:
         ]
         for objective in self.objectives:
             values = [one.estimates[objective.metric].mean for one in shown]
-            axes.append(_number_axis(points.metric_name(objective.metric), values))
+            axes.append(_number_axis(points.format_metric_name(objective.metric), values))
         return axes
 
 
@@ -276,9 +277,9 @@ def _axis(name: str, values: Sequence[Any]) -> Axis:
     if len({value for value in values if points.is_number(value)}) > _ORDINAL:
         return _number_axis(name, values)
     kinds = _kinds(values)
-    kinds += [points.text(value) for value in sorted({v for v in values if points.is_number(v)})]
+    kinds += [points.format_value(value) for value in sorted({v for v in values if points.is_number(v)})]
     places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
-    at, bands = _spread([places[points.text(value)] for value in values], 0.28 / len(kinds))
+    at, bands = _spread([places[points.format_value(value)] for value in values], 0.28 / len(kinds))
     return Axis(name, at, [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()], bands)
 
 
@@ -288,7 +289,7 @@ def _number_axis(name: str, values: Sequence[Any]) -> Axis:
     present = [float(value) for value in values if points.is_number(value)]
     places = {kind: _SLOT * (i + 0.5) for i, kind in enumerate(_kinds(values))}
     floor = _SLOT * (len(places) + 0.5 * bool(places))
-    log = points.is_log(present)
+    log = points.spans_decades(present)
     scale = math.log10 if log else float
     low, high = min(present), max(present)
 
@@ -299,8 +300,10 @@ def _number_axis(name: str, values: Sequence[Any]) -> Axis:
     locator = LogLocator(subs=(1.0, 3.0), numticks=20) if log else MaxNLocator(5)
     located = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
     ticks = [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()]
-    ticks += [(place(tick), points.text(tick)) for tick in located]
-    others, bands = _spread([places[points.text(v)] for v in values if not points.is_number(v)], 0.28 * _SLOT)
+    ticks += [(place(tick), points.format_value(tick)) for tick in located]
+    others, bands = _spread(
+        [places[points.format_value(v)] for v in values if not points.is_number(v)], 0.28 * _SLOT
+    )
     beside = iter(others)
     at = [place(float(value)) if points.is_number(value) else next(beside) for value in values]
     return Axis(name, at, ticks, bands, "log" if log else "")
@@ -311,7 +314,7 @@ def _kinds(values: Sequence[Any]) -> list[str]:
     ranks: dict[str, list[int]] = {}
     for i, value in enumerate(values):
         if not points.is_number(value):
-            ranks.setdefault(points.text(value), []).append(i)
+            ranks.setdefault(points.format_value(value), []).append(i)
     return sorted(ranks, key=lambda kind: (kind != points.ABSENT, -fmean(ranks[kind])))
 
 

@@ -46,7 +46,8 @@ def _trials(search: Search) -> "Figure | None":
     if not present:
         return None
     figure = _panels(
-        [f"{points.metric_name(o.metric)} of {len(curves)} trials" for o, curves in present], "optimizer step"
+        [f"{points.format_metric_name(o.metric)} of {len(curves)} trials" for o, curves in present],
+        "optimizer step",
     )
     _families(figure, search, "lines+markers")
     best = {trial.number for trial in search.best.trials} if search.best else set()
@@ -77,7 +78,7 @@ def _history(search: Search) -> "Figure | None":
         return None
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
     figure = _panels(
-        [f"{points.metric_name(o.metric)} of trials as they ended" for o, _ in present],
+        [f"{points.format_metric_name(o.metric)} of trials as they ended" for o, _ in present],
         f"{unit} since the search began",
     )
     _families(figure, search, "markers")
@@ -141,13 +142,13 @@ def _importance(search: Search) -> "Figure | None":
     if not weighed:
         return None
     figure = _panels(
-        [f"What {points.metric_name(metric)} depended on" for metric in weighed], "", share=False
+        [f"What {points.format_metric_name(metric)} depended on" for metric in weighed], "", share=False
     )
     for row, one in enumerate(weighed.values(), start=1):
         figure.add_bar(
-            x=[one.shares[field] for field in one.first],
-            y=[search.names[field] for field in one.first],
-            error_x={"array": [one.errors[field] for field in one.first]},
+            x=[one.shares[field] for field in one.shown_fields],
+            y=[search.names[field] for field in one.shown_fields],
+            error_x={"array": [one.errors[field] for field in one.shown_fields]},
             orientation="h",
             marker={"color": "#0072B2"},
             showlegend=False,
@@ -155,7 +156,7 @@ def _importance(search: Search) -> "Figure | None":
             col=1,
         )
         figure.update_yaxes(autorange="reversed", title="", row=row, col=1)
-        figure.update_xaxes(title=one.told, row=row, col=1)
+        figure.update_xaxes(title=one.explanation, row=row, col=1)
     return figure
 
 
@@ -166,10 +167,10 @@ def _frontier(search: Search) -> "Figure | None":
         return None
     figure = _panels(
         [
-            f"{points.metric_name(metric)} against divergence; lines: the best of each loss"
+            f"{points.format_metric_name(metric)} against divergence; lines: the best of each loss"
             for metric in present
         ],
-        f"{points.metric_name(kl)} (nats per response)",
+        f"{points.format_metric_name(kl)} (nats per response)",
     )
     _families(figure, search, "markers")
     for row, evaluations in enumerate(present.values(), start=1):
@@ -243,7 +244,9 @@ def _symbol(look: Look, record: TrialRecord) -> str:
 def _about(search: Search, record: TrialRecord) -> str:
     about = f"trial {record.number}" + (f", control of {record.control_of}" if record.control_of else "")
     lines = [
-        f"{name} {points.text(record.point[f])}" for f, name in search.names.items() if f in record.point
+        f"{name} {points.format_value(record.point[f])}"
+        for f, name in search.names.items()
+        if f in record.point
     ]
     return html.escape(about) + "".join(f"<br>{html.escape(line)}" for line in lines)
 

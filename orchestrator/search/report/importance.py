@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.search.report.labels import ABSENT, is_log, is_number, varied
+from orchestrator.search.report.labels import ABSENT, find_varied_fields, is_number, spans_decades
 
-LEAST = 8  # points; fewer say nothing about several fields
+MIN_POINTS = 8  # points; fewer say nothing about several fields
 _FOLDS, _TREES, _SHUFFLES = 5, 100, 10
 _SHOWN = 12
 
@@ -32,19 +32,19 @@ class Importance:
     explained: float
 
     @property
-    def first(self) -> list[str]:
+    def shown_fields(self) -> list[str]:
         """The most important fields, as many as are worth a picture."""
         return list(self.shares)[:_SHOWN]
 
     @property
-    def told(self) -> str:
+    def explanation(self) -> str:
         """What the shares are, and how far to trust them."""
         if self.explained <= 0:
             return "share of its variance; none of it is predicted in unseen points: chance, so far"
         return f"share of its variance; {100 * self.explained:.0f} % of it is predicted in unseen points"
 
 
-def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Importance | None:
+def estimate_importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> Importance | None:
     """From points and what each was worth; None with fewer than eight, or where nothing varies.
 
     Shares are measured on points that the forest was not fitted to, fold by fold: a field that it merely
@@ -55,18 +55,20 @@ def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> I
     )  # slow to import, and only the end of a search needs it
     from sklearn.model_selection import KFold
 
-    fields = varied(drawn)
+    fields = find_varied_fields(drawn)
     target = np.asarray(values, dtype=np.float64)
-    if len(drawn) < LEAST or not fields or target.std() == 0:
+    if len(drawn) < MIN_POINTS or not fields or target.std() == 0:
         return None
-    table = np.column_stack([_codes([point.get(field, ABSENT) for point in drawn]) for field in fields])
+    table = np.column_stack(
+        [_encode_values([point.get(field, ABSENT) for point in drawn]) for field in fields]
+    )
     rng = np.random.default_rng(0)
     rises, error = [], 0.0
     for fitted, unseen in KFold(_FOLDS, shuffle=True, random_state=0).split(table):
         forest = RandomForestRegressor(_TREES, random_state=0).fit(table[fitted], target[fitted])
         own = (forest.predict(table[unseen]) - target[unseen]) ** 2
         error += float(own.sum())
-        predicted = forest.predict(_shuffled(table, unseen, rng)).reshape(len(fields), _SHUFFLES, -1)
+        predicted = forest.predict(_shuffle_columns(table, unseen, rng)).reshape(len(fields), _SHUFFLES, -1)
         rises.append(((predicted - target[unseen]) ** 2).mean((1, 2)) - own.mean())
     shares = np.asarray(rises) / (2 * target.var())
     order = np.argsort(-shares.mean(0), kind="stable")
@@ -77,7 +79,7 @@ def importance(drawn: Sequence[Mapping[str, Any]], values: Sequence[float]) -> I
     )
 
 
-def _shuffled(
+def _shuffle_columns(
     table: NDArray[np.float64], unseen: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """The unseen rows again and again for each column, that column dealt anew from all points."""
@@ -87,10 +89,10 @@ def _shuffled(
     return again.reshape(-1, table.shape[1])
 
 
-def _codes(values: Sequence[Any]) -> NDArray[np.float64]:
+def _encode_values(values: Sequence[Any]) -> NDArray[np.float64]:
     """Numbers, their logarithms where they span decades; below all numbers one for every other kind."""
     present = [float(value) for value in values if is_number(value)]
-    log = bool(present) and is_log(present)
+    log = bool(present) and spans_decades(present)
     known = [float(np.log10(value)) if log else value for value in present]
     low, spread = (min(known), max(known) - min(known)) if known else (0.0, 1.0)
     kinds = sorted({repr(value) for value in values if not is_number(value)})

@@ -14,38 +14,40 @@ _ALIASES = {"learning_rate": "lr"}  # by which everybody knows it
 _SILENT = ("preset", "type", "use")  # last parts of a field that say less than what they are of
 
 
-def varied(points: Iterable[Mapping[str, Any]]) -> list[str]:
+def find_varied_fields(points: Iterable[Mapping[str, Any]]) -> list[str]:
     """Fields of which not all points have the same value, as drawn; absent is a value."""
     points = list(points)
     fields = dict.fromkeys(field for point in points for field in point)
     return [field for field in fields if len({repr(point.get(field, ABSENT)) for point in points}) > 1]
 
 
-def flat(point: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_point(point: Mapping[str, Any]) -> dict[str, Any]:
     """Every field on its own, those of a stage that was set as a whole too."""
     fields: dict[str, Any] = {}
     for field, value in point.items():
         if isinstance(value, Mapping):
-            fields |= flat({f"{field}.{part}": item for part, item in value.items()})
+            fields |= flatten_point({f"{field}.{part}": item for part, item in value.items()})
         else:
             fields[field] = value
     return fields
 
 
-def shown_fields(records: Iterable[TrialRecord]) -> list[str]:
+def list_shown_fields(records: Iterable[TrialRecord]) -> list[str]:
     """Fields that a search's points differ in, and in which loss and beta controls differ from them."""
     records = list(records)
-    fields = varied(flat(record.point) for record in records if record.control_of is None)
-    apart = varied(flat(record.point) for record in records)
+    fields = find_varied_fields(
+        flatten_point(record.point) for record in records if record.control_of is None
+    )
+    apart = find_varied_fields(flatten_point(record.point) for record in records)
     return [field for field in (FAMILY, BETA) if field in apart and field not in fields] + fields
 
 
-def short_names(fields: Sequence[str]) -> dict[str, str]:
+def shorten_field_names(fields: Sequence[str]) -> dict[str, str]:
     """The last part of each dotted field, or as many parts as tell it from the others.
 
     `loss.dispersion.type` is `dispersion`, `references.use` is `references`, `loss.preset` is `loss`.
     """
-    parts = {field: _telling(field.split(".")) for field in fields}
+    parts = {field: _drop_silent_part(field.split(".")) for field in fields}
     names = {}
     for field, own in parts.items():
         others = [other for name, other in parts.items() if name != field]
@@ -58,7 +60,7 @@ def short_names(fields: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A drawn value, short: 1e-6, base+sft, none."""
     if value is None:
         return "none"
@@ -69,15 +71,15 @@ def text(value: Any) -> str:
         mantissa, e, exponent = number.partition("e")
         return f"{mantissa}e{int(exponent)}" if e else number
     if isinstance(value, list | tuple):
-        return "+".join(map(text, value))
+        return "+".join(map(format_value, value))
     return str(value)
 
 
-def described(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def describe_point(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """The fields of `names` that do something in a point: `gdpo, beta 0.2, lr 5e-6`."""
-    values = flat(point)
-    items = [(field, name, text(values.get(field))) for field, name in names.items()]
-    items = [item for item in items if item[2] != text(None)]
+    values = flatten_point(point)
+    items = [(field, name, format_value(values.get(field))) for field, name in names.items()]
+    items = [item for item in items if item[2] != format_value(None)]
     return ", ".join(value if field == FAMILY else f"{name} {value}" for field, name, value in items)
 
 
@@ -86,12 +88,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_log(values: Sequence[float]) -> bool:
+def spans_decades(values: Sequence[float]) -> bool:
     """Whether numbers span more than a linear axis can show."""
     return min(values) > 0 and max(values) / min(values) >= _DECADES
 
 
-def metric_name(metric: str) -> str:
+def format_metric_name(metric: str) -> str:
     """`accuracy`, `KL to base`, `margin at KL` for a metric's key."""
     if metric.startswith(KL):
         return f"KL to {metric.removeprefix(KL)}"
@@ -99,18 +101,18 @@ def metric_name(metric: str) -> str:
     return {"margin at kl": "margin at KL", "reward at kl": "reward at KL"}.get(name, name)
 
 
-def family(record: TrialRecord) -> str:
+def loss_family(record: TrialRecord) -> str:
     """The loss that a trial drew; searches that draw none have one family."""
     return str(record.point.get(FAMILY, "the run file's loss"))
 
 
-def result(record: TrialRecord, metric: str) -> float | None:
+def read_result(record: TrialRecord, metric: str) -> float | None:
     """What a trial that ended gave for a metric; None for one that failed or gave nothing finite."""
     value = record.result.get(metric) if record.status in ("finished", "stopped") else None
     return value if value is not None and math.isfinite(value) else None
 
 
-def numbers(records: Iterable[TrialRecord]) -> str:
+def format_trial_numbers(records: Iterable[TrialRecord]) -> str:
     """Trial numbers, runs of them joined: `4–6`, `4, 9`."""
     spans: list[list[int]] = []
     for number in sorted(record.number for record in records):
@@ -121,12 +123,12 @@ def numbers(records: Iterable[TrialRecord]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
 
 
-def trial_numbers(records: Sequence[TrialRecord]) -> str:
+def format_trials(records: Sequence[TrialRecord]) -> str:
     """`trial 4`, `trials 4–6`."""
-    return f"trial{'s' if len(records) > 1 else ''} {numbers(records)}"
+    return f"trial{'s' if len(records) > 1 else ''} {format_trial_numbers(records)}"
 
 
-def kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None:
+def find_kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None:
     """The key of the policy's divergence from `primary`, if any trial measured it.
 
     Without `primary` it is the one reference that was measured, or None where there are several.
@@ -137,5 +139,5 @@ def kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None
     return measured.pop() if len(measured) == 1 else None
 
 
-def _telling(parts: list[str]) -> list[str]:
+def _drop_silent_part(parts: list[str]) -> list[str]:
     return parts[:-1] if len(parts) > 1 and parts[-1] in _SILENT else parts

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.search.report.figures import Axis, Search, hull, time_unit
-from orchestrator.search.report.labels import metric_name, trial_numbers
-from orchestrator.tracking.plots import STYLE, WIDTH, save, stacked
+from orchestrator.search.report.labels import format_metric_name, format_trials
+from orchestrator.tracking.plots import STYLE, WIDTH, make_panels, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,17 +31,19 @@ def draw(search: Search, to: Path) -> list[Path]:
             "importance": _importance(search),
             "frontier": _frontier(search),
         }
-        return [save(figure, to / f"{name}.png") for name, figure in figures.items() if figure is not None]
+        return [
+            save_figure(figure, to / f"{name}.png") for name, figure in figures.items() if figure is not None
+        ]
 
 
 def _trials(search: Search) -> "Figure | None":
     present = [(o, curves) for o in search.objectives if (curves := search.curves(o.metric))]
     if not present:
         return None
-    figure, axes = stacked(len(present), height=3.6)
+    figure, axes = make_panels(len(present), height=3.6)
     best = {trial.number for trial in search.best.trials} if search.best else set()
     for ax, (objective, curves) in zip(axes, present, strict=True):
-        name = metric_name(objective.metric)
+        name = format_metric_name(objective.metric)
         ax.set(title=f"{_capital(name)} of {len(curves)} trials", ylabel=name)
         for curve in curves:
             is_best = curve.record.number in best
@@ -75,7 +77,7 @@ def _ends(search: Search) -> "list[Line2D]":
     if any(record.status == "failed" for record in search.records):
         handles.append(Line2D([], [], color="black", linestyle="none", marker="x", label="failed"))
     if search.best is not None:
-        told = f"the first of the ranking:\n{trial_numbers(search.best.trials)}"
+        told = f"the first of the ranking:\n{format_trials(search.best.trials)}"
         handles.append(Line2D([], [], color=_GREY, linewidth=2.4, label=told))
     return handles
 
@@ -86,10 +88,10 @@ def _history(search: Search) -> "Figure | None":
         return None
     from matplotlib.lines import Line2D
 
-    figure, axes = stacked(len(present), height=3.4)
+    figure, axes = make_panels(len(present), height=3.4)
     unit, seconds = time_unit(max(one.seconds for _, ended in present for one in ended))
     for ax, (objective, ended) in zip(axes, present, strict=True):
-        name = metric_name(objective.metric)
+        name = format_metric_name(objective.metric)
         ax.set(title=f"{_capital(name)} of trials as they ended", ylabel=name)
         times = [one.seconds / seconds for one in ended]
         ax.step(times, [one.best for one in ended], where="post", color="black", linewidth=1.4, zorder=1)
@@ -170,18 +172,18 @@ def _importance(search: Search) -> "Figure | None":
         return None
     from matplotlib.figure import Figure
 
-    rows = max(len(one.first) for one in weighed.values())
+    rows = max(len(one.shown_fields) for one in weighed.values())
     figure = Figure(figsize=(WIDTH, (0.32 * rows + 1.2) * len(weighed)), layout="constrained")
     for ax, (metric, one) in zip(
         figure.subplots(len(weighed), 1, squeeze=False)[:, 0], weighed.items(), strict=True
     ):
-        names = [_plain(search.names[field]) for field in one.first]
-        shares, errors = [one.shares[f] for f in one.first], [one.errors[f] for f in one.first]
+        names = [_plain(search.names[field]) for field in one.shown_fields]
+        shares, errors = [one.shares[f] for f in one.shown_fields], [one.errors[f] for f in one.shown_fields]
         ax.barh(names, shares, xerr=errors, color="#0072B2", height=0.6)
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.axvline(0, color=_GREY, linewidth=0.8)
-        ax.set(title=f"What {metric_name(metric)} depended on", xlabel=one.told)
+        ax.set(title=f"What {format_metric_name(metric)} depended on", xlabel=one.explanation)
     return figure
 
 
@@ -190,9 +192,9 @@ def _frontier(search: Search) -> "Figure | None":
     kl = search.kl
     if not present or kl is None:
         return None
-    figure, axes = stacked(len(present), height=3.6)
+    figure, axes = make_panels(len(present), height=3.6)
     for ax, (metric, evaluations) in zip(axes, present.items(), strict=True):
-        name = metric_name(metric)
+        name = format_metric_name(metric)
         ax.set(title=f"{_capital(name)} against divergence; lines: the best of each loss", ylabel=name)
         for look, own in search.by_look(evaluations).items():
             for one in own:
@@ -208,7 +210,7 @@ def _frontier(search: Search) -> "Figure | None":
                 )
             x, y = zip(*hull(own), strict=True)
             ax.step(x, y, where="post", color=look.colour, linewidth=1.8)
-    axes[-1].set_xlabel(f"{metric_name(kl)} (nats per response)")
+    axes[-1].set_xlabel(f"{format_metric_name(kl)} (nats per response)")
     _families(axes[0], search, lines=True)
     return figure
 

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.search.journal import TrialRecord
-from orchestrator.search.report.labels import result
+from orchestrator.search.report.labels import read_result
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective
@@ -25,7 +25,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedPoint:
     """One point, or one control, with all its repeats.
 
     Attributes:
@@ -60,8 +60,8 @@ class Ranked:
 class Difference:
     """A point less its control, by objective; `paired` when the interval is over seeds that both have."""
 
-    point: Ranked
-    control: Ranked
+    point: RankedPoint
+    control: RankedPoint
     estimates: Mapping[str, Estimate]
     paired: bool
 
@@ -69,7 +69,7 @@ class Difference:
 # ---------------------------------------------------------------- ranking
 
 
-def rank(records: Sequence[TrialRecord], objectives: "Sequence[Objective]") -> list[Ranked]:
+def rank_points(records: Sequence[TrialRecord], objectives: "Sequence[Objective]") -> list[RankedPoint]:
     """Points and controls, best first by the mean of the first objective over the repeats that gave one.
 
     The interval of a mean is Student's t over the repeats; the one trial of a point has its own interval of
@@ -79,23 +79,23 @@ def rank(records: Sequence[TrialRecord], objectives: "Sequence[Objective]") -> l
     grouped: dict[int, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda record: record.number):
         grouped.setdefault(record.point_id, []).append(record)
-    candidates = [Ranked(None, tuple(trials), _estimates(trials)) for trials in grouped.values()]
+    candidates = [RankedPoint(None, tuple(trials), _estimate_metrics(trials)) for trials in grouped.values()]
     complete = [one for one in candidates if all(o.metric in one.estimates for o in objectives)]
-    scores = {one.point_id: _scores(one, objectives) for one in complete}
-    front = {key for key, own in scores.items() if not any(_dominates(o, own) for o in scores.values())}
+    scores = {one.point_id: _objective_scores(one, objectives) for one in complete}
+    front = {key for key, own in scores.items() if not any(_is_dominating(o, own) for o in scores.values())}
     several = len(objectives) > 1
     ordered = sorted(
         complete, key=lambda one: (several and one.point_id not in front, -scores[one.point_id][0])
     )
     ranked = [
-        Ranked(place, one.trials, one.estimates, several and one.point_id in front)
+        RankedPoint(place, one.trials, one.estimates, several and one.point_id in front)
         for place, one in enumerate(ordered, start=1)
     ]
     return ranked + [one for one in candidates if one.point_id not in scores]
 
 
-def differences(
-    ranked: Sequence[Ranked],
+def compare_with_controls(
+    ranked: Sequence[RankedPoint],
     objectives: "Sequence[Objective]",
     control: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
 ) -> list[Difference]:
@@ -106,19 +106,19 @@ def differences(
     """
     found = []
     for one in ranked:
-        own = None if one.control_of is not None else _control_of(one, ranked, control)
+        own = None if one.control_of is not None else _find_control(one, ranked, control)
         if own is not None and one.rank is not None and own.rank is not None:
-            estimates = {o.metric: _difference(one, own, o.metric) for o in objectives}
+            estimates = {o.metric: _estimate_difference(one, own, o.metric) for o in objectives}
             paired = all(estimate.count > 1 for estimate in estimates.values())
             found.append(Difference(one, own, estimates, paired))
     return found
 
 
-def _control_of(
-    one: Ranked,
-    ranked: Sequence[Ranked],
+def _find_control(
+    one: RankedPoint,
+    ranked: Sequence[RankedPoint],
     control: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None,
-) -> Ranked | None:
+) -> RankedPoint | None:
     if control is None:
         return next((other for other in ranked if other.control_of == one.point_id), None)
     fields = control(one.point)
@@ -127,41 +127,41 @@ def _control_of(
     return next((o for o in ranked if o.control_of is not None and o.point == fields), None)
 
 
-def _difference(one: Ranked, control: Ranked, metric: str) -> Estimate:
+def _estimate_difference(one: RankedPoint, control: RankedPoint, metric: str) -> Estimate:
     """Over the seeds that both have; with fewer than two of them, of the means.
 
     The latter's interval adds both in squares: too wide where the same held-out pairs are easy for both,
     never too narrow.
     """
-    ours, theirs = _by_repeat(one, metric), _by_repeat(control, metric)
+    ours, theirs = _values_by_repeat(one, metric), _values_by_repeat(control, metric)
     common = sorted(ours.keys() & theirs.keys())
     if len(common) > 1:
-        return _mean([ours[repeat] - theirs[repeat] for repeat in common])
+        return _estimate_mean([ours[repeat] - theirs[repeat] for repeat in common])
     left, right = one.estimates[metric], control.estimates[metric]
     known = left.half_width is not None and right.half_width is not None
     half = math.hypot(left.half_width or 0, right.half_width or 0) if known else None
     return Estimate(left.mean - right.mean, half, 1)
 
 
-def _by_repeat(one: Ranked, metric: str) -> dict[int, float]:
-    values = ((trial.repeat, result(trial, metric)) for trial in one.trials)
+def _values_by_repeat(one: RankedPoint, metric: str) -> dict[int, float]:
+    values = ((trial.repeat, read_result(trial, metric)) for trial in one.trials)
     return {repeat: value for repeat, value in values if value is not None}
 
 
-def _estimates(trials: Sequence[TrialRecord]) -> dict[str, Estimate]:
+def _estimate_metrics(trials: Sequence[TrialRecord]) -> dict[str, Estimate]:
     found = {}
     for metric in dict.fromkeys(metric for trial in trials for metric in trial.result):
-        values = [value for trial in trials if (value := result(trial, metric)) is not None]
+        values = [value for trial in trials if (value := read_result(trial, metric)) is not None]
         if values:
-            found[metric] = _mean(values)
+            found[metric] = _estimate_mean(values)
     alone = found.get(ACCURACY)
     if alone is not None and alone.count == 1:
-        own = next(t for t in trials if result(t, ACCURACY) is not None).result
+        own = next(t for t in trials if read_result(t, ACCURACY) is not None).result
         found[ACCURACY] = Estimate(alone.mean, own.get(f"{ACCURACY}_interval"), 1)
     return found
 
 
-def _mean(values: Sequence[float]) -> Estimate:
+def _estimate_mean(values: Sequence[float]) -> Estimate:
     from scipy.special import stdtrit  # slow to import, and only the end of a search needs it
 
     count = len(values)
@@ -171,12 +171,12 @@ def _mean(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), half, count)
 
 
-def _scores(one: Ranked, objectives: "Sequence[Objective]") -> tuple[float, ...]:
+def _objective_scores(one: RankedPoint, objectives: "Sequence[Objective]") -> tuple[float, ...]:
     """Means, turned so that more is better."""
     return tuple(one.estimates[o.metric].mean * (1 if o.mode == "max" else -1) for o in objectives)
 
 
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+def _is_dominating(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 

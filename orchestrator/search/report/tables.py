@@ -12,17 +12,24 @@ from rich.text import Text
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report.labels import (
     ABSENT,
-    described,
-    flat,
-    kl_metric,
-    metric_name,
-    numbers,
-    short_names,
-    shown_fields,
-    text,
-    varied,
+    describe_point,
+    find_kl_metric,
+    find_varied_fields,
+    flatten_point,
+    format_metric_name,
+    format_trial_numbers,
+    format_value,
+    list_shown_fields,
+    shorten_field_names,
 )
-from orchestrator.search.report.ranking import ACCURACY, Difference, Estimate, Ranked, differences, rank
+from orchestrator.search.report.ranking import (
+    ACCURACY,
+    Difference,
+    Estimate,
+    RankedPoint,
+    compare_with_controls,
+    rank_points,
+)
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective
@@ -43,7 +50,7 @@ _TOLD = ("steps", "status")  # below the table where they are the same for all
 _POINT = 20  # characters; less cannot be read
 
 
-def summary(
+def build_summary(
     records: Sequence[TrialRecord],
     objectives: "Sequence[Objective]",
     *,
@@ -53,19 +60,21 @@ def summary(
     rows: int | None = None,
 ) -> Group:
     """All that is said at a search's end: ranking, differences to controls, failures."""
-    ranked = rank(records, objectives)
-    parts: list[Table | Text] = [table(ranked, objectives, primary=primary, width=width, rows=rows)]
-    compared = differences(ranked, objectives, control)
+    ranked = rank_points(records, objectives)
+    parts: list[Table | Text] = [
+        build_ranking_table(ranked, objectives, primary=primary, width=width, rows=rows)
+    ]
+    compared = compare_with_controls(ranked, objectives, control)
     if compared:
-        parts += [Text(), difference_table(compared[:rows], objectives)]
+        parts += [Text(), build_difference_table(compared[:rows], objectives)]
     failed = [record for record in records if record.status == "failed"]
     if failed:
-        parts += [Text(), failure_table(failed)]
+        parts += [Text(), build_failure_table(failed)]
     return Group(*parts)
 
 
-def table(
-    ranked: Sequence[Ranked],
+def build_ranking_table(
+    ranked: Sequence[RankedPoint],
     objectives: "Sequence[Objective]",
     *,
     primary: str | None = None,
@@ -77,39 +86,42 @@ def table(
     Every field that varies has a column of its own if all fit in `width` characters, else they share one.
     `primary` names the reference whose KL is shown if it was measured.
     """
-    wide = _table(ranked, objectives, primary, rows, apart=True)
+    wide = _build_table(ranked, objectives, primary, rows, apart=True)
     console = Console(width=10_000)
     if console.measure(wide).maximum <= width:
         return wide
-    return _table(ranked, objectives, primary, rows, apart=False)
+    return _build_table(ranked, objectives, primary, rows, apart=False)
 
 
-def _table(
-    ranked: Sequence[Ranked],
+def _build_table(
+    ranked: Sequence[RankedPoint],
     objectives: "Sequence[Objective]",
     primary: str | None,
     rows: int | None,
     *,
     apart: bool,
 ) -> Table:
-    metrics = _metrics(ranked, objectives, primary)
-    names = short_names(shown_fields(trial for one in ranked for trial in one.trials))
+    metrics = _list_metrics(ranked, objectives, primary)
+    names = shorten_field_names(list_shown_fields(trial for one in ranked for trial in one.trials))
     columns = {
-        "rank": [_rank(one) for one in ranked],
-        "trials": [numbers(one.trials) for one in ranked],
+        "rank": [_format_rank(one) for one in ranked],
+        "trials": [format_trial_numbers(one.trials) for one in ranked],
     }
     if apart:
         if any(one.control_of is not None for one in ranked):
             columns["control of"] = [str(one.control_of or "") for one in ranked]
-        columns |= {name: [_field(one, field) for one in ranked] for field, name in names.items()}
+        columns |= {name: [_format_field(one, field) for one in ranked] for field, name in names.items()}
     else:
-        columns["point"] = [_about(one, names) for one in ranked]
+        columns["point"] = [_describe_ranked(one, names) for one in ranked]
     estimates = {metric: [one.estimates.get(metric) for one in ranked] for metric in metrics}
-    columns |= {metric_name(metric): _cells(column) for metric, column in estimates.items()}
-    columns |= {"steps": [_steps(one) for one in ranked], "status": [_status(one) for one in ranked]}
+    columns |= {format_metric_name(metric): _format_estimates(column) for metric, column in estimates.items()}
+    columns |= {
+        "steps": [_format_steps(one) for one in ranked],
+        "status": [_format_status(one) for one in ranked],
+    }
     same = {name: cells[0] for name, cells in columns.items() if name in _TOLD and len(set(cells)) == 1}
-    made = _empty("Result of the search", _footnotes(ranked, rows, same))
-    right = {"rank", "control of", "steps", *map(metric_name, metrics)}
+    made = _new_table("Result of the search", _build_footnotes(ranked, rows, same))
+    right = {"rank", "control of", "steps", *map(format_metric_name, metrics)}
     kept = {name: cells for name, cells in columns.items() if name not in same}
     for name in kept:
         justify: Literal["left", "right"] = "right" if name in right else "left"
@@ -125,28 +137,30 @@ def _table(
     return made
 
 
-def difference_table(compared: Sequence[Difference], objectives: "Sequence[Objective]") -> Table:
+def build_difference_table(compared: Sequence[Difference], objectives: "Sequence[Objective]") -> Table:
     """Points less their controls; below it how the intervals came about."""
-    names = short_names(varied(_loss_fields(one.point) for one in compared))
+    names = shorten_field_names(find_varied_fields(_select_loss_fields(one.point) for one in compared))
     paired = "over the seeds that both have" if all(one.paired for one in compared) else None
     note = paired or "over the seeds that both have; of one seed, from both intervals over held-out pairs"
-    made = _empty("Point less its control: DPO of matched beta", f"± is a 95 % interval {note}")
+    made = _new_table("Point less its control: DPO of matched beta", f"± is a 95 % interval {note}")
     made.add_column("trials")
     made.add_column("control")
     made.add_column("point", overflow="fold")
     for objective in objectives:
-        made.add_column(Text(metric_name(objective.metric)), justify="right", no_wrap=True)
-    columns = [_cells([one.estimates[o.metric] for one in compared], signed=True) for o in objectives]
+        made.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
+    columns = [
+        _format_estimates([one.estimates[o.metric] for one in compared], signed=True) for o in objectives
+    ]
     for row, one in enumerate(compared):
-        told = [numbers(one.point.trials), numbers(one.control.trials)]
-        told.append(described(one.point.point, names) or ABSENT)
+        told = [format_trial_numbers(one.point.trials), format_trial_numbers(one.control.trials)]
+        told.append(describe_point(one.point.point, names) or ABSENT)
         made.add_row(*map(Text, told), *(Text(column[row]) for column in columns))
     return made
 
 
-def failure_table(failed: Sequence[TrialRecord]) -> Table:
+def build_failure_table(failed: Sequence[TrialRecord]) -> Table:
     """Trials that failed, each with its reason."""
-    made = _empty("Failed trials")
+    made = _new_table("Failed trials")
     made.add_column("trial", justify="right")
     made.add_column("reason", overflow="fold")
     for record in failed:
@@ -154,7 +168,7 @@ def failure_table(failed: Sequence[TrialRecord]) -> Table:
     return made
 
 
-def live_table(
+def build_live_table(
     records: Sequence[TrialRecord],
     objectives: "Sequence[Objective]",
     *,
@@ -173,13 +187,13 @@ def live_table(
         return place, (record.number if place != 1 else -value if first.mode == "max" else value)
 
     shown = sorted(records, key=order)[:rows]
-    names = short_names(shown_fields(records))
-    made = _empty(None, _counts(records))
+    names = shorten_field_names(list_shown_fields(records))
+    made = _new_table(None, _format_counts(records))
     made.add_column("trial", justify="right", no_wrap=True)
     made.add_column("status", no_wrap=True)
     made.add_column("step", justify="right", no_wrap=True)
     for objective in objectives:
-        made.add_column(Text(metric_name(objective.metric)), justify="right", no_wrap=True)
+        made.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
     made.add_column("point")
     for record in shown:
         step = f"{record.step}/{max_steps}" if max_steps else str(record.step)
@@ -187,13 +201,13 @@ def live_table(
         told = [record.name.lstrip("0"), record.status, step]
         told += [ABSENT if value is None else f"{value:.4g}" for value in values]
         about = f"control of {record.control_of}: " if record.control_of is not None else ""
-        about += described(record.point, names)
+        about += describe_point(record.point, names)
         # A line each: the table is drawn over and over.
         made.add_row(*map(Text, told), Text(about, no_wrap=True, overflow="ellipsis"))
     return made
 
 
-def _empty(title: str | None, caption: str | None = None) -> Table:
+def _new_table(title: str | None, caption: str | None = None) -> Table:
     return Table(
         box=None,
         padding=(0, 2, 0, 0),
@@ -205,14 +219,16 @@ def _empty(title: str | None, caption: str | None = None) -> Table:
     )
 
 
-def _metrics(ranked: Sequence[Ranked], objectives: "Sequence[Objective]", primary: str | None) -> list[str]:
+def _list_metrics(
+    ranked: Sequence[RankedPoint], objectives: "Sequence[Objective]", primary: str | None
+) -> list[str]:
     """Objectives, and beside them accuracy and KL where they were measured."""
-    kl = kl_metric((trial for one in ranked for trial in one.trials), primary)
+    kl = find_kl_metric((trial for one in ranked for trial in one.trials), primary)
     also = [ACCURACY] if any(ACCURACY in one.estimates for one in ranked) else []
     return list(dict.fromkeys([*(o.metric for o in objectives), *also, *([kl] if kl else [])]))
 
 
-def _cells(estimates: Sequence[Estimate | None], *, signed: bool = False) -> list[str]:
+def _format_estimates(estimates: Sequence[Estimate | None], *, signed: bool = False) -> list[str]:
     """Three digits of the column's largest number, and as many decimals in all its cells."""
     largest = max((abs(one.mean) for one in estimates if one is not None), default=0.0)
     decimals = min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest else 3
@@ -226,43 +242,43 @@ def _cells(estimates: Sequence[Estimate | None], *, signed: bool = False) -> lis
     return cells
 
 
-def _rank(one: Ranked) -> str:
+def _format_rank(one: RankedPoint) -> str:
     return ABSENT if one.rank is None else f"{one.rank}{'*' if one.front else ''}"
 
 
-def _field(one: Ranked, name: str) -> str:
-    return text(flat(one.point).get(name, ABSENT))
+def _format_field(one: RankedPoint, name: str) -> str:
+    return format_value(flatten_point(one.point).get(name, ABSENT))
 
 
-def _loss_fields(one: Ranked) -> dict[str, Any]:
-    return {field: value for field, value in flat(one.point).items() if field.startswith("loss.")}
+def _select_loss_fields(one: RankedPoint) -> dict[str, Any]:
+    return {field: value for field, value in flatten_point(one.point).items() if field.startswith("loss.")}
 
 
-def _about(one: Ranked, names: Mapping[str, str]) -> str:
+def _describe_ranked(one: RankedPoint, names: Mapping[str, str]) -> str:
     about = "" if one.control_of is None else f"control of {one.control_of}: "
-    return about + described(one.point, names)
+    return about + describe_point(one.point, names)
 
 
-def _steps(one: Ranked) -> str:
+def _format_steps(one: RankedPoint) -> str:
     """Of the trials that count."""
     steps = [trial.step for trial in one.trials if one.rank is None or trial.status != "failed"]
     return str(min(steps)) if min(steps) == max(steps) else f"{min(steps)}–{max(steps)}"
 
 
-def _status(one: Ranked) -> str:
+def _format_status(one: RankedPoint) -> str:
     counts = Counter(trial.status for trial in one.trials)
     if len(counts) == 1:
         return one.trials[0].status
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def _counts(records: Sequence[TrialRecord]) -> str:
+def _format_counts(records: Sequence[TrialRecord]) -> str:
     counts: Counter[str] = Counter(record.status for record in records)
     order = ("running", "finished", "stopped", "failed", "pending")
     return ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
 
 
-def _footnotes(ranked: Sequence[Ranked], rows: int | None, same: Mapping[str, str]) -> str:
+def _build_footnotes(ranked: Sequence[RankedPoint], rows: int | None, same: Mapping[str, str]) -> str:
     notes = []
     if "status" in same:
         steps = f" at step {same['steps']}" if "steps" in same else ""

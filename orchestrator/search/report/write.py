@@ -11,13 +11,13 @@ from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report import html as sweep_html
 from orchestrator.search.report import png as sweep_png
 from orchestrator.search.report.figures import Search
-from orchestrator.search.report.importance import LEAST
+from orchestrator.search.report.importance import MIN_POINTS
 
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective
 
 
-def draw(
+def draw_search(
     records: Iterable[TrialRecord],
     objectives: "Sequence[Objective]",
     folders: Mapping[int, Path],
@@ -44,12 +44,12 @@ def draw(
     return [*sweep_png.draw(search, to), *sweep_html.draw(search, to)]
 
 
-def not_drawn(records: Iterable[TrialRecord], objectives: "Sequence[Objective]") -> list[str]:
+def explain_missing_figures(records: Iterable[TrialRecord], objectives: "Sequence[Objective]") -> list[str]:
     """Which pictures `draw` leaves out for want of results, and why; each a sentence."""
     with_result = len(Search(list(records), objectives, {}).ranked)
-    if with_result < LEAST:
+    if with_result < MIN_POINTS:
         return [
-            f"importance is not drawn: it needs {LEAST} points with a result, and there are {with_result}"
+            f"importance is not drawn: it needs {MIN_POINTS} points with a result, and there are {with_result}"
         ]
     return []
 
