@@ -1,1 +1,1 @@
-"""Human preferences: rows become pairs, pairs become tokens, tokens become batches."""
+"""Human preferences: from rows to pairs, from pairs to tokens, from tokens to batches."""

@@ -1,4 +1,4 @@
-"""Which pairs make an optimizer step, and how a step is shared out over ranks and micro-batches."""
+"""Choose the pairs of each optimizer step, and split a step over ranks and micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Indices = npt.NDArray[np.int64]
 class BatchPlan:
     """The order of training: every pair once per epoch, in steps of `pairs_per_step`, the last one smaller.
 
-    A step is a function of (seed, epoch, step) alone. It knows nothing of ranks, so any world size, and a run
-    resumed anywhere, takes the same steps.
+    A step is a function of (seed, epoch, step) alone. It does not depend on ranks, so a run with any world
+    size, or resumed at any step, takes the same steps.
     """
 
     count: int
@@ -29,20 +29,20 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every pair once."""
+        """Number of optimizer steps that see every pair once."""
         return -(-self.count // self.pairs_per_step)
 
     def indices(self, epoch: int, step: int) -> Indices:
-        """Indices of the pairs of one global step; `step` counts from 0 within the epoch."""
+        """Return the indices of the pairs of one global step; `step` counts from 0 within the epoch."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step must be from 0 to {self.steps_per_epoch - 1}, got {step}")
-        order = _order(self.count, self.seed, epoch)
+        order = _compute_epoch_order(self.count, self.seed, epoch)
         return order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step].copy()
 
 
 @lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Indices:
-    # raw bits, sorted: numpy keeps the bits of a generator the same over its versions, but not its shuffles
+def _compute_epoch_order(count: int, seed: int, epoch: int) -> Indices:
+    # sorts raw bits: numpy keeps the bits of a generator the same over its versions, but not its shuffles
     order = np.argsort(np.random.PCG64([seed, epoch]).random_raw(count), kind="stable")
     order.setflags(write=False)
     return order
@@ -51,14 +51,14 @@ def _order(count: int, seed: int, epoch: int) -> Indices:
 def split(
     indices: Indices, lengths: npt.NDArray[np.integer], *, world_size: int, tokens_per_microbatch: int
 ) -> list[list[Indices]]:
-    """Share one step out: `[rank][micro-batch]` -> indices of pairs.
+    """Split one step into micro-batches: `[rank][micro-batch]` -> indices of pairs.
 
     `lengths` (N,) are the tokens of every pair of the table (`TokenTable.pair_lengths`: the prompt once and
     both responses), looked up by `indices`. A micro-batch of n pairs takes n x its longest pair, padding
-    included, and stays within `tokens_per_microbatch`; a pair longer than that goes alone. Every rank gets
-    the same number of micro-batches, because a forward pass may hold collectives; the k-th ones of all ranks
-    are of similar size, and ranks carry similar sums. A micro-batch is empty only where there are fewer
-    pairs than places.
+    included, and stays within `tokens_per_microbatch`; a longer pair is a micro-batch of its own. Every rank
+    gets the same number of micro-batches, because a forward pass may contain collectives. The k-th
+    micro-batches of all ranks have similar sizes, and all ranks similar totals. A micro-batch is empty only
+    if there are fewer pairs than micro-batches.
     """
     if world_size < 1 or tokens_per_microbatch < 1:
         raise ValueError(
@@ -66,28 +66,32 @@ def split(
         )
     order = indices[np.lexsort((indices, -lengths[indices].astype(np.int64)))]
     sizes = lengths[order].tolist()
-    bounds = _even(_levelled(sizes, tokens_per_microbatch, world_size), sizes, world_size)
-    bounds.sort(key=lambda bound: (-_cost(bound, sizes), bound))
+    bounds = _split_to_multiple(
+        _pack_with_smallest_maximum(sizes, tokens_per_microbatch, world_size), sizes, world_size
+    )
+    bounds.sort(key=lambda bound: (-_count_padded_tokens(bound, sizes), bound))
     ranks: list[list[Indices]] = [[] for _ in range(world_size)]
-    carried = [0] * world_size
+    totals = [0] * world_size
     for first in range(0, len(bounds), world_size):
-        lightest_first = sorted(range(world_size), key=lambda rank: (carried[rank], rank))
+        lightest_first = sorted(range(world_size), key=lambda rank: (totals[rank], rank))
         for rank, bound in zip(lightest_first, bounds[first : first + world_size], strict=True):
             ranks[rank].append(order[slice(*bound)])
-            carried[rank] += _cost(bound, sizes)
+            totals[rank] += _count_padded_tokens(bound, sizes)
     return ranks
 
 
 Bound = tuple[int, int]
+"""First position and end of a micro-batch in the pairs sorted by descending length."""
 
 
-def _cost(bound: Bound, sizes: Sequence[int]) -> int:
-    """Tokens with padding; `sizes` falls, so the first is the longest."""
+def _count_padded_tokens(bound: Bound, sizes: Sequence[int]) -> int:
+    """Count the tokens of a micro-batch with padding; its first pair is the longest (`sizes` descend)."""
     first, last = bound
     return (last - first) * sizes[first] if last > first else 0
 
 
-def _within_budget(sizes: Sequence[int], budget: int) -> list[Bound]:
+def _pack_within_budget(sizes: Sequence[int], budget: int) -> list[Bound]:
+    """Fill micro-batches in order, each up to `budget` tokens."""
     bounds = []
     first = 0
     for i in range(1, len(sizes) + 1):
@@ -97,20 +101,20 @@ def _within_budget(sizes: Sequence[int], budget: int) -> list[Bound]:
     return bounds
 
 
-def _levelled(sizes: Sequence[int], budget: int, world_size: int) -> list[Bound]:
-    """As many micro-batches as the budget asks for, rounded up to the ranks, the largest made small."""
-    places = -(-len(_within_budget(sizes, budget)) // world_size) * world_size
+def _pack_with_smallest_maximum(sizes: Sequence[int], budget: int, world_size: int) -> list[Bound]:
+    """Make as many micro-batches as the budget needs, rounded up to the ranks, with the smallest maximum."""
+    places = -(-len(_pack_within_budget(sizes, budget)) // world_size) * world_size
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
-        if len(_within_budget(sizes, middle)) <= places:
+        if len(_pack_within_budget(sizes, middle)) <= places:
             high = middle
         else:
             low = middle + 1
-    return _within_budget(sizes, low)
+    return _pack_within_budget(sizes, low)
 
 
-def _even(bounds: list[Bound], sizes: Sequence[int], world_size: int) -> list[Bound]:
+def _split_to_multiple(bounds: list[Bound], sizes: Sequence[int], world_size: int) -> list[Bound]:
     """Halve the largest micro-batches until their number is a multiple of `world_size`."""
     bounds = list(bounds)
     while len(bounds) % world_size or not bounds:
@@ -118,7 +122,7 @@ def _even(bounds: list[Bound], sizes: Sequence[int], world_size: int) -> list[Bo
         if not divisible:
             bounds.append((len(sizes), len(sizes)))
             continue
-        largest = max(divisible, key=lambda bound: (_cost(bound, sizes), bound))
+        largest = max(divisible, key=lambda bound: (_count_padded_tokens(bound, sizes), bound))
         bounds.remove(largest)
         middle = (largest[0] + largest[1]) // 2
         bounds += [(largest[0], middle), (middle, largest[1])]

@@ -1,6 +1,7 @@
-"""Object stores by URI, reached with pyarrow's own clients: S3, Google Cloud Storage and Azure.
+"""Open object stores by URI with pyarrow's own clients: S3, Google Cloud Storage and Azure.
 
-They find credentials as the provider's own tools do: in the environment, a profile, or the machine's role.
+The clients find credentials as the provider's own tools do: in the environment, a profile, or the machine's
+role.
 """
 
 import re
@@ -14,7 +15,7 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 """URI schemes of the object stores that need no further package."""
 
 FAILURES = (OSError, pyarrow.ArrowException)
-"""What the client of an object store raises."""
+"""Errors that the client of an object store raises."""
 
 _REMEDIES = {
     "s3": "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), "
@@ -26,48 +27,48 @@ _REMEDIES = {
 _GIVE_UP_AFTER_S = 60
 
 
-def is_bucket(place: str) -> bool:
-    """Whether it is the URI of an object store that `opened` opens."""
-    return place.partition("://")[0] in SCHEMES and "://" in place
+def is_bucket(path: str) -> bool:
+    """Whether a path is the URI of an object store that `open_bucket` opens."""
+    return path.partition("://")[0] in SCHEMES and "://" in path
 
 
 def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The object store and the path in it.
+    """Return the object store and the path in it.
 
     Raises:
-        OSError, ArrowException: the URI is malformed, or the bucket's region cannot be found out.
+        OSError, ArrowException: the URI is malformed, or the bucket's region cannot be found.
     """
     if urlsplit(uri).scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
-        # The default is a quarter of an hour, in which a machine without a network says nothing.
+        # The default is 15 minutes, during which a machine without a network reports nothing.
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GIVE_UP_AFTER_S}"
     return pyarrow.fs.FileSystem.from_uri(uri)
 
 
-def join(place: str, *names: str) -> str:
-    """A place below a folder or URI; the URI's options (`?region=...`) stay at its end."""
-    base, mark, options = place.partition("?") if "://" in place else (place, "", "")
+def join(path: str, *names: str) -> str:
+    """Return a path below a folder or URI; the URI's options (`?region=...`) stay at its end."""
+    base, mark, options = path.partition("?") if "://" in path else (path, "", "")
     return "/".join([base.rstrip("/"), *names]) + mark + options
 
 
 def without_options(uri: str) -> str:
-    """The URI as it may be shown: neither options nor a key and secret.
+    """Return the URI as it may be shown: without options, key and secret.
 
-    Secrets may hold slashes and more, which should be escaped and often are not: of a bucket's URI all up to
-    the last @ goes.
+    Secrets may contain slashes and other characters that should be escaped and often are not, so everything
+    up to the last @ is removed from a bucket's URI.
     """
     secret = r"(?:[^?]*@|.*@)" if is_bucket(uri) else r"[^/]*@"
     return re.sub(rf"://[^/@:?]*:{secret}", "://", uri, count=1).partition("?")[0]
 
 
 def reason(error: BaseException) -> str:
-    """What a store's client says, in one line without request ids or the secret of a URI that it repeats."""
+    """Describe a store client's error in one line, without request ids or the secret of a URI in it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     lines[0] = re.sub(r"'(\w+://.*)'", lambda found: f"'{without_options(found[1])}'", lines[0])
     return re.sub(r"(; Details: .*| \(Request ID:? .*| Detail: \[errno.*)$", "", lines[0])
 
 
 def remedy(uri: str) -> str:
-    """What to check when a store refuses or does not answer."""
+    """Suggest what to check when a store refuses access or does not answer."""
     scheme: Any = urlsplit(uri).scheme
     kind = {"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme)
     return f"check the name, the network, and {_REMEDIES.get(kind, 'credentials')}"

@@ -1,4 +1,4 @@
-"""Settings of the data floor. Imports neither torch nor transformers."""
+"""Settings of the data: sources, columns and lengths. Imports neither torch nor transformers."""
 
 import difflib
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ FIELDS = (
     "votes_rejected",
     "tools",
 )
-"""What a row can say. `context` is another name for `prompt`."""
+"""Fields that a row may have. `context` is another name for `prompt`."""
 
 METADATA_COLUMNS = (
     *("id", "*_id", "idx", "index", "", "_*", "Unnamed: *"),  # the last three: a pandas index
     *("source", "meta", "metadata", "dataset", "category", "language", "lang", "url", "timestamp"),
 )
-"""Columns that every data set carries and that cannot be mistaken for a field: never read, never refused."""
+"""Columns that many data sets have and that cannot be mistaken for a field: never read, never refused."""
 
 
 class DataConfig(BaseModel):
     """Where pairs come from, which of their columns are read, and how long they may be.
 
     `columns` maps a field to the column that holds it (`chosen: response_a`), or to null (do not read it).
-    Any other column is refused, because a misspelt `soft_label` would silently train on hard labels; it is
-    let through by a name or pattern in `ignore` (`"*"` for all) or in `METADATA_COLUMNS`.
+    Any other column is refused, because a misspelt `soft_label` would silently train on hard labels, unless a
+    name or pattern in `ignore` (`"*"` for all) or `METADATA_COLUMNS` matches it.
 
     `max_length` and `max_prompt_length` are counted in the policy's tokens, for a prompt with one response
-    and its end-of-turn token; a reference with its own tokenizer is bound by its own positions only.
+    and its end-of-turn token; a reference with its own tokenizer is limited by its own positions only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,19 +67,19 @@ class DataConfig(BaseModel):
 
     @field_validator("eval_fraction")
     @classmethod
-    def _share(cls, value: float | None) -> float | None:
+    def _check_eval_fraction(cls, value: float | None) -> float | None:
         if value is not None and not 0 < value < 1:
             raise ValueError(f"eval_fraction must be between 0 and 1, got {value}; try 0.05, or leave it out")
         return value
 
     @field_validator("columns")
     @classmethod
-    def _known_fields(cls, value: dict[str, str | None]) -> dict[str, str | None]:
+    def _check_columns(cls, value: dict[str, str | None]) -> dict[str, str | None]:
         for field in value:
             if field not in FIELDS:
                 raise ValueError(
                     f"columns maps a field to a column, and {field!r} is no field"
-                    f"{did_you_mean(field, FIELDS)}; fields are {', '.join(FIELDS)}"
+                    f"{suggest_name(field, FIELDS)}; fields are {', '.join(FIELDS)}"
                 )
         named = [column for column in value.values() if column is not None]
         for column in named:
@@ -91,11 +91,11 @@ class DataConfig(BaseModel):
 
     @field_validator("ignore", mode="before")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
+    def _wrap_single_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _lengths(self) -> "DataConfig":
+    def _check_lengths(self) -> "DataConfig":
         if self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be >= 1, got {self.max_prompt_length}; try 512")
         if self.max_length < 2:
@@ -109,7 +109,7 @@ class DataConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> "DataConfig":
+    def _check_eval_source(self) -> "DataConfig":
         if self.eval_fraction is not None and (self.eval or self.eval_split):
             raise ValueError(
                 "eval_fraction holds pairs out of `train`, and eval or eval_split names held-out pairs; "
@@ -123,7 +123,7 @@ class DataConfig(BaseModel):
         return self
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """` (did you mean 'chosen'?)`, or nothing when no known word is close."""
+def suggest_name(word: str, known: Sequence[str]) -> str:
+    """Return ` (did you mean 'chosen'?)`, or an empty text if no known word is close."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,38 +1,41 @@
-"""Texts and messages of a row: checked, and the prompt told apart from the responses."""
+"""Check the texts and messages of a row, and separate its prompt from the responses."""
 
 from typing import Any
 
-from preferences.pairs import BadRow, Message, shared_length, shared_text
+from preferences.pairs import BadRow, Message, count_common_prefix, find_implicit_prompt_end
 
 
 def split_off_prompt(
     prompt: str | list[Message] | None, responses: list[Any], place: str
 ) -> tuple[str | list[Message], list[Any]]:
-    """The prompt, and the responses without it, whichever of the ecosystem's ways the row was written in."""
+    """Return the prompt, and the responses without it, for each of the row formats in common use."""
     conversations = not isinstance(responses[0], str)
     if prompt is None:
         if len(responses) < 2:
             raise BadRow(
                 place, "missing field", "prompt is missing or empty; give the text that was completed"
             )
-        length = (shared_length if conversations else shared_text)(*responses)
+        length = (count_common_prefix if conversations else find_implicit_prompt_end)(*responses)
         return responses[0][:length], [response[length:] for response in responses]
     if isinstance(prompt, str) and conversations:
-        return _prompt_among_messages(prompt, responses, place)
+        return _find_prompt_in_messages(prompt, responses, place)
     if not isinstance(prompt, str):
-        responses = [response if conversations else [_answer(response)] for response in responses]
+        responses = [response if conversations else [_build_answer(response)] for response in responses]
         if all(response[: len(prompt)] == prompt for response in responses):
             responses = [response[len(prompt) :] for response in responses]
     return prompt, responses
 
 
-def _prompt_among_messages(
+def _find_prompt_in_messages(
     prompt: str, responses: list[list[Message]], place: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """A text prompt beside message lists: the question they answer, or a copy of the one they begin with."""
+    """Return the messages of a text prompt beside message lists, and the responses without them.
+
+    The text is the question that the responses answer, or repeats one of the messages that they share.
+    """
     if all(len(response) == 1 for response in responses):
         return [{"role": "user", "content": prompt}], responses
-    length = shared_length(*responses) if len(responses) > 1 else len(responses[0]) - 1
+    length = count_common_prefix(*responses) if len(responses) > 1 else len(responses[0]) - 1
     if not any(message["content"].strip() == prompt.strip() for message in responses[0][:length]):
         raise BadRow(
             place,
@@ -43,12 +46,12 @@ def _prompt_among_messages(
     return responses[0][:length], [response[length:] for response in responses]
 
 
-def _answer(text: str) -> Message:
+def _build_answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def checked_prompt(prompt: str | list[Message], place: str) -> str | list[Message]:
-    """The prompt, if there is something to answer."""
+def check_prompt(prompt: str | list[Message], place: str) -> str | list[Message]:
+    """Return the prompt, and refuse one that leaves nothing to answer."""
     if isinstance(prompt, str):
         if not prompt.strip():
             raise BadRow(
@@ -69,8 +72,8 @@ def checked_prompt(prompt: str | list[Message], place: str) -> str | list[Messag
     return prompt
 
 
-def checked_response(response: str | list[Message], field: str, place: str) -> str | list[Message]:
-    """The response, if it is a text or one assistant message that says or calls something."""
+def check_response(response: str | list[Message], field: str, place: str) -> str | list[Message]:
+    """Return the response, and refuse any but a text or one assistant message with content or tool calls."""
     if isinstance(response, str):
         if not response.strip():
             raise BadRow(place, "empty response", f"{field} is empty after the prompt")
@@ -93,22 +96,26 @@ def checked_response(response: str | list[Message], field: str, place: str) -> s
     return response
 
 
-def text_or_messages(value: Any, field: str, place: str) -> str | list[Message]:
-    """A column's value, if it is text or a list of well-formed messages."""
+def parse_text_or_messages(value: Any, field: str, place: str) -> str | list[Message]:
+    """Return a column's value, and refuse any but text or a list of well-formed messages."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(place, "empty text", f"{field} is missing or empty")
         return value
     if not isinstance(value, list):
-        raise BadRow(place, "not text", f"{field} must be text or a list of messages, got {kind(value)}")
+        raise BadRow(
+            place, "not text", f"{field} must be text or a list of messages, got {describe_value(value)}"
+        )
     if not value:
         raise BadRow(place, "empty text", f"{field} is an empty list of messages")
-    return [_message(message, f"{field}[{i}]", place) for i, message in enumerate(value)]
+    return [_parse_message(message, f"{field}[{i}]", place) for i, message in enumerate(value)]
 
 
-def _message(value: Any, field: str, place: str) -> Message:
+def _parse_message(value: Any, field: str, place: str) -> Message:
     if not isinstance(value, dict):
-        raise BadRow(place, "bad messages", f"{field} must be a message {{role, content}}, got {kind(value)}")
+        raise BadRow(
+            place, "bad messages", f"{field} must be a message {{role, content}}, got {describe_value(value)}"
+        )
     message = {name: part for name, part in value.items() if part is not None}
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise BadRow(
@@ -117,8 +124,8 @@ def _message(value: Any, field: str, place: str) -> Message:
             f"{field} has no role; a message is {{role: user, content: ...}}, got {list(value)}",
         )
     content = message.get("content", "" if message.get("tool_calls") else None)
-    if isinstance(content, list):  # the content parts of multimodal formats, when all of them are text
-        content = _joined(content)
+    if isinstance(content, list):  # the content parts of multimodal formats, if all of them are text
+        content = _join_text_parts(content)
     if not isinstance(content, str):
         raise BadRow(
             place, "bad messages", f"{field} must have a text as content; images and sound cannot be read"
@@ -126,13 +133,14 @@ def _message(value: Any, field: str, place: str) -> Message:
     return {"role": message.pop("role"), **message, "content": content}
 
 
-def _joined(parts: list[Any]) -> str | None:
+def _join_text_parts(parts: list[Any]) -> str | None:
+    """Join content parts; None if one of them is not text."""
     texts = [
         part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts
     ]
     return None if None in texts else "".join(str(text) for text in texts)
 
 
-def kind(value: Any) -> str:
-    """What was found instead, for an error message."""
+def describe_value(value: Any) -> str:
+    """Describe a value of the wrong type for an error message."""
     return f"{type(value).__name__} {str(value)[:40]!r}"

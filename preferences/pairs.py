@@ -1,11 +1,11 @@
-"""What a preference is once it is read: `Pair`, and the errors that reading one can raise."""
+"""A preference after it is read, `Pair`, and the errors that reading one can raise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]
-"""One turn: `role`, `content` (text), and what else the chat template knows, such as `tool_calls`."""
+"""One turn: `role`, `content` (text), and other keys that the chat template reads, such as `tool_calls`."""
 
 
 class DataError(ValueError):
@@ -13,10 +13,10 @@ class DataError(ValueError):
 
 
 class BadRow(DataError):
-    """One row cannot be used: stops the load, or is counted under `reason` when `on_bad_row` is `skip`."""
+    """One row cannot be used: it stops loading, or is counted under `reason` if `on_bad_row` is `skip`."""
 
     def __init__(self, place: str, reason: str, detail: str) -> None:
-        super().__init__(place, reason, detail)  # all in args: an exception crosses processes by its args
+        super().__init__(place, reason, detail)  # all in args, because an exception is pickled by its args
         self.place, self.reason, self.detail = place, reason, detail
 
     def __str__(self) -> str:
@@ -29,9 +29,9 @@ class BadRow(DataError):
 class Pair:
     """Two responses to one prompt, of which `chosen` was preferred by the share `soft_label` of people.
 
-    A pair is plain text throughout or messages throughout: then `prompt` is the conversation up to the
-    response, and each response is a list of one assistant message. `rejected` is None where only completions
-    are trained on. `soft_label` is in [1/2, 1] (a row below 1/2 was turned round: `turned_round`).
+    A pair is either all plain text or all messages: then `prompt` is the conversation up to the response, and
+    each response is a list of one assistant message. `rejected` is None where only completions are trained
+    on. `soft_label` is in [1/2, 1] (the responses of a row below 1/2 are exchanged: `swapped`).
     `source` is the place to name in an error; `tools` are JSON schemas for the chat template.
     """
 
@@ -41,15 +41,15 @@ class Pair:
     soft_label: float = 1.0
     source: str = ""
     tools: list[dict[str, Any]] | None = None
-    turned_round: bool = False
+    swapped: bool = False
 
     @property
     def is_chat(self) -> bool:
         """Whether the chat template applies: messages, not plain text."""
         return not isinstance(self.prompt, str)
 
-    def majority_first(self) -> "Pair":
-        """The same preference with the response that most people preferred as `chosen`."""
+    def put_majority_first(self) -> "Pair":
+        """Return the same preference with the response that most people preferred as `chosen`."""
         if self.soft_label >= 0.5 or self.rejected is None:
             return self
         return replace(
@@ -57,17 +57,17 @@ class Pair:
             chosen=self.rejected,
             rejected=self.chosen,
             soft_label=1.0 - self.soft_label,
-            turned_round=True,
+            swapped=True,
         )
 
 
-def shared_text(chosen: str, rejected: str) -> int:
-    """Length of the implicit prompt of two texts: their longest common prefix, ending with a whole word.
+def find_implicit_prompt_end(chosen: str, rejected: str) -> int:
+    """Find where the implicit prompt of two texts ends: their longest common prefix of whole words.
 
-    As in TRL's `extract_prompt`, one space before the responses goes to the responses, a newline stays with
-    the prompt. Unlike there, words that merely begin alike (`blue`, `black`) are not cut in two.
+    As in TRL's `extract_prompt`, one space before the responses belongs to the responses, a newline to the
+    prompt. Unlike in TRL, words that merely begin alike (`blue`, `black`) are not cut in two.
     """
-    end = shared_length(chosen, rejected)
+    end = count_common_prefix(chosen, rejected)
     next_letters = (chosen[end : end + 1], rejected[end : end + 1])
     if end and not chosen[end - 1].isspace() and not all(letter.isspace() for letter in next_letters):
         while end and not chosen[end - 1].isspace():
@@ -75,10 +75,10 @@ def shared_text(chosen: str, rejected: str) -> int:
     return end - 1 if end and chosen[end - 1] == " " else end
 
 
-def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many leading characters or messages are the same."""
+def count_common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the leading characters or messages that are the same."""
     low, high = 0, min(len(first), len(second))
-    while low < high:  # halving compares slices, which is far faster than a loop over characters
+    while low < high:  # bisection compares slices, which is far faster than a loop over characters
         middle = (low + high + 1) // 2
         if first[:middle] == second[:middle]:
             low = middle

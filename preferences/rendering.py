@@ -1,4 +1,4 @@
-"""A pair as the texts that one model reads: its chat template, its beginning and end of a turn."""
+"""Render a pair as the texts that one model reads, with its chat template, prefix and end-of-turn tokens."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from preferences.pairs import BadRow, DataError, Message, Pair, shared_length
+from preferences.pairs import BadRow, DataError, Message, Pair, count_common_prefix
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """How one model reads a pair.
+    """The tokenizer, chat template and length limit with which one model reads pairs.
 
-    `chat_template` overrides the tokenizer's own; `template_kwargs` go to it. `max_positions` is the longest
-    prompt with response, in tokens, that the model can take; None when it has no limit.
+    `chat_template` overrides the tokenizer's own; `template_kwargs` are passed to it. `max_positions` is the
+    longest prompt with response, in tokens, that the model accepts; None if it has no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -27,40 +27,42 @@ class Rendering:
     max_positions: int | None = None
 
     @cached_property
-    def beginning(self) -> list[int]:
-        """What the tokenizer's own rule puts before a text (BOS, or nothing)."""
+    def prefix_ids(self) -> list[int]:
+        """Tokens that the tokenizer's own rule puts before a text (BOS, or nothing)."""
         bare = self.encode(["a"])[0]
-        ruled: list[int] = self.tokenizer("a", verbose=False)["input_ids"]
+        with_prefix: list[int] = self.tokenizer("a", verbose=False)["input_ids"]
         if not bare:
-            return ruled[:1] if ruled[:1] == [self.tokenizer.bos_token_id] else []
-        return next(ruled[:i] for i in range(len(ruled)) if ruled[i : i + len(bare)] == bare)
+            return with_prefix[:1] if with_prefix[:1] == [self.tokenizer.bos_token_id] else []
+        return next(
+            with_prefix[:i] for i in range(len(with_prefix)) if with_prefix[i : i + len(bare)] == bare
+        )
 
     @cached_property
-    def end(self) -> int:
-        """The token that ends a response which does not end itself."""
+    def end_id(self) -> int:
+        """The token that is appended to a response without an end-of-turn token."""
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token to end a response with; set its eos_token")
         return int(self.tokenizer.eos_token_id)
 
     @cached_property
-    def ends(self) -> dict[int, str]:
-        """Tokens that end a turn when they stand last: EOS, and special tokens such as `<|eot_id|>`."""
-        never = {self.tokenizer.unk_token_id, self.tokenizer.bos_token_id} - {self.end}
+    def end_tokens(self) -> dict[int, str]:
+        """Tokens that end a turn when they come last, by id: EOS, and special tokens such as `<|eot_id|>`."""
+        never = {self.tokenizer.unk_token_id, self.tokenizer.bos_token_id} - {self.end_id}
         special = {
             number: token.content
             for number, token in self.tokenizer.added_tokens_decoder.items()
             if token.special and number not in never
         }
-        return {**special, self.end: str(self.tokenizer.eos_token)}
+        return {**special, self.end_id: str(self.tokenizer.eos_token)}
 
     @cached_property
     def identity(self) -> str:
-        """Equal for two renderings that turn every pair into the same tokens."""
+        """A digest that is equal for two renderings that turn every pair into the same tokens."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         parts = [
             fast.to_str() if fast is not None else str(id(self.tokenizer)),
             self.tokenizer.eos_token_id,
-            self.beginning,
+            self.prefix_ids,
             self.chat_template or self.tokenizer.chat_template,
             dict(self.template_kwargs),
             self.tokenizer.special_tokens_map,  # templates read bos_token and the like
@@ -68,7 +70,7 @@ class Rendering:
         return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it stands: nothing put before or after it."""
+        """Return the ids of each text as it is, with nothing added before or after it."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -81,16 +83,16 @@ class Rendering:
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
         *,
-        to_be_answered: bool,
+        add_generation_prompt: bool,
         **kwargs: Any,
     ) -> str:
-        """The conversation in the model's markup."""
+        """Return the conversation in the model's markup."""
         return str(
             self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=self.chat_template,
-                add_generation_prompt=to_be_answered,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **{**kwargs, **self.template_kwargs},
             )
@@ -98,60 +100,64 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """What is tokenised, the prompt apart from the responses.
+class RenderedPair:
+    """The texts to tokenise, with the prompt separate from the responses.
 
-    `marked_up`: the chat template has put what belongs before the prompt, so BOS is not added.
-    `ended`: for each response, whether it ends with an end-of-turn token (not when it was cut).
+    `is_templated`: the chat template has added what belongs before the prompt, so BOS is not added.
+    `has_end_token`: for each response, whether it ends with an end-of-turn token (not if it was truncated).
     """
 
     prompt: str
-    marked_up: bool
+    is_templated: bool
     responses: tuple[str, ...]
-    ended: tuple[bool, ...]
+    has_end_token: tuple[bool, ...]
 
 
-def responses_of(pair: Pair) -> list[str | list[Message]]:
-    """The one or two responses of a pair."""
+def get_responses(pair: Pair) -> list[str | list[Message]]:
+    """Return the one or two responses of a pair."""
     return [pair.chosen] if pair.rejected is None else [pair.chosen, pair.rejected]
 
 
-def render(pair: Pair, rendering: Rendering, name: str, kwargs: Mapping[str, Any]) -> Texts:
-    """The texts of a pair for the model `name`.
+def render_pair(pair: Pair, rendering: Rendering, name: str, kwargs: Mapping[str, Any]) -> RenderedPair:
+    """Render the texts of a pair for the model `name`.
 
     Plain text is left as it is. For messages the prompt is the template's rendering up to where the answer
-    begins, and a response is what the template adds to it for the final assistant turn, without the blanks
-    behind the end-of-turn token and with one such token only.
+    begins, and a response is what the template adds to it for the final assistant turn, without the
+    whitespace after the end-of-turn token and with one such token only.
 
-    Some templates open the answer otherwise when they ask for one than when they record one (`<think>`):
-    as in TRL, the prompt then ends where the two part. If they part before the answer's opening, the template
-    rewrites earlier turns and no prompt can be told from a response: `BadRow`.
+    Some templates open the answer differently in a generation prompt than in a recorded turn (`<think>`): as
+    in TRL, the prompt then ends where the two differ. If they differ before the answer's opening, the
+    template rewrites earlier turns and the prompt cannot be separated from a response: `BadRow`.
     """
-    responses = responses_of(pair)
+    responses = get_responses(pair)
     if isinstance(pair.prompt, str):
-        return Texts(pair.prompt, False, tuple(str(text) for text in responses), (True,) * len(responses))
+        return RenderedPair(
+            pair.prompt, False, tuple(str(text) for text in responses), (True,) * len(responses)
+        )
     if not (rendering.chat_template or rendering.tokenizer.chat_template):
         raise DataError(
             f"{pair.source}: the pair is a conversation, and the tokenizer of {name} has no chat template; "
             f"set chat_template for {name}, or give prompt and responses as plain text"
         )
     try:
-        prompt = rendering.apply_template(pair.prompt, pair.tools, to_be_answered=True, **kwargs)
+        prompt = rendering.apply_template(pair.prompt, pair.tools, add_generation_prompt=True, **kwargs)
         wholes = [
-            rendering.apply_template([*pair.prompt, *answer], pair.tools, to_be_answered=False, **kwargs)
+            rendering.apply_template(
+                [*pair.prompt, *answer], pair.tools, add_generation_prompt=False, **kwargs
+            )
             for answer in responses
             if not isinstance(answer, str)
         ]
         if not all(whole.startswith(prompt) for whole in wholes):
-            bare = rendering.apply_template(pair.prompt, pair.tools, to_be_answered=False, **kwargs)
+            bare = rendering.apply_template(pair.prompt, pair.tools, add_generation_prompt=False, **kwargs)
             for whole in wholes:
-                prompt = prompt[: shared_length(prompt, whole)]
+                prompt = prompt[: count_common_prefix(prompt, whole)]
             if not prompt.startswith(bare):
                 raise BadRow(
                     pair.source,
                     "unsuited to the chat template",
                     f"the chat template of {name} changes the prompt's turns once they are answered, so the "
-                    f"response cannot be told apart; set another chat_template for {name}",
+                    f"response cannot be separated; set another chat_template for {name}",
                 )
     except (jinja2.TemplateError, TypeError) as error:
         raise BadRow(
@@ -159,15 +165,15 @@ def render(pair: Pair, rendering: Rendering, name: str, kwargs: Mapping[str, Any
             "unsuited to the chat template",
             f"the chat template of {name} refuses the messages ({error})",
         ) from error
-    answers = tuple(_one_end(whole[len(prompt) :], rendering) for whole in wholes)
-    return Texts(prompt, True, answers, (True,) * len(answers))
+    answers = tuple(_strip_repeated_ends(whole[len(prompt) :], rendering) for whole in wholes)
+    return RenderedPair(prompt, True, answers, (True,) * len(answers))
 
 
-def _one_end(answer: str, rendering: Rendering) -> str:
-    """Without blanks behind the end of the turn, and without an EOS behind another end of the turn."""
+def _strip_repeated_ends(answer: str, rendering: Rendering) -> str:
+    """Remove whitespace after the end-of-turn token, and an EOS after another end-of-turn token."""
     answer = answer.rstrip()
-    ends = tuple(rendering.ends.values())
-    eos = rendering.ends[rendering.end]
+    ends = tuple(rendering.end_tokens.values())
+    eos = rendering.end_tokens[rendering.end_id]
     while answer.endswith(eos) and (shorter := answer.removesuffix(eos).rstrip()).endswith(ends):
         answer = shorter
     return answer

@@ -1,4 +1,4 @@
-"""One row of a file or data set becomes pairs: columns named, texts and labels checked."""
+"""Build pairs from one row of a file or data set: map columns to fields, check texts and labels."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,58 +7,65 @@ from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
-from preferences.config import FIELDS, METADATA_COLUMNS, DataConfig, did_you_mean
-from preferences.labels import number, soft_label
-from preferences.messages import checked_prompt, checked_response, kind, split_off_prompt, text_or_messages
+from preferences.config import FIELDS, METADATA_COLUMNS, DataConfig, suggest_name
+from preferences.labels import compute_soft_label, parse_number
+from preferences.messages import (
+    check_prompt,
+    check_response,
+    describe_value,
+    parse_text_or_messages,
+    split_off_prompt,
+)
 from preferences.pairs import BadRow, DataError, Pair
 
 Row = Mapping[str, Any]
 PAIRWISE = ("chosen", "rejected", "completion", "soft_label", "votes_chosen", "votes_rejected")
+"""Fields that a row of ranked completions cannot have."""
 
 
 def check_columns(names: Iterable[str], place: str, config: DataConfig) -> None:
     """Refuse a column that is neither a field, nor mapped, nor ignored.
 
-    Stops whatever `on_bad_row` says: the remedy is in the run file, not in a row.
+    Raises `DataError` even if `on_bad_row` is `skip`: the remedy is in the run file, not in a row.
     """
-    read = {column_of(field, config) for field in FIELDS}
+    read = {get_column(field, config) for field in FIELDS}
     switched_off = {field for field in FIELDS if field in config.columns and config.columns[field] is None}
-    passed_over = METADATA_COLUMNS + config.ignore
+    ignored = METADATA_COLUMNS + config.ignore
     unknown = [
         name
         for name in names
         if name not in read
         and name not in switched_off
-        and not any(fnmatchcase(name, pattern) for pattern in passed_over)
+        and not any(fnmatchcase(name, pattern) for pattern in ignored)
     ]
     if unknown:
         one = unknown[0]
         raise DataError(
             f"{place}: unknown column{'s' if len(unknown) > 1 else ''} "
-            f"{', '.join(repr(name) for name in unknown)}{did_you_mean(one, FIELDS)}; say which field it "
+            f"{', '.join(repr(name) for name in unknown)}{suggest_name(one, FIELDS)}; say which field it "
             f"holds with data.columns: {{<field>: {one}}} (fields: {', '.join(FIELDS)}), or do not read it "
             f"with data.ignore: [{', '.join(unknown)}]"
         )
 
 
-def column_of(field: str, config: DataConfig) -> str | None:
-    """The column that holds a field; None when it is not to be read."""
+def get_column(field: str, config: DataConfig) -> str | None:
+    """Return the column that holds a field; None if it is not to be read."""
     return config.columns.get(field, field)
 
 
-def pairs_of(row: Row, place: str, config: DataConfig, *, completions_only: bool) -> list[Pair]:
-    """The pairs of one row: one, or as many as ranked completions make.
+def build_pairs(row: Row, place: str, config: DataConfig, *, completions_only: bool) -> list[Pair]:
+    """Build the pairs of one row: one, or as many as ranked completions make.
 
     Raises `BadRow`, naming `place`, the field and the remedy.
     """
-    fields = _named(row, place, config)
-    tools = _tools(fields.pop("tools", None), place)
+    fields = _select_fields(row, place, config)
+    tools = _parse_tools(fields.pop("tools", None), place)
     if "prompt" in fields and "context" in fields:
         raise BadRow(place, "two prompts", "give prompt or context, not both (data.columns: {context: null})")
     if "context" in fields:
         fields["prompt"] = fields.pop("context")
     if "completions" in fields:
-        pairs = _ranked(fields, place, config, tools)
+        pairs = _build_ranked_pairs(fields, place, config, tools)
     elif "completion" in fields and "chosen" not in fields:
         if not completions_only:
             raise BadRow(
@@ -66,21 +73,21 @@ def pairs_of(row: Row, place: str, config: DataConfig, *, completions_only: bool
                 "a completion without a rival",
                 "prompt and completion train the preset sft only; a preference needs chosen and rejected",
             )
-        return [_completion(fields, place, tools)]
+        return [_build_completion(fields, place, tools)]
     elif completions_only and "chosen" in fields and "rejected" not in fields:
-        return [_completion({**fields, "completion": fields["chosen"]}, place, tools)]
+        return [_build_completion({**fields, "completion": fields["chosen"]}, place, tools)]
     else:
-        pairs = [_pair(fields, place, tools)]
+        pairs = [_build_pair(fields, place, tools)]
     if completions_only:
-        return _chosen_alone(pairs)
+        return _keep_chosen_only(pairs)
     return pairs
 
 
-def _named(row: Row, place: str, config: DataConfig) -> dict[str, Any]:
-    """The row's fields under their own names; a null is the same as an absent column."""
+def _select_fields(row: Row, place: str, config: DataConfig) -> dict[str, Any]:
+    """Return the row's fields under their own names; a null is the same as an absent column."""
     fields = {}
     for field in FIELDS:
-        column = column_of(field, config)
+        column = get_column(field, config)
         if column is None:
             continue
         if column in row:
@@ -91,12 +98,12 @@ def _named(row: Row, place: str, config: DataConfig) -> dict[str, Any]:
                 place,
                 "missing field",
                 f"data.columns reads {field} from column {column!r}, which the row does not have"
-                f"{did_you_mean(column, list(row))}; it has {', '.join(map(repr, row)) or 'none'}",
+                f"{suggest_name(column, list(row))}; it has {', '.join(map(repr, row)) or 'none'}",
             )
     return fields
 
 
-def _pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None) -> Pair:
+def _build_pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None) -> Pair:
     for field in ("chosen", "rejected"):
         if field not in fields:
             raise BadRow(
@@ -105,7 +112,7 @@ def _pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None
                 f"{field} is missing or empty; if another column holds it, set data.columns: "
                 f"{{{field}: <column>}}",
             )
-    chosen, rejected = (text_or_messages(fields[name], name, place) for name in ("chosen", "rejected"))
+    chosen, rejected = (parse_text_or_messages(fields[name], name, place) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow(
             place, "text and messages mixed", "chosen and rejected must both be text or both message lists"
@@ -114,77 +121,79 @@ def _pair(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None
         raise BadRow(
             place, "chosen equals rejected", "chosen and rejected are the same, so there is no preference"
         )
-    prompt = text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
+    prompt = parse_text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
     prompt, responses = split_off_prompt(prompt, [chosen, rejected], place)
     pair = Pair(
-        checked_prompt(prompt, place),
-        checked_response(responses[0], "chosen", place),
-        checked_response(responses[1], "rejected", place),
-        soft_label=soft_label(fields, place),
+        check_prompt(prompt, place),
+        check_response(responses[0], "chosen", place),
+        check_response(responses[1], "rejected", place),
+        soft_label=compute_soft_label(fields, place),
         source=place,
         tools=tools,
     )
-    return _tools_need_messages(pair, place).majority_first()
+    return _refuse_tools_on_text(pair, place).put_majority_first()
 
 
-def _completion(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None) -> Pair:
-    completion = text_or_messages(fields["completion"], "completion", place)
-    prompt = text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
+def _build_completion(fields: dict[str, Any], place: str, tools: list[dict[str, Any]] | None) -> Pair:
+    completion = parse_text_or_messages(fields["completion"], "completion", place)
+    prompt = parse_text_or_messages(fields["prompt"], "prompt", place) if "prompt" in fields else None
     if prompt is None and not isinstance(completion, str):  # a whole conversation
         prompt, completion = completion[:-1], completion[-1:]
     prompt, (completion,) = split_off_prompt(prompt, [completion], place)
     pair = Pair(
-        checked_prompt(prompt, place),
-        checked_response(completion, "completion", place),
+        check_prompt(prompt, place),
+        check_response(completion, "completion", place),
         None,
         source=place,
         tools=tools,
     )
-    return _tools_need_messages(pair, place)
+    return _refuse_tools_on_text(pair, place)
 
 
-def _chosen_alone(pairs: list[Pair]) -> list[Pair]:
-    """The preferred responses of one row, each once."""
-    kept: list[Pair] = []
+def _keep_chosen_only(pairs: list[Pair]) -> list[Pair]:
+    """Return the preferred responses of one row without `rejected`, each once."""
+    completions: list[Pair] = []
     for pair in pairs:
-        alone = replace(pair, rejected=None, soft_label=1.0)
-        if all(alone.chosen != other.chosen for other in kept):
-            kept.append(alone)
-    return kept
+        completion = replace(pair, rejected=None, soft_label=1.0)
+        if all(completion.chosen != other.chosen for other in completions):
+            completions.append(completion)
+    return completions
 
 
-def _ranked(
+def _build_ranked_pairs(
     fields: dict[str, Any], place: str, config: DataConfig, tools: list[dict[str, Any]] | None
 ) -> list[Pair]:
-    """Every two completions (or neighbours in rank) as a pair, the better one chosen.
+    """Pair every two completions (or neighbours in rank), with the better one as `chosen`.
 
-    Completions stand best first; a `ranks` column (1 is best) overrides that. Two completions of equal rank
-    make no pair, and a completion whose rank is null is left out.
+    Completions are listed best first; a `ranks` column (1 is best) overrides that. Two completions of equal
+    rank make no pair, and a completion whose rank is null is left out.
     """
     for name in PAIRWISE:
         if name in fields:
             raise BadRow(place, "two kinds of row", f"a row of ranked completions cannot also have {name}")
-    completions = _from_json(fields["completions"], "completions", place)
-    ranks = _ranks(fields, completions, place)
+    completions = _parse_list(fields["completions"], "completions", place)
+    ranks = _parse_ranks(fields, completions, place)
     order = sorted((i for i, rank in enumerate(ranks) if rank is not None), key=lambda i: (ranks[i], i))
     levels = sorted({ranks[i] for i in order})
     pairs = []
     for better, worse in combinations(order, 2):
-        apart = levels.index(ranks[worse]) - levels.index(ranks[better])
-        if apart == 0 or (config.ranked_pairs == "adjacent" and apart > 1):
+        distance = levels.index(ranks[worse]) - levels.index(ranks[better])
+        if distance == 0 or (config.ranked_pairs == "adjacent" and distance > 1):
             continue
         both = {"prompt": fields.get("prompt"), "chosen": completions[better], "rejected": completions[worse]}
         where = f"{place} (completions {better + 1} and {worse + 1})"
-        pairs.append(_pair({name: value for name, value in both.items() if value is not None}, where, tools))
+        pairs.append(
+            _build_pair({name: value for name, value in both.items() if value is not None}, where, tools)
+        )
     if not pairs:
         raise BadRow(place, "no ranked pair", "completions must hold at least two of different rank")
     return pairs
 
 
-def _ranks(fields: dict[str, Any], completions: list[Any], place: str) -> list[Any]:
+def _parse_ranks(fields: dict[str, Any], completions: list[Any], place: str) -> list[Any]:
     if "ranks" not in fields:
         return list(range(len(completions)))
-    ranks = _from_json(fields["ranks"], "ranks", place)
+    ranks = _parse_list(fields["ranks"], "ranks", place)
     if len(ranks) != len(completions):
         raise BadRow(
             place,
@@ -192,13 +201,13 @@ def _ranks(fields: dict[str, Any], completions: list[Any], place: str) -> list[A
             f"ranks has {len(ranks)} entries for {len(completions)} completions; give one for each",
         )
     for rank in ranks:
-        if rank is not None and number(rank) is None:
+        if rank is not None and parse_number(rank) is None:
             raise BadRow(place, "bad ranks", f"ranks must be numbers, 1 the best, or null, got {rank!r}")
-    return [None if rank is None else number(rank) for rank in ranks]
+    return [None if rank is None else parse_number(rank) for rank in ranks]
 
 
-def _from_json(value: Any, field: str, place: str) -> list[Any]:
-    """A list column; in a CSV file it is written as JSON."""
+def _parse_list(value: Any, field: str, place: str) -> list[Any]:
+    """Return the value of a list column; in a CSV file it is written as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -207,20 +216,20 @@ def _from_json(value: Any, field: str, place: str) -> list[Any]:
                 place, f"bad {field}", f"{field} must be a list, or JSON text of one ({error})"
             ) from None
     if not isinstance(value, list):
-        raise BadRow(place, f"bad {field}", f"{field} must be a list, got {kind(value)}")
+        raise BadRow(place, f"bad {field}", f"{field} must be a list, got {describe_value(value)}")
     return value
 
 
-def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
+def _parse_tools(value: Any, place: str) -> list[dict[str, Any]] | None:
     if value is None:
         return None
-    tools = _from_json(value, "tools", place)
+    tools = _parse_list(value, "tools", place)
     if not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(place, "bad tools", "tools must be a list of JSON schemas, one object for each tool")
     return tools or None
 
 
-def _tools_need_messages(pair: Pair, place: str) -> Pair:
+def _refuse_tools_on_text(pair: Pair, place: str) -> Pair:
     if pair.tools and not pair.is_chat:
         raise BadRow(
             place, "bad tools", "tools reach the model through the chat template, so prompt must be messages"

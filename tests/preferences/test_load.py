@@ -28,7 +28,7 @@ CHAT = [
 ]
 
 
-def jsonl(path: Path, rows=ROWS) -> Path:
+def write_jsonl(path: Path, rows=ROWS) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -38,7 +38,7 @@ def load(source, *, completions_only=False, split=None, **config):
     return load_pairs(settings.train, settings, completions_only=completions_only, split=split)
 
 
-def said(pairs):
+def list_texts(pairs):
     return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs.pairs]
 
 
@@ -60,12 +60,12 @@ def write_gz(path: Path) -> None:
 
 
 WRITERS = {
-    "a.jsonl": jsonl,
-    "a.ndjson": jsonl,
-    "lines.json": jsonl,
+    "a.jsonl": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "lines.json": write_jsonl,
     "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "array.jsonl": lambda path: path.write_text(json.dumps(ROWS)),
-    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl(path).read_bytes()),
+    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + write_jsonl(path).read_bytes()),
     "a.jsonl.gz": write_gz,
     "a.csv": write_csv,
     "a.tsv": lambda path: write_csv(path, "\t"),
@@ -81,8 +81,8 @@ WRITERS = {
 def test_every_format_says_the_same(tmp_path, name):
     WRITERS[name](tmp_path / name)
     loaded = load(tmp_path / name)
-    assert said(loaded) == EXPECTED
-    assert loaded.digest == load(jsonl(tmp_path / "plain.jsonl")).digest
+    assert list_texts(loaded) == EXPECTED
+    assert loaded.digest == load(write_jsonl(tmp_path / "plain.jsonl")).digest
     assert not loaded.has_soft_labels
     assert (loaded.turned_round, sum(loaded.skipped.values())) == (0, 0)
 
@@ -93,9 +93,9 @@ def test_messages_are_the_same_from_columns(tmp_path):
     rows[0]["prompt"][0]["name"] = "boss"
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    expected = load(jsonl(tmp_path / "a.jsonl", rows))
+    expected = load(write_jsonl(tmp_path / "a.jsonl", rows))
     for source in ("a.parquet", "saved"):
-        assert said(load(tmp_path / source)) == said(expected)
+        assert list_texts(load(tmp_path / source)) == list_texts(expected)
     assert [pair.soft_label for pair in expected.pairs] == [1.0, 0.75, 0.5, 0.75, 1.0]
     assert expected.turned_round == 2
     assert expected.has_soft_labels
@@ -104,7 +104,7 @@ def test_messages_are_the_same_from_columns(tmp_path):
 def test_messages_in_csv_are_json(tmp_path):
     rows = [{name: json.dumps(value) for name, value in row.items()} for row in CHAT]
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv")  # with its unnamed index column
-    assert said(load(tmp_path / "a.csv")) == said(load(jsonl(tmp_path / "a.jsonl", CHAT)))
+    assert list_texts(load(tmp_path / "a.csv")) == list_texts(load(write_jsonl(tmp_path / "a.jsonl", CHAT)))
     pandas.DataFrame(CHAT).to_csv(tmp_path / "b.csv")  # as Python prints them
     with pytest.raises(BadRow, match=r"b.csv:2: prompt looks like a message list and is not valid JSON"):
         load(tmp_path / "b.csv")
@@ -113,8 +113,8 @@ def test_messages_in_csv_are_json(tmp_path):
 def test_uri():
     with fsspec.open("memory://polyref/a.jsonl", "w") as file:
         file.write("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert said(load("memory://polyref/a.jsonl")) == EXPECTED
-    assert said(load("memory://polyref")) == EXPECTED
+    assert list_texts(load("memory://polyref/a.jsonl")) == EXPECTED
+    assert list_texts(load("memory://polyref")) == EXPECTED
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_an_object_store_says_the_same(bucket, tmp_path, name):
     for file in sorted(path for path in (tmp_path, *tmp_path.rglob("*")) if path.is_file()):
         bucket.put(f"data/{file.relative_to(tmp_path)}", file.read_bytes())
     near, far = load(tmp_path / name), load(f"{bucket.uri}/data/{name}")
-    assert said(far) == EXPECTED
+    assert list_texts(far) == EXPECTED
     assert far.digest == near.digest
     places = [pair.source.replace(str(tmp_path), f"{bucket.uri}/data") for pair in near.pairs]
     assert [pair.source for pair in far.pairs] == places
@@ -145,10 +145,11 @@ def test_an_object_store_says_the_same(bucket, tmp_path, name):
 def test_an_object_stores_folder_and_rows_are_named(bucket, tmp_path):
     for number in (1, 0):
         bucket.put(
-            f"data/part-{number}.jsonl", jsonl(tmp_path / "a.jsonl", ROWS[number : number + 1]).read_bytes()
+            f"data/part-{number}.jsonl",
+            write_jsonl(tmp_path / "a.jsonl", ROWS[number : number + 1]).read_bytes(),
         )
     loaded = load(f"{bucket.uri}/data?region=us-east-1")
-    assert said(loaded) == EXPECTED[:2]
+    assert list_texts(loaded) == EXPECTED[:2]
     assert loaded.pairs[0].source == f"{bucket.uri}/data/part-0.jsonl:1"
     bucket.put("data/part-2.jsonl", b'{"prompt": "Q", "chosen": "a", "rejected": "b"}\n{"prompt":\n')
     with pytest.raises(BadRow) as refused:
@@ -178,36 +179,36 @@ def test_an_object_store_that_gives_nothing(bucket, monkeypatch):
 
 
 def test_folder_of_files_in_order_of_name(tmp_path):
-    jsonl(tmp_path / "part-1.jsonl", ROWS[2:])
-    jsonl(tmp_path / "part-0.jsonl", ROWS[:2])
+    write_jsonl(tmp_path / "part-1.jsonl", ROWS[2:])
+    write_jsonl(tmp_path / "part-0.jsonl", ROWS[:2])
     (tmp_path / "README.md").write_text("words")
     (tmp_path / "_SUCCESS.json").write_text("")
     loaded = load(tmp_path)
-    assert said(loaded) == EXPECTED
+    assert list_texts(loaded) == EXPECTED
     assert loaded.pairs[0].source == f"{tmp_path}/part-0.jsonl:1"
 
 
 def test_folder_with_splits(tmp_path):
     (tmp_path / "data").mkdir()
-    jsonl(tmp_path / "data" / "train-00000.jsonl", ROWS[:3])
-    jsonl(tmp_path / "data" / "test-00000.jsonl", ROWS[3:])
-    assert said(load(tmp_path)) == EXPECTED[:3]
-    assert said(load(tmp_path, split="test")) == EXPECTED[3:]
+    write_jsonl(tmp_path / "data" / "train-00000.jsonl", ROWS[:3])
+    write_jsonl(tmp_path / "data" / "test-00000.jsonl", ROWS[3:])
+    assert list_texts(load(tmp_path)) == EXPECTED[:3]
+    assert list_texts(load(tmp_path, split="test")) == EXPECTED[3:]
     with pytest.raises(DataError, match=r"has no file of split 'val'; set data.split to one of test, train"):
         load(tmp_path, split="val")
 
 
 def test_hub_id(monkeypatch):
-    asked = {}
+    received = {}
 
     def load_dataset(path, **kwargs):
-        asked.update(kwargs, path=path)
+        received.update(kwargs, path=path)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = load("org/prefs", subset="en", revision="abc", split="train[:5]")
-    assert asked == {"path": "org/prefs", "name": "en", "split": "train[:5]", "revision": "abc"}
-    assert said(loaded) == EXPECTED
+    assert received == {"path": "org/prefs", "name": "en", "split": "train[:5]", "revision": "abc"}
+    assert list_texts(loaded) == EXPECTED
     assert loaded.pairs[2].source == "org/prefs[train[:5]]:row 3"
 
 
@@ -236,15 +237,15 @@ def test_a_response_may_be_longer_than_csvs_own_limit(tmp_path):
 def test_columns_are_mapped(tmp_path):
     rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "id": 1} for row in ROWS]
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert said(load(jsonl(tmp_path / "a.jsonl", rows), columns=columns)) == EXPECTED
+    assert list_texts(load(write_jsonl(tmp_path / "a.jsonl", rows), columns=columns)) == EXPECTED
     pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
-    assert said(load(tmp_path / "a.parquet", columns=columns)) == EXPECTED
+    assert list_texts(load(tmp_path / "a.parquet", columns=columns)) == EXPECTED
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
 def test_an_unknown_column_stops_with_every_way_out(tmp_path, name):
     rows = [{**row, "soft_lable": 0.7, "model": "x"} for row in ROWS]
-    writers = {".jsonl": lambda p: jsonl(p, rows), ".parquet": pandas.DataFrame(rows).to_parquet}
+    writers = {".jsonl": lambda p: write_jsonl(p, rows), ".parquet": pandas.DataFrame(rows).to_parquet}
     writers[".csv"] = lambda p: pandas.DataFrame(rows).to_csv(p, index=False)
     path = tmp_path / name
     writers[path.suffix](path)
@@ -255,13 +256,13 @@ def test_an_unknown_column_stops_with_every_way_out(tmp_path, name):
     assert "unknown columns 'soft_lable', 'model' (did you mean 'soft_label'?)" in message
     assert "data.columns: {<field>: soft_lable}" in message
     assert "data.ignore: [soft_lable, model]" in message
-    assert said(load(path, ignore=["soft_lable", "mod*"])) == EXPECTED
+    assert list_texts(load(path, ignore=["soft_lable", "mod*"])) == EXPECTED
     assert load(path, ignore="model", columns={"soft_label": "soft_lable"}).pairs[0].soft_label == 0.7
 
 
 def test_columns_that_carry_no_field_pass(tmp_path):
     rows = [{**row, "id": 1, "prompt_id": "x", "source": "web", "_row": 3} for row in ROWS]
-    assert said(load(jsonl(tmp_path / "a.jsonl", rows))) == EXPECTED
+    assert list_texts(load(write_jsonl(tmp_path / "a.jsonl", rows))) == EXPECTED
 
 
 # ---- refusals ----
@@ -312,7 +313,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, name, content, message):
         ("a.json", b'[\n"\xff"]', ":2: the file is not UTF-8 text"),
         ("a.csv", b'prompt,chosen,rejected\nQ,"a" b,c\n', ":2: not valid CSV"),
         ("a.csv", b"prompt,chosen,rejected\nQ,a,\xff\n", ":2: the line is not UTF-8 text"),
-        ("a.csv", b"prompt,chosen,chosen\nQ,a,b\n", ":1: column 'chosen' stands twice"),
+        ("a.csv", b"prompt,chosen,chosen\nQ,a,b\n", ":1: column 'chosen' appears twice"),
         ("a.parquet", b"PAR1 not really", "cannot be read as Parquet"),
         ("a.txt", b"words", "cannot tell the format from the name"),
     ],
@@ -348,28 +349,31 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
 
 def test_skipped_rows_are_counted_by_reason(tmp_path):
     rows = [*ROWS, {"prompt": "Q", "chosen": "a"}, {**ROWS[0], "chosen": ""}, {**ROWS[0], "chosen": " "}]
-    loaded = load(jsonl(tmp_path / "a.jsonl", rows), on_bad_row="skip")
+    loaded = load(write_jsonl(tmp_path / "a.jsonl", rows), on_bad_row="skip")
     assert dict(loaded.skipped) == {"missing field": 1, "empty text": 2}
     with pytest.raises(
         DataError, match=r"no row is left, all were skipped \(2 empty text, 1 missing field\)"
     ):
-        load(jsonl(tmp_path / "b.jsonl", rows[5:]), on_bad_row="skip")
+        load(write_jsonl(tmp_path / "b.jsonl", rows[5:]), on_bad_row="skip")
 
 
 # ---- digest and splits ----
 
 
 def test_the_digest_is_of_content_and_order(tmp_path):
-    digest = load(jsonl(tmp_path / "a.jsonl")).digest
-    assert load(jsonl(tmp_path / "moved.jsonl")).digest == digest
-    assert load(jsonl(tmp_path / "c.jsonl", ROWS[::-1])).digest != digest
-    assert load(jsonl(tmp_path / "d.jsonl", ROWS[:-1])).digest != digest
-    assert load(jsonl(tmp_path / "e.jsonl", [*ROWS[:-1], {**ROWS[-1], "soft_label": 0.9}])).digest != digest
+    digest = load(write_jsonl(tmp_path / "a.jsonl")).digest
+    assert load(write_jsonl(tmp_path / "moved.jsonl")).digest == digest
+    assert load(write_jsonl(tmp_path / "c.jsonl", ROWS[::-1])).digest != digest
+    assert load(write_jsonl(tmp_path / "d.jsonl", ROWS[:-1])).digest != digest
+    assert (
+        load(write_jsonl(tmp_path / "e.jsonl", [*ROWS[:-1], {**ROWS[-1], "soft_label": 0.9}])).digest
+        != digest
+    )
     shifted = [
         {"prompt": "ab", "chosen": "c", "rejected": "d"},
         {"prompt": "a", "chosen": "bc", "rejected": "d"},
     ]
-    first, second = (load(jsonl(tmp_path / "f.jsonl", [row])).digest for row in shifted)
+    first, second = (load(write_jsonl(tmp_path / "f.jsonl", [row])).digest for row in shifted)
     assert first != second
 
 
@@ -379,11 +383,11 @@ def splits(path, seed=0, **config):
 
 def test_a_fraction_is_held_out_by_prompt(tmp_path):
     rows = [{"prompt": f"Q{i % 20}", "chosen": f"a{i}", "rejected": "b"} for i in range(100)]
-    train, held = splits(jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
+    train, held = splits(write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
     assert len(held.pairs) == 20
     assert len(train.pairs) + len(held.pairs) == 100
     assert not {pair.prompt for pair in train.pairs} & {pair.prompt for pair in held.pairs}
-    again = splits(jsonl(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.2)[1]
+    again = splits(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.2)[1]
     assert {pair.prompt for pair in again.pairs} == {pair.prompt for pair in held.pairs}
     other = splits(tmp_path / "a.jsonl", seed=1, eval_fraction=0.2)[1]
     assert {pair.prompt for pair in other.pairs} != {pair.prompt for pair in held.pairs}
@@ -393,13 +397,13 @@ def test_a_fraction_is_held_out_by_prompt(tmp_path):
 def test_held_out_prompts_need_two(tmp_path):
     rows = [{"prompt": "Q", "chosen": f"a{i}", "rejected": "b"} for i in range(4)]
     with pytest.raises(DataError, match=r"a.jsonl:1: all pairs have the same prompt, .* data.eval"):
-        splits(jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5)
+        splits(write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5)
 
 
 def test_held_out_pairs_by_name(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl")
+    path = write_jsonl(tmp_path / "a.jsonl")
     assert splits(path)[1] is None
-    assert said(splits(path, eval=str(jsonl(tmp_path / "b.jsonl", ROWS[:2])))[1]) == EXPECTED[:2]
+    assert list_texts(splits(path, eval=str(write_jsonl(tmp_path / "b.jsonl", ROWS[:2])))[1]) == EXPECTED[:2]
     WRITERS["splits"](tmp_path / "splits")
     train, held = splits(tmp_path / "splits", eval_split="test")
-    assert (said(train), said(held)) == (EXPECTED, EXPECTED[:1])
+    assert (list_texts(train), list_texts(held)) == (EXPECTED, EXPECTED[:1])

@@ -7,25 +7,25 @@ from hypothesis import strategies as st
 from trl import extract_prompt
 
 from preferences.config import DataConfig
-from preferences.pairs import BadRow, Pair, shared_length, shared_text
-from preferences.rows import pairs_of
+from preferences.pairs import BadRow, Pair, count_common_prefix, find_implicit_prompt_end
+from preferences.rows import build_pairs
 
 CONFIG = DataConfig(train="train.jsonl")
 TEXT = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
 USER = {"role": "user", "content": "Why?"}
 
 
-def said(text: str, role: str = "assistant") -> dict[str, str]:
+def turn(text: str, role: str = "assistant") -> dict[str, str]:
     return {"role": role, "content": text}
 
 
-def read(row: dict, *, completions_only: bool = False, **config) -> list[Pair]:
-    return pairs_of(
+def read_pairs(row: dict, *, completions_only: bool = False, **config) -> list[Pair]:
+    return build_pairs(
         row, "train.jsonl:17", CONFIG.model_copy(update=config), completions_only=completions_only
     )
 
 
-def texts(pairs: list[Pair]) -> list[tuple]:
+def list_responses(pairs: list[Pair]) -> list[tuple]:
     return [(pair.chosen, pair.rejected) for pair in pairs]
 
 
@@ -33,29 +33,29 @@ def texts(pairs: list[Pair]) -> list[tuple]:
 
 
 def test_text_pair():
-    assert read(TEXT) == [Pair("Q", "yes", "no", 1.0, "train.jsonl:17")]
-    assert not read(TEXT)[0].is_chat
+    assert read_pairs(TEXT) == [Pair("Q", "yes", "no", 1.0, "train.jsonl:17")]
+    assert not read_pairs(TEXT)[0].is_chat
 
 
 def test_context_is_another_name_for_prompt():
-    assert read({"context": "Q", "chosen": "yes", "rejected": "no"})[0].prompt == "Q"
+    assert read_pairs({"context": "Q", "chosen": "yes", "rejected": "no"})[0].prompt == "Q"
 
 
 def test_message_pair_with_system_turns_and_tools():
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    prompt = [said("Be brief.", "system"), USER, said("Because."), said("And?", "user")]
-    row = {"prompt": prompt, "chosen": [said("So.")], "rejected": [said("No.")], "tools": tools}
-    assert read(row) == [Pair(prompt, [said("So.")], [said("No.")], 1.0, "train.jsonl:17", tools)]
-    assert read(row)[0].is_chat
+    prompt = [turn("Be brief.", "system"), USER, turn("Because."), turn("And?", "user")]
+    row = {"prompt": prompt, "chosen": [turn("So.")], "rejected": [turn("No.")], "tools": tools}
+    assert read_pairs(row) == [Pair(prompt, [turn("So.")], [turn("No.")], 1.0, "train.jsonl:17", tools)]
+    assert read_pairs(row)[0].is_chat
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"chosen": [USER, said("A")], "rejected": [USER, said("B")]},
-        {"prompt": [USER], "chosen": [USER, said("A")], "rejected": [USER, said("B")]},
-        {"prompt": "Why?", "chosen": [USER, said("A")], "rejected": [USER, said("B")]},
-        {"prompt": "Why?", "chosen": [said("A")], "rejected": [said("B")]},
+        {"chosen": [USER, turn("A")], "rejected": [USER, turn("B")]},
+        {"prompt": [USER], "chosen": [USER, turn("A")], "rejected": [USER, turn("B")]},
+        {"prompt": "Why?", "chosen": [USER, turn("A")], "rejected": [USER, turn("B")]},
+        {"prompt": "Why?", "chosen": [turn("A")], "rejected": [turn("B")]},
         {"prompt": [USER], "chosen": "A", "rejected": "B"},
         {
             "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}],
@@ -66,7 +66,7 @@ def test_message_pair_with_system_turns_and_tools():
     ],
 )
 def test_a_conversation_is_the_same_however_it_is_written(row):
-    assert read(row) == [Pair([USER], [said("A")], [said("B")], 1.0, "train.jsonl:17")]
+    assert read_pairs(row) == [Pair([USER], [turn("A")], [turn("B")], 1.0, "train.jsonl:17")]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_conversation_is_the_same_however_it_is_written(row):
     ],
 )
 def test_implicit_text_prompt(chosen, rejected, prompt):
-    [pair] = read({"chosen": chosen, "rejected": rejected})
+    [pair] = read_pairs({"chosen": chosen, "rejected": rejected})
     assert pair.prompt == prompt
     assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (chosen, rejected)
 
@@ -96,7 +96,7 @@ def test_implicit_text_prompt_is_trls_where_words_differ_from_their_first_letter
     assume(chosen[0] != rejected[0])
     row = {"chosen": " ".join(prompt + chosen), "rejected": " ".join(prompt + rejected)}
     theirs = extract_prompt(row)
-    [pair] = read(row)
+    [pair] = read_pairs(row)
     assert (pair.prompt, pair.chosen, pair.rejected) == (
         theirs["prompt"],
         theirs["chosen"],
@@ -106,11 +106,11 @@ def test_implicit_text_prompt_is_trls_where_words_differ_from_their_first_letter
 
 @settings(deadline=None, max_examples=100)
 @given(st.text("ab ", max_size=12), st.text("ab ", max_size=12))
-def test_shared_text_ends_between_words(first, second):
-    length = shared_length(first, second)
+def test_an_implicit_prompt_ends_between_words(first, second):
+    length = count_common_prefix(first, second)
     assert first[:length] == second[:length]
     assert first[length : length + 1] != second[length : length + 1] or first == second
-    cut = shared_text(first, second)
+    cut = find_implicit_prompt_end(first, second)
     assert cut <= length
     inside = [text[cut - 1 : cut].strip() and text[cut : cut + 1].strip() for text in (first, second)]
     assert not any(inside)
@@ -120,7 +120,7 @@ def test_shared_text_ends_between_words(first, second):
 
 
 @pytest.mark.parametrize(
-    ("label", "expected", "turned"),
+    ("label", "expected", "swapped"),
     [
         ({}, 1.0, False),
         ({"soft_label": None}, 1.0, False),
@@ -136,11 +136,11 @@ def test_shared_text_ends_between_words(first, second):
         ({"votes_chosen": "4", "votes_rejected": 0.0}, 1.0, False),
     ],
 )
-def test_labels(label, expected, turned):
-    [pair] = read({**TEXT, **label})
+def test_labels(label, expected, swapped):
+    [pair] = read_pairs({**TEXT, **label})
     assert pair.soft_label == expected
-    assert pair.turned_round == turned
-    assert (pair.chosen, pair.rejected) == (("no", "yes") if turned else ("yes", "no"))
+    assert pair.swapped == swapped
+    assert (pair.chosen, pair.rejected) == (("no", "yes") if swapped else ("yes", "no"))
 
 
 # ---- ranked completions ----
@@ -148,21 +148,21 @@ def test_labels(label, expected, turned):
 
 def test_ranked_completions_make_every_pair():
     row = {"context": "Q", "completions": ["a", "b", "c"]}
-    assert texts(read(row)) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert texts(read(row, ranked_pairs="adjacent")) == [("a", "b"), ("b", "c")]
-    assert read(row)[1].source == "train.jsonl:17 (completions 1 and 3)"
+    assert list_responses(read_pairs(row)) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert list_responses(read_pairs(row, ranked_pairs="adjacent")) == [("a", "b"), ("b", "c")]
+    assert read_pairs(row)[1].source == "train.jsonl:17 (completions 1 and 3)"
 
 
 def test_ranks_order_completions_and_equal_ranks_make_no_pair():
     row = {"prompt": "Q", "completions": ["a", "b", "c", "d", "e"], "ranks": [2, 1, 2, None, 3]}
-    assert texts(read(row)) == [("b", "a"), ("b", "c"), ("b", "e"), ("a", "e"), ("c", "e")]
-    adjacent = texts(read(row, ranked_pairs="adjacent"))
+    assert list_responses(read_pairs(row)) == [("b", "a"), ("b", "c"), ("b", "e"), ("a", "e"), ("c", "e")]
+    adjacent = list_responses(read_pairs(row, ranked_pairs="adjacent"))
     assert adjacent == [("b", "a"), ("b", "c"), ("a", "e"), ("c", "e")]
 
 
 def test_ranked_answers_to_a_conversation():
-    row = {"prompt": [USER], "completions": [[said("a")], [said("b")]]}
-    assert texts(read(row)) == [([said("a")], [said("b")])]
+    row = {"prompt": [USER], "completions": [[turn("a")], [turn("b")]]}
+    assert list_responses(read_pairs(row)) == [([turn("a")], [turn("b")])]
 
 
 # ---- completions alone ----
@@ -170,12 +170,12 @@ def test_ranked_answers_to_a_conversation():
 
 def test_prompt_and_completion():
     row = {"prompt": "Q", "completion": "A"}
-    assert read(row, completions_only=True) == [Pair("Q", "A", None, 1.0, "train.jsonl:17")]
+    assert read_pairs(row, completions_only=True) == [Pair("Q", "A", None, 1.0, "train.jsonl:17")]
 
 
 def test_a_whole_conversation_is_trained_on_its_last_turn():
-    row = {"completion": [USER, said("A")]}
-    assert read(row, completions_only=True) == [Pair([USER], [said("A")], None, 1.0, "train.jsonl:17")]
+    row = {"completion": [USER, turn("A")]}
+    assert read_pairs(row, completions_only=True) == [Pair([USER], [turn("A")], None, 1.0, "train.jsonl:17")]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_whole_conversation_is_trained_on_its_last_turn():
     ],
 )
 def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
-    pairs = read(row, completions_only=True)
+    pairs = read_pairs(row, completions_only=True)
     assert [pair.chosen for pair in pairs] == chosen
     assert all(pair.rejected is None and pair.soft_label == 1.0 for pair in pairs)
 
@@ -210,7 +210,7 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
         ({**TEXT, "chosen": 5}, "chosen must be text or a list of messages, got int '5'"),
         ({**TEXT, "chosen": {"role": "x"}}, "chosen must be text or a list of messages, got dict"),
         ({**TEXT, "chosen": "no"}, "chosen and rejected are the same, so there is no preference"),
-        ({**TEXT, "chosen": [said("no")]}, "must both be text or both message lists"),
+        ({**TEXT, "chosen": [turn("no")]}, "must both be text or both message lists"),
         ({"chosen": "yes", "rejected": "no"}, "begin with no words in common; give a prompt"),
         ({**TEXT, "context": "Q"}, "give prompt or context, not both"),
         (
@@ -245,31 +245,31 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
         ),
         # messages
         (
-            {"chosen": [said("A")], "rejected": [said("B")]},
+            {"chosen": [turn("A")], "rejected": [turn("B")]},
             "there is no message before the response; give a prompt",
         ),
         (
-            {"prompt": [USER], "chosen": [said("A", "user")], "rejected": [said("B")]},
+            {"prompt": [USER], "chosen": [turn("A", "user")], "rejected": [turn("B")]},
             "must be from assistant, got 'user'",
         ),
         (
-            {"prompt": [USER, said("x")], "chosen": "A", "rejected": "B"},
+            {"prompt": [USER, turn("x")], "chosen": "A", "rejected": "B"},
             "the prompt ends with an assistant message",
         ),
         (
-            {"prompt": [said(" ", "user")], "chosen": "A", "rejected": "B"},
+            {"prompt": [turn(" ", "user")], "chosen": "A", "rejected": "B"},
             "the last message of the prompt is empty",
         ),
         (
-            {"prompt": [USER], "chosen": [said("")], "rejected": "B"},
+            {"prompt": [USER], "chosen": [turn("")], "rejected": "B"},
             "must both be text or both message lists",
         ),
         (
-            {"prompt": [USER], "chosen": [said("")], "rejected": [said("B")]},
+            {"prompt": [USER], "chosen": [turn("")], "rejected": [turn("B")]},
             "the last message of chosen is empty",
         ),
         (
-            {"prompt": [USER], "chosen": [said("A"), USER, said("C")], "rejected": [said("B")]},
+            {"prompt": [USER], "chosen": [turn("A"), USER, turn("C")], "rejected": [turn("B")]},
             "chosen has 3 messages after the prompt; the loss is on one final assistant message",
         ),
         ({"prompt": ["Why?"], "chosen": "A", "rejected": "B"}, r"prompt\[0\] must be a message"),
@@ -286,7 +286,7 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
             "images and sound cannot be read",
         ),
         (
-            {"prompt": "Other?", "chosen": [USER, said("A")], "rejected": [USER, said("B")]},
+            {"prompt": "Other?", "chosen": [USER, turn("A")], "rejected": [USER, turn("B")]},
             "prompt is not among the messages that chosen and rejected share; data.columns: {prompt: null}",
         ),
         # ranked completions
@@ -300,19 +300,19 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
 )
 def test_refused(row, message):
     with pytest.raises(BadRow, match=message) as refused:
-        read(row)
-    said = str(refused.value)
-    assert said.startswith("train.jsonl:17")
-    assert "set data.on_bad_row: skip" in said
+        read_pairs(row)
+    shown = str(refused.value)
+    assert shown.startswith("train.jsonl:17")
+    assert "set data.on_bad_row: skip" in shown
 
 
 def test_a_mapped_column_must_be_there():
     with pytest.raises(BadRow, match=r"reads soft_label from column 'agree', .*\(did you mean 'agreed'\?\)"):
-        read({**TEXT, "agreed": 0.3}, columns={"soft_label": "agree"})
+        read_pairs({**TEXT, "agreed": 0.3}, columns={"soft_label": "agree"})
 
 
 def test_a_field_can_be_switched_off():
-    [pair] = read({**TEXT, "soft_label": 0.6}, columns={"soft_label": None})
+    [pair] = read_pairs({**TEXT, "soft_label": 0.6}, columns={"soft_label": None})
     assert pair.soft_label == 1.0
 
 

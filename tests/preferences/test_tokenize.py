@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ ROLES = (
 )
 
 
-def words(*, chat: bool = False, bos: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, chat: bool = False, bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = tiny.word_tokenizer(WORDS, chat=chat)
     if bos:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -33,21 +34,21 @@ def words(*, chat: bool = False, bos: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def plain(prompt="is it good", chosen="it is", rejected="it is bad", **more) -> Pair:
+def text_pair(prompt="is it good", chosen="it is", rejected="it is bad", **more) -> Pair:
     return Pair(prompt, chosen, rejected, source="train.jsonl:1", **more)
 
 
-def chat(*prompt: str, chosen="because so", rejected="no", roles=("user", "assistant")) -> Pair:
+def chat_pair(*prompt: str, chosen="because so", rejected="no", roles=("user", "assistant")) -> Pair:
     messages = [{"role": roles[i % len(roles)], "content": text} for i, text in enumerate(prompt)]
     answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
     return Pair(messages, *answers, source="train.jsonl:1")
 
 
-def config(**changes) -> DataConfig:
+def make_config(**changes) -> DataConfig:
     return CONFIG.model_copy(update=changes)
 
 
-def ids(
+def tokenize_one(
     pair: Pair, rendering: Rendering, settings: DataConfig = CONFIG
 ) -> tuple[list[int], list[int], list[int]]:
     row = tokenize([pair], {"policy": rendering}, settings).tables["policy"][0]
@@ -59,25 +60,28 @@ def ids(
 
 def test_plain_text_gets_no_template_and_an_end():
     expected = ([IS, IT, GOOD], [IT, IS, EOS], [IT, IS, BAD, EOS])
-    assert ids(plain(), Rendering(words())) == expected
+    assert tokenize_one(text_pair(), Rendering(build_tokenizer())) == expected
     expected = ([IS, IT, GOOD], [IT, IS, END], [IT, IS, BAD, END])
-    assert ids(plain(), Rendering(words(chat=True))) == expected  # has a template: not for plain text
+    with_template = Rendering(build_tokenizer(chat=True))  # which is not for plain text
+    assert tokenize_one(text_pair(), with_template) == expected
 
 
 def test_bos_and_eos_are_put_once():
-    rendering = Rendering(words(bos=True))
-    assert rendering.beginning == [BOS]
+    rendering = Rendering(build_tokenizer(bos=True))
+    assert rendering.prefix_ids == [BOS]
     expected = ([BOS, IS, IT, GOOD], [IT, IS, EOS], [IT, IS, BAD, EOS])
-    assert ids(plain(), rendering) == expected
-    assert ids(plain("<bos>is it good", "it is<eos>", "it is bad<eos>"), rendering) == expected
+    assert tokenize_one(text_pair(), rendering) == expected
+    assert tokenize_one(text_pair("<bos>is it good", "it is<eos>", "it is bad<eos>"), rendering) == expected
 
 
 def test_an_unknown_last_word_does_not_end_the_response():
-    assert ids(plain(chosen="it is fine"), Rendering(words()))[1] == [IT, IS, UNK, EOS]
+    assert tokenize_one(text_pair(chosen="it is fine"), Rendering(build_tokenizer()))[1] == [IT, IS, UNK, EOS]
 
 
 def test_completions_only():
-    done = tokenize([Pair("why", "so", None), Pair("why so", "no", None)], {"p": Rendering(words())}, CONFIG)
+    done = tokenize(
+        [Pair("why", "so", None), Pair("why so", "no", None)], {"p": Rendering(build_tokenizer())}, CONFIG
+    )
     table = done.tables["p"]
     assert table.rejected is None
     assert table[1].rejected is None
@@ -90,14 +94,14 @@ def test_completions_only():
 
 
 def test_chatml():
-    prompt, chosen, rejected = ids(chat("why"), Rendering(words(chat=True)))
+    prompt, chosen, rejected = tokenize_one(chat_pair("why"), Rendering(build_tokenizer(chat=True)))
     assert prompt == [START, USER, WHY, END, START, ASSISTANT]
     assert (chosen, rejected) == ([BECAUSE, SO, END], [NO, END])
 
 
 def test_system_and_several_turns():
-    pair = chat("so", "why", "no", "is it", roles=("system", "user", "assistant", "user"))
-    prompt, chosen, _ = ids(pair, Rendering(words(chat=True)))
+    pair = chat_pair("so", "why", "no", "is it", roles=("system", "user", "assistant", "user"))
+    prompt, chosen, _ = tokenize_one(pair, Rendering(build_tokenizer(chat=True)))
     assert prompt == [
         *(START, SYSTEM, SO, END, START, USER, WHY, END),
         *(START, ASSISTANT, NO, END, START, USER, IS, IT, END, START, ASSISTANT),
@@ -106,40 +110,41 @@ def test_system_and_several_turns():
 
 
 def test_a_template_without_an_end_of_turn_gets_eos():
-    prompt, chosen, _ = ids(chat("why"), Rendering(words(), ROLES))
+    prompt, chosen, _ = tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), ROLES))
     assert (prompt, chosen) == ([USER, WHY, ASSISTANT], [BECAUSE, SO, EOS])
 
 
 @pytest.mark.parametrize("ending", ["<eos>", "<eos>\\n", "<eos>\\n<eos>"])
 def test_ends_of_turn_are_not_doubled(ending):
     template = ROLES.replace("{{ m.content }} ", "{{ m.content }}" + ending.replace("\\n", "\n"))
-    assert ids(chat("why"), Rendering(words(), template))[1] == [BECAUSE, SO, EOS]
+    assert tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), template))[1] == [BECAUSE, SO, EOS]
 
 
 def test_an_eos_behind_the_end_of_turn_is_dropped():
     template = tiny.CHATML.replace("{% if", "{% if not add_generation_prompt %}<eos>{% endif %}{% if")
-    tokenizer = words(chat=True)
+    tokenizer = build_tokenizer(chat=True)
     tokenizer.eos_token = "<eos>"
-    assert ids(chat("why"), Rendering(tokenizer, template))[1] == [BECAUSE, SO, END]
+    assert tokenize_one(chat_pair("why"), Rendering(tokenizer, template))[1] == [BECAUSE, SO, END]
 
 
 def test_bos_in_the_template_is_not_doubled():
-    rendering = Rendering(words(bos=True), "{{ bos_token }}" + ROLES)
-    assert ids(chat("why"), rendering)[0] == [BOS, USER, WHY, ASSISTANT]
+    rendering = Rendering(build_tokenizer(bos=True), "{{ bos_token }}" + ROLES)
+    assert tokenize_one(chat_pair("why"), rendering)[0] == [BOS, USER, WHY, ASSISTANT]
 
 
 def test_template_arguments_and_tools_reach_the_template():
     template = "{{ tools[0].name if tools }} {{ mood }} " + ROLES
-    pair = Pair(chat("why").prompt, chat("why").chosen, chat("why").rejected, tools=[{"name": "is"}])
-    settings = config(chat_template_kwargs={"mood": "bad"})
-    assert ids(pair, Rendering(words(), template), settings)[0] == [IS, BAD, USER, WHY, ASSISTANT]
-    own = Rendering(words(), template, {"mood": "good"})  # a model's own arguments go before the run's
-    assert ids(pair, own, settings)[0] == [IS, GOOD, USER, WHY, ASSISTANT]
+    pair = replace(chat_pair("why"), tools=[{"name": "is"}])
+    settings = make_config(chat_template_kwargs={"mood": "bad"})
+    rendering = Rendering(build_tokenizer(), template)
+    assert tokenize_one(pair, rendering, settings)[0] == [IS, BAD, USER, WHY, ASSISTANT]
+    own = replace(rendering, template_kwargs={"mood": "good"})  # a model's arguments override the run's
+    assert tokenize_one(pair, own, settings)[0] == [IS, GOOD, USER, WHY, ASSISTANT]
 
 
-def test_an_answer_opened_otherwise_when_asked_for_is_split_where_it_parts():
+def test_an_answer_opened_differently_by_the_generation_prompt_is_split_where_they_differ():
     template = ROLES.replace("assistant{% endif %}", "assistant so{% endif %}")
-    prompt, chosen, rejected = ids(chat("why"), Rendering(words(), template))
+    prompt, chosen, rejected = tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), template))
     assert (prompt, chosen, rejected) == ([USER, WHY, ASSISTANT], [BECAUSE, SO, EOS], [NO, EOS])
 
 
@@ -148,19 +153,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(
         BadRow, match=r"l:1: the chat template of policy changes the prompt's turns .* set another"
     ):
-        ids(chat("why"), Rendering(words(), template))
+        tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), template))
 
 
 def test_a_template_that_refuses_a_row():
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ROLES
     )
-    bad = chat("so", "why", roles=("system", "user"))
+    bad = chat_pair("so", "why", roles=("system", "user"))
     with pytest.raises(
         BadRow, match=r"l:1: the chat template of policy refuses the messages \(no system role\)"
     ):
-        ids(bad, Rendering(words(), template))
-    done = tokenize([bad, chat("why")], {"policy": Rendering(words(), template)}, config(on_bad_row="skip"))
+        tokenize_one(bad, Rendering(build_tokenizer(), template))
+    done = tokenize(
+        [bad, chat_pair("why")],
+        {"policy": Rendering(build_tokenizer(), template)},
+        make_config(on_bad_row="skip"),
+    )
     assert done.kept.tolist() == [1]
     assert dict(done.skipped) == {"unsuited to the chat template": 1}
 
@@ -169,43 +178,43 @@ def test_a_conversation_needs_a_template():
     with pytest.raises(
         DataError, match=r"l:1: .* tokenizer of policy has no chat template; set chat_template"
     ):
-        ids(chat("why"), Rendering(words()))
+        tokenize_one(chat_pair("why"), Rendering(build_tokenizer()))
 
 
 def test_text_that_makes_no_tokens_is_refused():
-    tokenizer = words()
+    tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")  # a zero-width blank
     for field in ("prompt", "chosen", "rejected"):
         with pytest.raises(
             BadRow, match=f"train.jsonl:1: {field} has no tokens under the tokenizer of policy"
         ):
-            ids(plain(**{field: "\u200b"}), Rendering(tokenizer))
+            tokenize_one(text_pair(**{field: "\u200b"}), Rendering(tokenizer))
 
 
 def test_responses_of_the_same_tokens_are_refused():
     with pytest.raises(BadRow, match="chosen and rejected are the same tokens under the tokenizer of policy"):
-        ids(plain(chosen="one", rejected="two"), Rendering(words()))
+        tokenize_one(text_pair(chosen="one", rejected="two"), Rendering(build_tokenizer()))
 
 
 def test_a_tokenizer_without_eos_is_refused():
-    tokenizer = words()
+    tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="has no EOS token to end a response with; set its eos_token"):
-        ids(plain(), Rendering(tokenizer))
+        tokenize_one(text_pair(), Rendering(tokenizer))
 
 
 # ---- several models ----
 
 
 def test_every_model_reads_the_same_text_in_its_own_tokens():
-    pairs = [chat("why"), plain(), chat("so", "no", "why")]
+    pairs = [chat_pair("why"), text_pair(), chat_pair("so", "no", "why")]
     renderings = {
-        "policy": Rendering(words(chat=True)),
+        "policy": Rendering(build_tokenizer(chat=True)),
         "bytes": Rendering(tiny.byte_tokenizer()),
-        "roles": Rendering(words(), ROLES),
-        "same": Rendering(words(chat=True)),
+        "roles": Rendering(build_tokenizer(), ROLES),
+        "same": Rendering(build_tokenizer(chat=True)),
     }
-    done = tokenize(pairs, renderings, config(max_length=300, max_prompt_length=200))
+    done = tokenize(pairs, renderings, make_config(max_length=300, max_prompt_length=200))
     assert {name: len(table) for name, table in done.tables.items()} == dict.fromkeys(renderings, 3)
     assert done.tables["same"] is done.tables["policy"]  # the same tokens are made once
     row = done.tables["bytes"][0]
@@ -218,8 +227,8 @@ def test_every_model_reads_the_same_text_in_its_own_tokens():
 
 def test_progress_counts_pairs_of_every_rendering():
     seen = []
-    renderings = {"policy": Rendering(words()), "bytes": Rendering(tiny.byte_tokenizer())}
-    tokenize([plain()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total)))
+    renderings = {"policy": Rendering(build_tokenizer()), "bytes": Rendering(tiny.byte_tokenizer())}
+    tokenize([text_pair()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 6), (6, 6)]
 
 
@@ -235,22 +244,25 @@ def test_progress_counts_pairs_of_every_rendering():
     ],
 )
 def test_long_rows_are_left_out(limits, kept):
-    pairs = [plain(), plain(chosen="it is so good")]
-    settings = config(**limits)
+    pairs = [text_pair(), text_pair(chosen="it is so good")]
+    settings = make_config(**limits)
     if not kept:
         with pytest.raises(
             DataError, match=r"no pair is left of 2 \(2 too long for policy\); raise data.max_length"
         ):
-            tokenize(pairs, {"policy": Rendering(words())}, settings)
+            tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
         return
-    done = tokenize(pairs, {"policy": Rendering(words())}, settings)
+    done = tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
     assert done.kept.tolist() == kept
     assert done.skipped.total() == 2 - len(kept)
 
 
 def test_a_row_too_long_for_one_model_is_left_out_for_all():
-    pairs = [plain(), plain("why", "so", "no")]
-    renderings = {"policy": Rendering(words()), "short": Rendering(tiny.byte_tokenizer(), max_positions=7)}
+    pairs = [text_pair(), text_pair("why", "so", "no")]
+    renderings = {
+        "policy": Rendering(build_tokenizer()),
+        "short": Rendering(tiny.byte_tokenizer(), max_positions=7),
+    }
     done = tokenize(pairs, renderings, CONFIG)
     assert done.kept.tolist() == [1]
     assert done.tables["policy"][0].prompt.tolist() == [WHY]
@@ -260,11 +272,15 @@ def test_a_row_too_long_for_one_model_is_left_out_for_all():
         r"train.jsonl:1: too long for short: 20 tokens, 10 of them the prompt, and 7 fit, .* data.on_long_row"
     )
     with pytest.raises(DataError, match=message):
-        tokenize(pairs, renderings, config(on_long_row="stop"))
+        tokenize(pairs, renderings, make_config(on_long_row="stop"))
 
 
 def test_the_policys_positions_bind_it():
-    done = tokenize([plain(), plain("why", "so", "no")], {"p": Rendering(words(), max_positions=6)}, CONFIG)
+    done = tokenize(
+        [text_pair(), text_pair("why", "so", "no")],
+        {"p": Rendering(build_tokenizer(), max_positions=6)},
+        CONFIG,
+    )
     assert done.kept.tolist() == [1]
 
 
@@ -275,7 +291,7 @@ def test_the_policys_positions_bind_it():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12), st.data())
 def test_a_table_gives_back_each_row(shape, data):
     pairs = [Pair("why " * a, "so " * b, "no " * (a + b)) for a, b in shape]
-    table = tokenize(pairs, {"p": Rendering(words())}, CONFIG).tables["p"]
+    table = tokenize(pairs, {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), max_size=10))
     indices = np.array(chosen, np.int64)
     for part in (table.take(indices), pickle.loads(pickle.dumps(table)).take(indices)):
@@ -291,7 +307,7 @@ def test_a_table_gives_back_each_row(shape, data):
 
 
 def test_rows_are_counted_from_either_end():
-    table = tokenize([plain(), plain("why")], {"p": Rendering(words())}, CONFIG).tables["p"]
+    table = tokenize([text_pair(), text_pair("why")], {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
     assert table[-1].prompt.tolist() == [WHY]
     assert table[0].prompt.dtype == np.int32
     with pytest.raises(IndexError, match="pair 2 of 2"):
@@ -314,8 +330,8 @@ def gpt2() -> PreTrainedTokenizerFast:
 @pytest.mark.smollm2
 def test_smollm2_reads_a_conversation_as_it_would_answer_it(smollm2):
     assert smollm2.pad_token_id == smollm2.eos_token_id == 2
-    pair = chat("Is it good?", chosen="Yes, it is.", rejected="No \U0001f642")
-    prompt, chosen, rejected = ids(pair, Rendering(smollm2))
+    pair = chat_pair("Is it good?", chosen="Yes, it is.", rejected="No \U0001f642")
+    prompt, chosen, rejected = tokenize_one(pair, Rendering(smollm2))
     own = smollm2.apply_chat_template(pair.prompt, add_generation_prompt=True, return_dict=False)
     assert prompt == own
     assert smollm2.decode(chosen) == "Yes, it is.<|im_end|>"
@@ -325,7 +341,7 @@ def test_smollm2_reads_a_conversation_as_it_would_answer_it(smollm2):
 
 @pytest.mark.smollm2
 def test_two_real_tokenizers_read_the_same_text(smollm2, gpt2):
-    pair = plain("The film was", " g\u00e9nial, truly  fine.", " dull \U0001f4a4 and long")
+    pair = text_pair("The film was", " g\u00e9nial, truly  fine.", " dull \U0001f4a4 and long")
     done = tokenize([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
     rows = {name: table[0] for name, table in done.tables.items()}
     ends = {"policy": (smollm2, "<|im_end|>"), "gpt2": (gpt2, "<|endoftext|>")}

@@ -13,13 +13,13 @@ WORDS = ["user", "assistant", "system", "a", "b", "c", "d", "e", "f"]
 PAD, BOS, EOS, START, END, UNK, USER, ASSISTANT, SYSTEM, A, B, C, D, E, F = range(15)
 
 
-def config(max_length: int, max_prompt_length: int) -> DataConfig:
+def make_config(max_length: int, max_prompt_length: int) -> DataConfig:
     return DataConfig(
         train="t", max_length=max_length, max_prompt_length=max_prompt_length, on_long_row="truncate"
     )
 
 
-def policy_and_bytes(pair, settings, *, chat=False):
+def tokenize_for_policy_and_bytes(pair, settings, *, chat=False):
     renderings = {
         "policy": Rendering(tiny.word_tokenizer(WORDS, chat=chat)),
         "bytes": Rendering(tiny.byte_tokenizer()),
@@ -36,7 +36,7 @@ def policy_and_bytes(pair, settings, *, chat=False):
     )
 
 
-def chat(*texts: str, system: str | None = None, chosen="a", rejected="b") -> Pair:
+def chat_pair(*texts: str, system: str | None = None, chosen="a", rejected="b") -> Pair:
     prompt = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     if system is not None:
         prompt.insert(0, {"role": "system", "content": system})
@@ -47,13 +47,13 @@ def chat(*texts: str, system: str | None = None, chosen="a", rejected="b") -> Pa
 
 def test_a_prompt_is_cut_on_the_left_and_a_response_on_the_right():
     pair = Pair("a b c d e", "f e d c b", "f", source="t:1")
-    tokens, text = policy_and_bytes(pair, config(max_length=5, max_prompt_length=2))
+    tokens, text = tokenize_for_policy_and_bytes(pair, make_config(max_length=5, max_prompt_length=2))
     assert tokens == [[D, E], [F, E, D], [F, EOS]]
     assert text == ["d e", "f e d", "f<|im_end|>"]
 
 
 def test_a_response_that_fits_but_for_its_end_loses_only_that():
-    tokens, text = policy_and_bytes(Pair("a", "b c", "d", source="t:1"), config(3, 1))
+    tokens, text = tokenize_for_policy_and_bytes(Pair("a", "b c", "d", source="t:1"), make_config(3, 1))
     assert tokens == [[A], [B, C], [D, EOS]]
     assert text == ["a", "b c", "d<|im_end|>"]
 
@@ -61,13 +61,15 @@ def test_a_response_that_fits_but_for_its_end_loses_only_that():
 def test_the_policys_positions_bound_what_is_left():
     renderings = {"policy": Rendering(tiny.word_tokenizer(WORDS), max_positions=4)}
     pair = Pair("a b c d e", "f f f", "e", source="t:1")
-    row = tokenize([pair], renderings, config(50, 40)).tables["policy"][0]
+    row = tokenize([pair], renderings, make_config(50, 40)).tables["policy"][0]
     assert (row.prompt.tolist(), row.chosen.tolist()) == ([C, D, E], [F])
 
 
 def test_a_conversation_loses_its_oldest_turns_and_keeps_its_system_message():
-    pair = chat("a", "b", "c d", system="e", chosen="f f f")
-    tokens, text = policy_and_bytes(pair, config(max_length=14, max_prompt_length=12), chat=True)
+    pair = chat_pair("a", "b", "c d", system="e", chosen="f f f")
+    tokens, text = tokenize_for_policy_and_bytes(
+        pair, make_config(max_length=14, max_prompt_length=12), chat=True
+    )
     assert tokens[0] == [START, SYSTEM, E, END, START, USER, C, D, END, START, ASSISTANT]
     assert tokens[1] == [F, F, F]
     assert (
@@ -77,7 +79,9 @@ def test_a_conversation_loses_its_oldest_turns_and_keeps_its_system_message():
 
 
 def test_a_last_question_loses_its_beginning_not_its_markup():
-    tokens, text = policy_and_bytes(chat("a", "b", "c d e f"), config(12, 7), chat=True)
+    tokens, text = tokenize_for_policy_and_bytes(
+        chat_pair("a", "b", "c d e f"), make_config(12, 7), chat=True
+    )
     assert tokens[0] == [START, USER, E, F, END, START, ASSISTANT]
     assert text[0] == "<|im_start|>user\ne f<|im_end|>\n<|im_start|>assistant\n"
 
@@ -85,8 +89,8 @@ def test_a_last_question_loses_its_beginning_not_its_markup():
 @pytest.mark.parametrize(
     ("pair", "settings"),
     [
-        (Pair("a", "b c d", "b c e", source="t:1"), config(3, 1)),  # both are left the same
-        (chat("a b"), config(20, 4)),  # the markup alone is too long
+        (Pair("a", "b c d", "b c e", source="t:1"), make_config(3, 1)),  # both are left the same
+        (chat_pair("a b"), make_config(20, 4)),  # the markup alone is too long
     ],
 )
 def test_a_row_that_no_cut_can_help_is_counted(pair, settings):
@@ -99,7 +103,7 @@ def test_a_row_that_no_cut_can_help_is_counted(pair, settings):
 
 def test_a_completion_alone_is_cut_too():
     pair = Pair("a b c", "d e f", None, source="t:1")
-    row = tokenize([pair], {"p": Rendering(tiny.word_tokenizer(WORDS))}, config(3, 1)).tables["p"][0]
+    row = tokenize([pair], {"p": Rendering(tiny.word_tokenizer(WORDS))}, make_config(3, 1)).tables["p"][0]
     assert (row.prompt.tolist(), row.chosen.tolist(), row.rejected) == ([C], [D, E], None)
 
 
@@ -115,7 +119,7 @@ def test_cut_tokens_spell_the_cut_text(prompt, chosen, rejected, limit, room):
         "other": Rendering(tiny.byte_tokenizer(chat=False)),
     }
     pairs = [Pair(prompt, "x" + chosen, "y" + rejected, source="t:1"), Pair("a", "b", "c")]
-    done = tokenize(pairs, renderings, config(limit + room, limit))
+    done = tokenize(pairs, renderings, make_config(limit + room, limit))
     if done.kept.tolist() == [1]:
         assert done.skipped.total() == 1
         return
@@ -126,7 +130,7 @@ def test_cut_tokens_spell_the_cut_text(prompt, chosen, rejected, limit, room):
     for name, whole in (("chosen", "x" + chosen), ("rejected", "y" + rejected)):
         mine, theirs = getattr(policy, name).tolist(), getattr(other, name).tolist()
         assert len(policy.prompt) + len(mine) <= limit + room
-        ended = mine[-1] == renderings["policy"].end
+        ended = mine[-1] == renderings["policy"].end_id
         text = decode(mine[:-1] if ended else mine)
         assert text == whole if ended else whole.startswith(text)
         assert decode(theirs[:-1] if ended else theirs) == text
@@ -140,7 +144,7 @@ def test_two_real_tokenizers_score_the_same_cut_text():
     story = "Once upon a time, \U0001f642\U0001f642 in  a small caf\u00e9, people disagreed about films. " * 4
     pair = Pair(story, story[5:], story[9:], source="t:1")
     for limit in range(20, 60, 3):
-        done = tokenize([pair], renderings, config(limit, limit // 2))
+        done = tokenize([pair], renderings, make_config(limit, limit // 2))
         mine, theirs = done.tables["policy"][0], done.tables["gpt2"][0]
         for name in ("prompt", "chosen", "rejected"):
             text = policy.decode(getattr(mine, name))
