@@ -29,10 +29,10 @@ def replace_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def cache_folder(kind: str) -> Path:
-    """Where polyref keeps copies of one kind on this machine: under `$POLYREF_CACHE` or `~/.cache/polyref`."""
+def cache_folder(*names: str) -> Path:
+    """Return a folder for copies that polyref keeps on this machine, in `$POLYREF_CACHE` or `~/.cache/polyref`."""
     root = os.environ.get("POLYREF_CACHE") or "~/.cache/polyref"
-    return Path(root).expanduser().absolute() / kind
+    return Path(root).expanduser().absolute().joinpath(*names)
 
 
 def digest_folder(folder: Path, suffix: str = "") -> str:

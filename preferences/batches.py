@@ -32,7 +32,7 @@ class BatchPlan:
         """Number of optimizer steps that see every pair once."""
         return -(-self.count // self.pairs_per_step)
 
-    def indices(self, epoch: int, step: int) -> Indices:
+    def get_step_indices(self, epoch: int, step: int) -> Indices:
         """Return the indices of the pairs of one global step; `step` counts from 0 within the epoch."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step must be from 0 to {self.steps_per_epoch - 1}, got {step}")
@@ -48,7 +48,7 @@ def _compute_epoch_order(count: int, seed: int, epoch: int) -> Indices:
     return order
 
 
-def split(
+def split_over_ranks(
     indices: Indices, lengths: npt.NDArray[np.integer], *, world_size: int, tokens_per_microbatch: int
 ) -> list[list[Indices]]:
     """Split one step into micro-batches: `[rank][micro-batch]` -> indices of pairs.

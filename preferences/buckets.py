@@ -14,7 +14,7 @@ import pyarrow.fs
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 """URI schemes of the object stores that need no further package."""
 
-FAILURES = (OSError, pyarrow.ArrowException)
+STORE_ERRORS = (OSError, pyarrow.ArrowException)
 """Errors that the client of an object store raises."""
 
 _REMEDIES = {
@@ -32,7 +32,7 @@ def is_bucket(path: str) -> bool:
     return path.partition("://")[0] in SCHEMES and "://" in path
 
 
-def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def open_bucket(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return the object store and the path in it.
 
     Raises:
@@ -44,13 +44,13 @@ def opened(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.FileSystem.from_uri(uri)
 
 
-def join(path: str, *names: str) -> str:
+def join_path(path: str, *names: str) -> str:
     """Return a path below a folder or URI; the URI's options (`?region=...`) stay at its end."""
     base, mark, options = path.partition("?") if "://" in path else (path, "", "")
     return "/".join([base.rstrip("/"), *names]) + mark + options
 
 
-def without_options(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """Return the URI as it may be shown: without options, key and secret.
 
     Secrets may contain slashes and other characters that should be escaped and often are not, so everything
@@ -60,14 +60,14 @@ def without_options(uri: str) -> str:
     return re.sub(rf"://[^/@:?]*:{secret}", "://", uri, count=1).partition("?")[0]
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe a store client's error in one line, without request ids or the secret of a URI in it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    lines[0] = re.sub(r"'(\w+://.*)'", lambda found: f"'{without_options(found[1])}'", lines[0])
+    lines[0] = re.sub(r"'(\w+://.*)'", lambda found: f"'{redact_uri(found[1])}'", lines[0])
     return re.sub(r"(; Details: .*| \(Request ID:? .*| Detail: \[errno.*)$", "", lines[0])
 
 
-def remedy(uri: str) -> str:
+def suggest_remedy(uri: str) -> str:
     """Suggest what to check when a store refuses access or does not answer."""
     scheme: Any = urlsplit(uri).scheme
     kind = {"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme)

@@ -26,7 +26,7 @@ class LoadedPairs:
     digest: str
 
     @property
-    def turned_round(self) -> int:
+    def swapped(self) -> int:
         """Number of pairs whose responses were swapped: most people preferred the source's `rejected`."""
         return sum(pair.swapped for pair in self.pairs)
 

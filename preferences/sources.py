@@ -45,7 +45,7 @@ def read_rows(source: str, config: DataConfig, *, split: str) -> Iterator[Placed
                 yield from _read_saved_dataset(filesystem, path, source, config, split)
             else:
                 for file in _list_data_files(filesystem, path, source, split):
-                    place = buckets.join(source, posixpath.relpath(file, path))
+                    place = buckets.join_path(source, posixpath.relpath(file, path))
                     yield from _read_file(filesystem, file, place, config)
         elif filesystem.exists(path):
             yield from _read_file(filesystem, path, source, config)
@@ -61,7 +61,7 @@ def _open_filesystem(source: str) -> tuple[Any, str]:
     """Return the filesystem of a source and the path in it; pyarrow opens object stores, as for runs."""
     if buckets.is_bucket(source):
         with _translate_store_errors(source):
-            store, path = buckets.opened(source)
+            store, path = buckets.open_bucket(source)
         return ArrowFSWrapper(store, skip_instance_cache=True), path
     try:
         return fsspec.url_to_fs(source)
@@ -85,12 +85,12 @@ def _translate_store_errors(source: str) -> Iterator[None]:
         if "://" not in source:
             raise
         raise DataError(
-            f"{_redact_source(source)}: cannot be read ({buckets.reason(error)}); {buckets.remedy(source)}"
+            f"{_redact_source(source)}: cannot be read ({buckets.describe_error(error)}); {buckets.suggest_remedy(source)}"
         ) from error
 
 
 def _redact_source(source: str) -> str:
-    return buckets.without_options(source) if "://" in source else source
+    return buckets.redact_uri(source) if "://" in source else source
 
 
 def _detect_format(path: str) -> str | None:

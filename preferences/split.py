@@ -8,7 +8,7 @@ from preferences.tokenize import TokenTable
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenizedSplit:
     """The rows of one split, as every worker holds them.
 
     Attributes:
@@ -24,8 +24,8 @@ class Part:
     references: dict[str, TokenTable]
     soft_labels: np.ndarray
     sources: tuple[str, ...]
-    paired: bool
-    soft: bool
+    has_pairs: bool
+    has_soft_labels: bool
 
     def __len__(self) -> int:
         return len(self.soft_labels)

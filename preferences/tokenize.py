@@ -29,21 +29,21 @@ class TokenPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
+class RaggedArray:
     """Sequences of unequal length in two arrays: `flat` ids, and `offsets` (N + 1,) at which each begins."""
 
     flat: Ids
     offsets: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
+    def from_rows(cls, rows: Sequence[Sequence[int]]) -> "RaggedArray":
         """Build from one list of ids for each row."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         flat = np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum()))
         return cls(flat, _compute_offsets(lengths))
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
+    def concatenate(cls, parts: Sequence["RaggedArray"]) -> "RaggedArray":
         """Concatenate the rows of all parts."""
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(np.concatenate([part.flat for part in parts]), _compute_offsets(lengths))
@@ -59,12 +59,12 @@ class Ragged:
     def __getitem__(self, index: int) -> Ids:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
-    def take(self, indices: npt.NDArray[np.int64]) -> "Ragged":
+    def take(self, indices: npt.NDArray[np.int64]) -> "RaggedArray":
         """Return the rows at `indices`, in that order."""
         lengths = self.lengths[indices]
         offsets = _compute_offsets(lengths)
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
-        return Ragged(self.flat[places], offsets)
+        return RaggedArray(self.flat[places], offsets)
 
 
 def _compute_offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -75,9 +75,9 @@ def _compute_offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 class TokenTable:
     """Token ids of N pairs by column, cheap to send to a worker. `rejected` is None for completions only."""
 
-    prompts: Ragged
-    chosen: Ragged
-    rejected: Ragged | None
+    prompts: RaggedArray
+    chosen: RaggedArray
+    rejected: RaggedArray | None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -110,7 +110,7 @@ class TokenTable:
         return self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
 
     @property
-    def longest(self) -> npt.NDArray[np.int64]:
+    def sequence_lengths(self) -> npt.NDArray[np.int64]:
         """(N,) tokens of the prompt with the longer response."""
         return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
 
@@ -128,12 +128,12 @@ class TokenizedPairs:
     """
 
     tables: dict[str, TokenTable]
-    kept: npt.NDArray[np.int64]
+    kept_indices: npt.NDArray[np.int64]
     skipped: Counter[str]
     truncated: int = 0
 
 
-def tokenize(
+def tokenize_pairs(
     pairs: Sequence[Pair],
     renderings: Mapping[str, Rendering],
     config: DataConfig,
@@ -196,12 +196,14 @@ class _TokenizationJob:
             self._report_progress(len(rows))
         prompts, chosen, rejected = zip(*chunks, strict=True)
         return TokenTable(
-            Ragged.concatenate(prompts),
-            Ragged.concatenate(chosen),
-            None if self.pairs[0].rejected is None else Ragged.concatenate(rejected),
+            RaggedArray.concatenate(prompts),
+            RaggedArray.concatenate(chosen),
+            None if self.pairs[0].rejected is None else RaggedArray.concatenate(rejected),
         )
 
-    def _tokenize_chunk(self, name: str, rendering: Rendering, rows: range) -> tuple[Ragged, Ragged, Ragged]:
+    def _tokenize_chunk(
+        self, name: str, rendering: Rendering, rows: range
+    ) -> tuple[RaggedArray, RaggedArray, RaggedArray]:
         texts = [self._render_texts(i, name, rendering) for i in rows]
         prompts = [(text.prompt, text.is_templated) for text in texts]
         answers = [list(zip(text.responses, text.has_end_token, strict=True)) for text in texts]
@@ -223,7 +225,11 @@ class _TokenizationJob:
         self._skip_untrainable(columns, name, rows)
         if name == self.policy and self.config.on_long_row == "truncate":
             self._truncate_long_pairs(columns, rendering, rows)
-        return Ragged.of(columns[0]), Ragged.of(columns[1]), Ragged.of(columns[2])
+        return (
+            RaggedArray.from_rows(columns[0]),
+            RaggedArray.from_rows(columns[1]),
+            RaggedArray.from_rows(columns[2]),
+        )
 
     def _render_texts(self, i: int, name: str, rendering: Rendering) -> RenderedPair:
         if not self.fits[i]:
@@ -285,16 +291,16 @@ class _TokenizationJob:
         table = tables[name]
         if name == self.policy:
             max_length, max_prompt = _compute_limits(self.config, rendering)
-            long = (table.longest > max_length) | (table.prompt_lengths > max_prompt)
+            long = (table.sequence_lengths > max_length) | (table.prompt_lengths > max_prompt)
         elif rendering.max_positions is not None:
             max_length, max_prompt = rendering.max_positions, rendering.max_positions
-            long = table.longest > max_length
+            long = table.sequence_lengths > max_length
         else:
             return
         for i in np.flatnonzero(long & self.fits).tolist():
             if self.config.on_long_row == "stop":
                 raise DataError(
-                    f"{self.pairs[i].source}: too long for {name}: {table.longest[i]} tokens, "
+                    f"{self.pairs[i].source}: too long for {name}: {table.sequence_lengths[i]} tokens, "
                     f"{table.prompt_lengths[i]} of them the prompt, and {max_length} fit, {max_prompt} of "
                     "them the prompt; raise data.max_length and data.max_prompt_length as far as the model "
                     "has positions, or set data.on_long_row to skip or truncate"

@@ -83,8 +83,8 @@ def explain_unshared_storage(storage_path: str, node: str, why: str) -> str:
     """The refusal of a storage that a node does not reach, `why` being what `visible` said there."""
     if is_uri(storage_path):
         return (
-            f"storage_path {buckets.without_options(storage_path)}: node {node} cannot read it ({why}); "
-            f"{buckets.remedy(storage_path)}, on all nodes"
+            f"storage_path {buckets.redact_uri(storage_path)}: node {node} cannot read it ({why}); "
+            f"{buckets.suggest_remedy(storage_path)}, on all nodes"
         )
     return (
         f"storage_path {storage_path} is not shared: node {node} does not see it ({why}); mount it on all "

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from orchestrator.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 1800
@@ -79,11 +81,6 @@ VADER = Asset(
     size="2.5 MB",
     sdist=True,
 )
-
-
-def cache_folder() -> Path:
-    """Where assets are kept: `$POLYREF_CACHE`, else `~/.cache/polyref`."""
-    return Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser().absolute()
 
 
 def fetch_smollm2() -> Path:

@@ -19,8 +19,8 @@ from orchestrator.storage.probe import refuse_unwritable
 from orchestrator.tracking.mlflow import resolve_tracking_uri
 from orchestrator.worker.rewards import load_reward_function
 from preferences.load import LoadedPairs, load_splits
-from preferences.split import Part
-from preferences.tokenize import Rendering, tokenize
+from preferences.split import TokenizedSplit
+from preferences.tokenize import Rendering, tokenize_pairs
 
 _POLICY_ROWS = "the policy"
 
@@ -67,15 +67,15 @@ class PreparedRun:
         references: by name, in the file's order.
         train, held_out: tokenised rows.
         digests: of the rows' content, per split.
-        counts: rows kept, turned round, and skipped by reason, per split.
+        counts: rows kept, swapped, and skipped by reason, per split.
         tracking_uri: the MLflow server or file.
     """
 
     config: RunConfig
     policy: PreparedModel
     references: Mapping[str, PreparedModel]
-    train: Part
-    eval: Part | None
+    train: TokenizedSplit
+    eval: TokenizedSplit | None
     digests: Mapping[str, str]
     counts: Mapping[str, Any]
     tracking_uri: str
@@ -188,7 +188,7 @@ def _find_model(
 
 def _tokenize_split(
     loaded: LoadedPairs, policy: PreparedModel, references: Mapping[str, PreparedModel], config: RunConfig
-) -> tuple[Part, dict[str, Any]]:
+) -> tuple[TokenizedSplit, dict[str, Any]]:
     models = {_POLICY_ROWS: policy} | {f"reference {name}": model for name, model in references.items()}
     renderings = {
         name: Rendering(
@@ -198,20 +198,20 @@ def _tokenize_split(
         )
         for name, model in models.items()
     }
-    tokenized = tokenize(loaded.pairs, renderings, config.data)
-    kept = [loaded.pairs[int(index)] for index in tokenized.kept]
-    part = Part(
+    tokenized = tokenize_pairs(loaded.pairs, renderings, config.data)
+    kept = [loaded.pairs[int(index)] for index in tokenized.kept_indices]
+    part = TokenizedSplit(
         policy=tokenized.tables[_POLICY_ROWS],
         references={name: tokenized.tables[f"reference {name}"] for name in references},
         soft_labels=np.array([pair.soft_label for pair in kept]),
         sources=tuple(pair.source for pair in kept),
-        paired=not config.loss.completions_only,
-        soft=loaded.has_soft_labels,
+        has_pairs=not config.loss.completions_only,
+        has_soft_labels=loaded.has_soft_labels,
     )
     skipped = dict(loaded.skipped + tokenized.skipped)
     counts = {
         "pairs": len(kept),
-        "turned_round": loaded.turned_round,
+        "swapped": loaded.swapped,
         "truncated": tokenized.truncated,
         "skipped": skipped,
     }

@@ -43,7 +43,7 @@ class RunRecord:
         device_type: "cuda" or "cpu", what `dtype: auto` was decided for.
         identity: digests of data, references and policy start that results depend on.
         pins: hub revisions and registry versions that names stood for when the run began.
-        counts: rows read, kept, skipped (by reason) and turned round, per split.
+        counts: rows read, kept, skipped (by reason) and swapped, per split.
         key: the run's own name for ever, which finds its MLflow run where the id was not written down.
         mlflow_run: the MLflow run's id.
         mlflow_parent: the MLflow run it is nested under.

@@ -15,7 +15,7 @@ from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
 from orchestrator.tracking.progress import ProgressMeter
 from orchestrator.worker.rewards import RewardScorer, start_reward_scorer
-from preferences.split import Part
+from preferences.split import TokenizedSplit
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
@@ -61,7 +61,7 @@ def open_reward_scorer(config: RunConfig) -> Iterator[RewardScorer | None]:
         judge.close()
 
 
-def select_served_tables(part: Part, config: RunConfig) -> dict[str, TokenTable]:
+def select_served_tables(part: TokenizedSplit, config: RunConfig) -> dict[str, TokenTable]:
     """The rows as the served references read them; those scored in process are the workers' own affair."""
     served = [name for name, reference in config.references.models.items() if not reference.scored_by_workers]
     return {name: part.references[name] for name in served}
@@ -80,7 +80,7 @@ def start_missing_references(
 
 
 def score_split(
-    service: ReferenceService, part: Part, split: str, config: RunConfig, console: Console
+    service: ReferenceService, part: TokenizedSplit, split: str, config: RunConfig, console: Console
 ) -> None:
     """Fill the stores with a split's scores."""
     tables = select_served_tables(part, config)

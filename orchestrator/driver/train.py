@@ -90,8 +90,8 @@ def prepare_and_report(config: RunConfig, console: Console, before: RunRecord | 
         text = f"{split}: {counts['pairs']} pairs"
         if counts["truncated"]:
             text += f", {counts['truncated']} truncated"
-        if counts["turned_round"]:
-            text += f", {counts['turned_round']} turned round (their label was below one half)"
+        if counts["swapped"]:
+            text += f", {counts['swapped']} swapped (their label was below one half)"
         for reason, count in counts["skipped"].items():
             text += f", {count} skipped ({reason})"
         console.print(text)

@@ -59,11 +59,11 @@ class ScoreStore:
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
         self._fingerprint = fingerprint.encode()
         try:
-            self._files, root = buckets.opened(resolve_storage(uri))
+            self._files, root = buckets.open_bucket(resolve_storage(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
             parts = self._read_all()
         except (OSError, pa.ArrowException) as error:
-            place = buckets.without_options(os.fspath(uri))
+            place = buckets.redact_uri(os.fspath(uri))
             raise ScoringError(f"the score store under {place} cannot be opened: {error}") from error
         self._sorted_keys, self._sorted = _merge_columns(parts)
         self._recent: dict[bytes, Score] = {}

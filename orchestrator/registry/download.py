@@ -60,7 +60,7 @@ def resolve_version(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
 ) -> ResolvedModel:
     """The version with its folder, downloaded if it is not local. Raises UsageError as `resolve` does."""
-    cache = cache or cache_folder()
+    cache = cache or cache_folder("registry")
     folder = _find_transformers_folder(_fetch_root(client, version, tracking_uri, cache), version, cache)
     digest = version.tags.get(DIGEST_TAG)
     return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
@@ -84,7 +84,7 @@ def resolve_adapter(
     digest = version.tags.get(ADAPTER_DIGEST_TAG)
     if digest is None:
         return None
-    cache = cache or cache_folder()
+    cache = cache or cache_folder("registry")
     folder = _fetch_artifacts(client, version, tracking_uri, cache, f"model/{ADAPTER}", digest)
     return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
 
@@ -207,7 +207,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 def _copy_checked(model: ResolvedModel, part: Path) -> None:
     shutil.copytree(model.folder, part, dirs_exist_ok=True)
-    downloaded = model.folder.is_relative_to(cache_folder())
+    downloaded = model.folder.is_relative_to(cache_folder("registry"))
     remedy = f"remove {model.folder} and get it again" if downloaded else "register the model again"
     check_digest(part, model.digest, model.uri_pinned, remedy=remedy)
 

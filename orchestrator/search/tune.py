@@ -35,7 +35,7 @@ from orchestrator.search.trial import build_trial_config, find_trials_folder
 from orchestrator.storage.paths import is_uri
 from orchestrator.tracking.progress import make_plain_console
 from orchestrator.worker.setup import count_total_steps
-from preferences.buckets import without_options
+from preferences.buckets import redact_uri
 from tune_spaces.schedulers import build
 from tune_spaces.spaces import Space
 
@@ -126,7 +126,7 @@ def _serve_all_references(sweep: SweepConfig) -> RunConfig:
     base = resolve_paths(sweep.base, base=Path.cwd())
     if is_uri(base.storage_path):
         raise UsageError(
-            f"storage_path {without_options(base.storage_path)} is a URI, and a search keeps its journal in "
+            f"storage_path {redact_uri(base.storage_path)} is a URI, and a search keeps its journal in "
             "a folder: name one that all nodes share, such as a mounted bucket"
         )
     start = {name: getattr(base.policy, name) for name in ModelConfig.model_fields}
@@ -186,7 +186,7 @@ def _refuse_unfit(
 def _refuse_unlabelled(sweep: SweepConfig, prepared: PreparedRun) -> None:
     """What compares soft labels is pointless where every label is 1."""
     assert prepared.eval is not None
-    if prepared.train.soft or prepared.eval.soft:
+    if prepared.train.has_soft_labels or prepared.eval.has_soft_labels:
         return
     wanted = [o.metric for o in sweep.objective if o.metric == "eval/label_nll"]
     wanted += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]

@@ -129,7 +129,7 @@ class RunLease:
                 raise
             raise RunFailed(self._lost) from None
         finally:
-            with contextlib.suppress(*buckets.FAILURES):
+            with contextlib.suppress(*buckets.STORE_ERRORS):
                 self._release()
 
     def _renew_until(self, stop: threading.Event, interrupts: bool) -> None:
@@ -141,9 +141,9 @@ class RunLease:
                     self._write_lease()
                     away = False
                     continue
-            except buckets.FAILURES as error:
+            except buckets.STORE_ERRORS as error:
                 if not away:
-                    log.warning("%s does not answer (%s)", self._shown, buckets.reason(error))
+                    log.warning("%s does not answer (%s)", self._shown, buckets.describe_error(error))
                 away = True
                 continue
             self._lost = (

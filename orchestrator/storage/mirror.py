@@ -48,7 +48,7 @@ class Mirror:
         self._store: pafs.FileSystem | None = None
         if is_uri(kept_at):
             with self.explain_failures():
-                self._store, self._root = buckets.opened(kept_at)
+                self._store, self._root = buckets.open_bucket(kept_at)
                 self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -67,7 +67,7 @@ class Mirror:
 
     def describe_path(self, *names: str) -> str:
         """Where something of the run is kept, as a person is told."""
-        return buckets.join(str(self), *names)
+        return buckets.join_path(str(self), *names)
 
     def pull(self, *names: str) -> None:
         """Make files and folders here what is kept; what is not kept goes.
@@ -215,8 +215,10 @@ def _repeat_action(action: Callable[[], None], seconds: float, stop: threading.E
         try:
             action()
             away = False
-        except buckets.FAILURES as error:
+        except buckets.STORE_ERRORS as error:
             if not away:
-                log.warning("%s does not answer (%s); it is tried again", place, buckets.reason(error))
+                log.warning(
+                    "%s does not answer (%s); it is tried again", place, buckets.describe_error(error)
+                )
             away = True
         pause = max(seconds, _AT_MOST_ONE_IN * (time.monotonic() - began))  # files grow, and so does the time

@@ -26,7 +26,7 @@ def ray_storage_arguments(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
     where = urlsplit(kept_at)
     if where.scheme != "s3" or "@" in where.netloc or not key or not secret:
         return None, kept_at
-    store, path = buckets.opened(kept_at)
+    store, path = buckets.open_bucket(kept_at)
     named = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     options = {"endpoint_override": named.netloc, "scheme": named.scheme} if named.netloc else {}
     options |= {k: v for k, v in parse_qsl(where.query) if k in ("endpoint_override", "scheme")}

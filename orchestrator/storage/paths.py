@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import RunFailed
+from orchestrator.files import cache_folder
 from preferences import buckets
 
 
@@ -18,7 +18,7 @@ def is_uri(place: str) -> bool:
 
 def run_location(config: RunConfig) -> str:
     """The folder or URI that a run is kept at."""
-    return buckets.join(config.storage_path, config.name)
+    return buckets.join_path(config.storage_path, config.name)
 
 
 @contextlib.contextmanager
@@ -30,16 +30,19 @@ def explain_storage_failures(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except buckets.FAILURES as error:
-        remedy = buckets.remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
+    except buckets.STORE_ERRORS as error:
+        remedy = (
+            buckets.suggest_remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
+        )
         raise RunFailed(
-            f"{shown_location(place)} cannot be read or written ({buckets.reason(error)}); {remedy}. "
+            f"{shown_location(place)} cannot be read or written ({buckets.describe_error(error)}); {remedy}. "
             "The same command goes on from what is kept"
         ) from error
 
 
 def shown_location(place: str) -> str:
-    return buckets.without_options(place) if is_uri(place) else place
+    """Return a storage's folder or URI without credentials."""
+    return buckets.redact_uri(place) if is_uri(place) else place
 
 
 def find_working_folder(kept_at: str, worker: int | None = None) -> Path:
@@ -51,6 +54,5 @@ def find_working_folder(kept_at: str, worker: int | None = None) -> Path:
         return Path(kept_at)
     place = kept_at.partition("?")[0]
     whose = "driver" if worker is None else f"worker-{worker}"
-    cache = Path(os.environ.get("POLYREF_CACHE") or Path.home() / ".cache" / "polyref").expanduser()
     digest = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
-    return cache.absolute() / "runs" / f"{place.rpartition('/')[2]}-{digest}" / whose
+    return cache_folder("runs", f"{place.rpartition('/')[2]}-{digest}", whose)

@@ -35,7 +35,7 @@ def refuse_unwritable(storage_path: str) -> None:
                 f"storage_path {storage_path} cannot be written ({error.strerror}); name a folder that can"
             ) from None
         return
-    shown = buckets.without_options(storage_path)
+    shown = buckets.redact_uri(storage_path)
     if not buckets.is_bucket(storage_path):
         schemes = ", ".join(f"{scheme}://" for scheme in buckets.SCHEMES)
         raise UsageError(
@@ -45,10 +45,10 @@ def refuse_unwritable(storage_path: str) -> None:
     try:
         with write_probe(storage_path):
             pass
-    except buckets.FAILURES as error:
+    except buckets.STORE_ERRORS as error:
         raise UsageError(
-            f"storage_path {shown} cannot be written ({buckets.reason(error)}); "
-            f"{buckets.remedy(storage_path)}"
+            f"storage_path {shown} cannot be written ({buckets.describe_error(error)}); "
+            f"{buckets.suggest_remedy(storage_path)}"
         ) from None
 
 
@@ -59,7 +59,7 @@ def why_invisible(written: str) -> str | None:
     """
     try:
         if is_uri(written):
-            store, path = buckets.opened(written)
+            store, path = buckets.open_bucket(written)
             found = store.get_file_info(path).type == pafs.FileType.File
             return None if found else "the store has no such object there"
         give_up = time.monotonic() + _SEEN_WITHIN_S
@@ -68,23 +68,23 @@ def why_invisible(written: str) -> str | None:
                 above = Path(written).parent
                 return "the folder there is another one" if above.is_dir() else "no such folder there"
             time.sleep(0.2)
-    except buckets.FAILURES as error:
-        return buckets.reason(error)
+    except buckets.STORE_ERRORS as error:
+        return buckets.describe_error(error)
     return None
 
 
 @contextlib.contextmanager
 def write_probe(storage_path: str) -> Iterator[str]:
     """Inside, a small file of a name that never was lies in the storage; yields its place."""
-    place = buckets.join(storage_path, f"{PROBE_PREFIX}{uuid.uuid4().hex}")
+    place = buckets.join_path(storage_path, f"{PROBE_PREFIX}{uuid.uuid4().hex}")
     if is_uri(place):
-        store, path = buckets.opened(place)
+        store, path = buckets.open_bucket(place)
         with store.open_output_stream(path) as stream:
             stream.write(b"polyref")
         try:
             yield place
         finally:
-            with contextlib.suppress(*buckets.FAILURES):
+            with contextlib.suppress(*buckets.STORE_ERRORS):
                 store.delete_file(path)
     else:
         Path(place).parent.mkdir(parents=True, exist_ok=True)

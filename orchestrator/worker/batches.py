@@ -12,8 +12,8 @@ from models.rows import Prompted, Rows, build_rows
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.worker.metrics import StepCost
 from orchestrator.worker.step import MicroBatch
-from preferences.batches import split
-from preferences.split import Part
+from preferences.batches import split_over_ranks
+from preferences.split import TokenizedSplit
 
 BatchTicket = tuple[str, int]
 """(split, step): names a batch between asking for its scores and using them."""
@@ -33,7 +33,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        part: Part,
+        split: TokenizedSplit,
         *,
         order: Sequence[str],
         client: ReferenceClient,
@@ -47,7 +47,7 @@ class BatchLoader:
         device: torch.device,
         flops: Callable[[Rows], float],
     ) -> None:
-        self.part = part
+        self.part = split
         self._order = tuple(order)
         self.client = client
         self._score_start, self._on_any_rank = score_start, on_any_rank
@@ -56,8 +56,8 @@ class BatchLoader:
         self._shared_rows, self._pad_id, self._device = shared_rows, pad_id, device
         self._flops = flops
         # What a pair costs: its prompt once with both responses behind it, or two rows of its longer side.
-        apart = part.paired and not shared_rows
-        self._lengths = 2 * part.policy.longest if apart else part.policy.pair_lengths
+        apart = split.has_pairs and not shared_rows
+        self._lengths = 2 * split.policy.sequence_lengths if apart else split.policy.pair_lengths
 
     def request_scores(self, ticket: BatchTicket, indices: np.ndarray) -> None:
         """Ask every served reference for this rank's share of a global batch; does not block."""
@@ -101,9 +101,9 @@ class BatchLoader:
         return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
 
     def _select_share(self, indices: np.ndarray) -> list[np.ndarray]:
-        return split(indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget)[
-            self._rank
-        ]
+        return split_over_ranks(
+            indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget
+        )[self._rank]
 
     def _build_microbatch(
         self, indices: np.ndarray, slots: torch.Tensor, scores: dict[str, ReferenceArrays]
@@ -114,7 +114,7 @@ class BatchLoader:
             slots=slots,
             soft_labels=torch.as_tensor(self.part.soft_labels[indices], device=self._device),
             references=tuple(_move_to_device(complete[name], self._device) for name in self._order),
-            paired=self.part.paired,
+            paired=self.part.has_pairs,
             flops=self._flops(rows),
         )
 
@@ -132,7 +132,7 @@ class BatchLoader:
                 found = self._score_start(self._build_rows(part))
                 if not len(part):
                     continue
-                computed = _to_arrays(found, paired=self.part.paired)
+                computed = _to_arrays(found, paired=self.part.has_pairs)
                 self.client.store_scores(name, part, computed)
                 at = [place[int(row)] for row in part]
                 for column, values in zip(_list_columns(arrays), _list_columns(computed), strict=True):
@@ -143,7 +143,7 @@ class BatchLoader:
         """Rows in micro-batches; one of no rows where there are none, so that ranks stay in step."""
         if not len(indices):
             return [indices]
-        return split(indices, self._lengths, world_size=1, tokens_per_microbatch=self._budget)[0]
+        return split_over_ranks(indices, self._lengths, world_size=1, tokens_per_microbatch=self._budget)[0]
 
     def _build_rows(self, indices: np.ndarray) -> Rows:
         pairs = [self.part.policy[int(index)] for index in indices]

@@ -183,8 +183,8 @@ class _TrainingRun:
         self._names = setup.config.references.ordered
         self._sampler = make_sampler(setup, session, policy, feeds.get("eval"))
         self._flags = MetricFlags(
-            paired=feeds["train"].part.paired,
-            soft=any(feed.part.soft and feed.part.paired for feed in feeds.values()),
+            paired=feeds["train"].part.has_pairs,
+            soft=any(feed.part.has_soft_labels and feed.part.has_pairs for feed in feeds.values()),
             dispersed=loss.dispersion.type != "none",
             weighted=len(self._names) > 1 and not loss.reference_free,
         )
@@ -291,7 +291,7 @@ class _TrainingRun:
 
     def _plan_indices(self, step: int) -> np.ndarray:
         epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
-        return self._plan.indices(epoch, step_of_epoch)
+        return self._plan.get_step_indices(epoch, step_of_epoch)
 
     def _make_table(self, pairs: int) -> StepTable:
         return StepTable(pairs, self._names, self._policy.parallel.device)

@@ -22,8 +22,8 @@ from orchestrator.references.messages import Ids, PromptGroup
 from orchestrator.references.store import digest_response
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.rewards import RewardScorer
-from preferences.split import Part
-from preferences.tokenize import Ragged, TokenTable
+from preferences.split import TokenizedSplit
+from preferences.tokenize import RaggedArray, TokenTable
 
 PROMPTS_PER_CHUNK = 8
 """Prompts sampled together, whatever the number of ranks: padding is then the same, and so are samples."""
@@ -53,7 +53,7 @@ class Sampler:
         self,
         config: SamplingConfig,
         policy: Policy,
-        part: Part,
+        part: TokenizedSplit,
         client: ReferenceClient,
         names: Sequence[str],
         in_process: Collection[str],
@@ -205,7 +205,7 @@ class Sampler:
             )
 
 
-def _drop_repeats(prompts: Ragged) -> list[Ids]:
+def _drop_repeats(prompts: RaggedArray) -> list[Ids]:
     """The prompts in the file's order, each once."""
     rows = (prompts[index] for index in range(len(prompts)))
     return list({row.tobytes(): row for row in rows}.values())

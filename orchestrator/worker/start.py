@@ -21,7 +21,7 @@ from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
 from orchestrator.worker.setup import BEST_FILE, WorkerSetup, sample_calibration_rows
-from preferences.split import Part
+from preferences.split import TokenizedSplit
 
 
 def read_best_evaluation(config: RunConfig, mirror: Mirror) -> BestEvaluation | None:
@@ -43,7 +43,7 @@ def refuse_differing_ranks(policy: Policy, progress: TrainingProgress, best: Bes
 
 
 def make_batch_loader(
-    setup: WorkerSetup, part: Part, policy: Policy, *, rank: int, world_size: int
+    setup: WorkerSetup, part: TokenizedSplit, policy: Policy, *, rank: int, world_size: int
 ) -> BatchLoader:
     return BatchLoader(
         part,

@@ -136,7 +136,7 @@ def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
     ] == rows.train
     config = DataConfig(train=str(paths["train"]), eval=str(paths["eval"]))
     loaded = load_pairs(config.train, config, completions_only=False)
-    assert (loaded.turned_round, sum(loaded.skipped.values())) == (0, 0)
+    assert (loaded.swapped, sum(loaded.skipped.values())) == (0, 0)
     for pair, row in zip(loaded.pairs, rows.train, strict=True):
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
         assert pair.soft_label == row["soft_label"]

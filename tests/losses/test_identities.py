@@ -182,7 +182,7 @@ def test_a_certain_label_is_no_label(batch: Batch, config: LossConfig) -> None:
 
 @quick
 @given(batch=batches())
-def test_a_certainly_wrong_label_is_the_pair_turned_round(batch: Batch) -> None:
+def test_a_certainly_wrong_label_is_the_pair_swapped(batch: Batch) -> None:
     policy, references, p = batch
     turned = losses_of("dpo", swapped(policy), swapped(references[0]))
     for name in ("gdpo", "cdpo"):

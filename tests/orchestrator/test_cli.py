@@ -382,7 +382,7 @@ def test_check_score_and_train_a_good_run(case: Case, polyref: Polyref) -> None:
     assert (checked.code, checked.err) == (0, "")
     assert "case: nothing to refuse" in checked.out
     assert re.search(r"^ddp \* .*^ZeRO-3 .*^reference \w+: [\d.]+ GiB a replica", checked.out, re.M | re.S)
-    assert "1 turned round" in checked.out
+    assert "1 swapped" in checked.out
     assert "1 skipped (missing field)" in checked.out
     assert "1 skipped (bad soft label)" in checked.out
     assert "1 skipped (too long for the policy)" in checked.out

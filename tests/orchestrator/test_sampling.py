@@ -20,8 +20,8 @@ from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.messages import PromptGroup, Scores
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import PROMPTS_PER_CHUNK, Sampler
-from preferences.split import Part
-from preferences.tokenize import Ragged, TokenTable
+from preferences.split import TokenizedSplit
+from preferences.tokenize import RaggedArray, TokenTable
 
 CPU = torch.device("cpu")
 WORDS = tiny.word_tokenizer(["good", "bad", "film"])  # few ids, so that every response can be listed
@@ -43,16 +43,23 @@ def policy_of(model: PreTrainedModel) -> Policy:
     )
 
 
-def part_of(prompts: list[list[int]], *, others: tuple[str, ...] = ()) -> Part:
+def part_of(prompts: list[list[int]], *, others: tuple[str, ...] = ()) -> TokenizedSplit:
     """Held-out rows with these prompts, that the policy, `a` and `b` read alike, and `others` do not."""
 
     def table(response: list[int]) -> TokenTable:
-        responses = Ragged.of([response] * len(prompts))
-        return TokenTable(Ragged.of(prompts), responses, responses)
+        responses = RaggedArray.from_rows([response] * len(prompts))
+        return TokenTable(RaggedArray.from_rows(prompts), responses, responses)
 
     references = {"a": table([6, END]), "b": table([6, END])} | {name: table([5, END]) for name in others}
     ones = np.ones(len(prompts))
-    return Part(table([6, END]), references, ones, tuple("f:1" for _ in prompts), paired=True, soft=False)
+    return TokenizedSplit(
+        table([6, END]),
+        references,
+        ones,
+        tuple("f:1" for _ in prompts),
+        has_pairs=True,
+        has_soft_labels=False,
+    )
 
 
 def shuffled(count: int) -> list[list[int]]:

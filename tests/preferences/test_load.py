@@ -84,7 +84,7 @@ def test_every_format_says_the_same(tmp_path, name):
     assert list_texts(loaded) == EXPECTED
     assert loaded.digest == load(write_jsonl(tmp_path / "plain.jsonl")).digest
     assert not loaded.has_soft_labels
-    assert (loaded.turned_round, sum(loaded.skipped.values())) == (0, 0)
+    assert (loaded.swapped, sum(loaded.skipped.values())) == (0, 0)
 
 
 def test_messages_are_the_same_from_columns(tmp_path):
@@ -97,7 +97,7 @@ def test_messages_are_the_same_from_columns(tmp_path):
     for source in ("a.parquet", "saved"):
         assert list_texts(load(tmp_path / source)) == list_texts(expected)
     assert [pair.soft_label for pair in expected.pairs] == [1.0, 0.75, 0.5, 0.75, 1.0]
-    assert expected.turned_round == 2
+    assert expected.swapped == 2
     assert expected.has_soft_labels
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from orchestrator.demo import assets
 from preferences.config import DataConfig
 from preferences.pairs import BadRow, DataError, Pair
-from preferences.tokenize import Rendering, tokenize
+from preferences.tokenize import Rendering, tokenize_pairs
 
 CONFIG = DataConfig(train="train.jsonl", max_length=100, max_prompt_length=60)
 WORDS = ["user", "assistant", "system", "why", "because", "so", "no", "is", "it", "good", "bad"]
@@ -51,7 +51,7 @@ def make_config(**changes) -> DataConfig:
 def tokenize_one(
     pair: Pair, rendering: Rendering, settings: DataConfig = CONFIG
 ) -> tuple[list[int], list[int], list[int]]:
-    row = tokenize([pair], {"policy": rendering}, settings).tables["policy"][0]
+    row = tokenize_pairs([pair], {"policy": rendering}, settings).tables["policy"][0]
     return row.prompt.tolist(), row.chosen.tolist(), row.rejected.tolist()
 
 
@@ -79,7 +79,7 @@ def test_an_unknown_last_word_does_not_end_the_response():
 
 
 def test_completions_only():
-    done = tokenize(
+    done = tokenize_pairs(
         [Pair("why", "so", None), Pair("why so", "no", None)], {"p": Rendering(build_tokenizer())}, CONFIG
     )
     table = done.tables["p"]
@@ -165,12 +165,12 @@ def test_a_template_that_refuses_a_row():
         BadRow, match=r"l:1: the chat template of policy refuses the messages \(no system role\)"
     ):
         tokenize_one(bad, Rendering(build_tokenizer(), template))
-    done = tokenize(
+    done = tokenize_pairs(
         [bad, chat_pair("why")],
         {"policy": Rendering(build_tokenizer(), template)},
         make_config(on_bad_row="skip"),
     )
-    assert done.kept.tolist() == [1]
+    assert done.kept_indices.tolist() == [1]
     assert dict(done.skipped) == {"unsuited to the chat template": 1}
 
 
@@ -214,7 +214,7 @@ def test_every_model_reads_the_same_text_in_its_own_tokens():
         "roles": Rendering(build_tokenizer(), ROLES),
         "same": Rendering(build_tokenizer(chat=True)),
     }
-    done = tokenize(pairs, renderings, make_config(max_length=300, max_prompt_length=200))
+    done = tokenize_pairs(pairs, renderings, make_config(max_length=300, max_prompt_length=200))
     assert {name: len(table) for name, table in done.tables.items()} == dict.fromkeys(renderings, 3)
     assert done.tables["same"] is done.tables["policy"]  # the same tokens are made once
     row = done.tables["bytes"][0]
@@ -228,7 +228,9 @@ def test_every_model_reads_the_same_text_in_its_own_tokens():
 def test_progress_counts_pairs_of_every_rendering():
     seen = []
     renderings = {"policy": Rendering(build_tokenizer()), "bytes": Rendering(tiny.byte_tokenizer())}
-    tokenize([text_pair()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total)))
+    tokenize_pairs(
+        [text_pair()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(3, 6), (6, 6)]
 
 
@@ -250,10 +252,10 @@ def test_long_rows_are_left_out(limits, kept):
         with pytest.raises(
             DataError, match=r"no pair is left of 2 \(2 too long for policy\); raise data.max_length"
         ):
-            tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
+            tokenize_pairs(pairs, {"policy": Rendering(build_tokenizer())}, settings)
         return
-    done = tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
-    assert done.kept.tolist() == kept
+    done = tokenize_pairs(pairs, {"policy": Rendering(build_tokenizer())}, settings)
+    assert done.kept_indices.tolist() == kept
     assert done.skipped.total() == 2 - len(kept)
 
 
@@ -263,8 +265,8 @@ def test_a_row_too_long_for_one_model_is_left_out_for_all():
         "policy": Rendering(build_tokenizer()),
         "short": Rendering(tiny.byte_tokenizer(), max_positions=7),
     }
-    done = tokenize(pairs, renderings, CONFIG)
-    assert done.kept.tolist() == [1]
+    done = tokenize_pairs(pairs, renderings, CONFIG)
+    assert done.kept_indices.tolist() == [1]
     assert done.tables["policy"][0].prompt.tolist() == [WHY]
     assert renderings["short"].tokenizer.decode(done.tables["short"][0].prompt) == "why"
     assert dict(done.skipped) == {"too long for short": 1}
@@ -272,16 +274,16 @@ def test_a_row_too_long_for_one_model_is_left_out_for_all():
         r"train.jsonl:1: too long for short: 20 tokens, 10 of them the prompt, and 7 fit, .* data.on_long_row"
     )
     with pytest.raises(DataError, match=message):
-        tokenize(pairs, renderings, make_config(on_long_row="stop"))
+        tokenize_pairs(pairs, renderings, make_config(on_long_row="stop"))
 
 
 def test_the_policys_positions_bind_it():
-    done = tokenize(
+    done = tokenize_pairs(
         [text_pair(), text_pair("why", "so", "no")],
         {"p": Rendering(build_tokenizer(), max_positions=6)},
         CONFIG,
     )
-    assert done.kept.tolist() == [1]
+    assert done.kept_indices.tolist() == [1]
 
 
 # ---- tables ----
@@ -291,7 +293,7 @@ def test_the_policys_positions_bind_it():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12), st.data())
 def test_a_table_gives_back_each_row(shape, data):
     pairs = [Pair("why " * a, "so " * b, "no " * (a + b)) for a, b in shape]
-    table = tokenize(pairs, {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
+    table = tokenize_pairs(pairs, {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), max_size=10))
     indices = np.array(chosen, np.int64)
     for part in (table.take(indices), pickle.loads(pickle.dumps(table)).take(indices)):
@@ -307,7 +309,9 @@ def test_a_table_gives_back_each_row(shape, data):
 
 
 def test_rows_are_counted_from_either_end():
-    table = tokenize([text_pair(), text_pair("why")], {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
+    table = tokenize_pairs(
+        [text_pair(), text_pair("why")], {"p": Rendering(build_tokenizer())}, CONFIG
+    ).tables["p"]
     assert table[-1].prompt.tolist() == [WHY]
     assert table[0].prompt.dtype == np.int32
     with pytest.raises(IndexError, match="pair 2 of 2"):
@@ -342,7 +346,7 @@ def test_smollm2_reads_a_conversation_as_it_would_answer_it(smollm2):
 @pytest.mark.smollm2
 def test_two_real_tokenizers_read_the_same_text(smollm2, gpt2):
     pair = text_pair("The film was", " g\u00e9nial, truly  fine.", " dull \U0001f4a4 and long")
-    done = tokenize([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
+    done = tokenize_pairs([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
     rows = {name: table[0] for name, table in done.tables.items()}
     ends = {"policy": (smollm2, "<|im_end|>"), "gpt2": (gpt2, "<|endoftext|>")}
     for name, (tokenizer, end) in ends.items():
