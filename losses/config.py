@@ -1,6 +1,6 @@
-"""The settings of a loss, one field per stage. Torch-free, so that a run file can be checked anywhere.
+"""Settings of a loss, one field per stage. Torch-free, so that a run file can be checked anywhere.
 
-A setting that cannot work is refused when the config is made, with the remedy in the message.
+A setting that cannot work is refused when the config is created; the message contains the remedy.
 """
 
 import math
@@ -9,31 +9,31 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from losses.settings import LossError, Settings, Within, unknown
+from losses.settings import Bounds, LossError, Settings, make_unknown_name_error
 
 # ---------------------------------------------------------------- stage 1: references
 
-Combine = Literal["none", "single", "harmonic", "geometric", "multi_loss"]
+CombineRule = Literal["none", "single", "harmonic", "geometric", "multi_loss"]
 WeightRule = Literal["uniform", "adaptive", "adaptive_per_token"]
 
 
-class ReferencesConfig(Settings):
-    """How K frozen references become one (losses.references).
+class ReferenceStageConfig(Settings):
+    """Settings for combining K frozen references into one (losses.references).
 
-    Numeric weights follow the order of the references, the primary first; they need not sum to 1.
+    Numeric weights are in the order of the references, the primary first; they need not sum to 1.
     """
 
-    combine: Combine = "single"
+    combine: CombineRule = "single"
     weights: WeightRule | tuple[float, ...] = "uniform"
-    trust_region: Annotated[float, Within(0.1, above=0, below=1)] | None = None
+    trust_region: Annotated[float, Bounds(0.1, above=0, below=1)] | None = None
     trust_region_mode: Literal["adaptive", "fixed"] = "adaptive"
 
     @field_validator("weights", mode="before")
     @classmethod
-    def _weights_make_sense(cls, value: Any) -> Any:
+    def _check_weights(cls, value: Any) -> Any:
         if isinstance(value, str):
             if value not in get_args(WeightRule):
-                raise unknown("weights", value, get_args(WeightRule))
+                raise make_unknown_name_error("weights", value, get_args(WeightRule))
             return value
         if not isinstance(value, Sequence):
             raise LossError(
@@ -47,12 +47,12 @@ class ReferencesConfig(Settings):
         return value
 
     @model_validator(mode="after")
-    def _several_are_read(self) -> Self:
+    def _refuse_unused_settings(self) -> Self:
         if self.combine in ("none", "single"):
             if self.trust_region is not None:
                 raise LossError(
                     f"trust_region clips further references around the first, but combine {self.combine} "
-                    "reads none; set trust_region: null, or combine: harmonic"
+                    "reads at most one; set trust_region: null, or combine: harmonic"
                 )
             if self.weights != "uniform":
                 raise LossError(
@@ -71,7 +71,7 @@ class ReferencesConfig(Settings):
 
 
 class SoftLabelConfig(Settings):
-    """What the probability p that chosen really beats rejected does to the loss (losses.soft_labels)."""
+    """Settings for the probability p that chosen really beats rejected (losses.soft_labels)."""
 
     type: Literal["none", "geometric", "mixture"] = "none"
 
@@ -80,23 +80,23 @@ class SoftLabelConfig(Settings):
 
 
 class NoDispersion(Settings):
-    """Every pair counts alike."""
+    """No dispersion: all pairs count equally."""
 
     type: Literal["none"] = "none"
 
 
 class EntropyDispersion(Settings):
-    """Neg-log-dispersion from the primary reference's entropy: phi_star * -log H.
+    """Neg-log-dispersion from the primary reference's entropy H: phi_star * -log H.
 
-    `auto` stands for the value that makes the mean scale 1; `LossConfig.with_phi_star` puts it in.
+    `auto` means the value that makes the mean scale 1; `LossConfig.with_phi_star` fills it in.
     """
 
     type: Literal["entropy"] = "entropy"
-    phi_star: Annotated[float | Literal["auto"], Within(0.29, at_least=1e-3)] = 0.29
+    phi_star: Annotated[float | Literal["auto"], Bounds(0.29, at_least=1e-3)] = 0.29
 
     @field_validator("phi_star", mode="before")
     @classmethod
-    def _auto_or_number(cls, value: Any) -> Any:
+    def _parse_phi_star(cls, value: Any) -> Any:
         try:
             return value if value == "auto" else float(value)
         except (TypeError, ValueError):
@@ -104,11 +104,11 @@ class EntropyDispersion(Settings):
 
 
 class ConstantDispersion(Settings):
-    """One neg-log-dispersion for every pair."""
+    """One neg-log-dispersion for all pairs."""
 
     type: Literal["constant"] = "constant"
-    # Below 1e-6 the Mallows distribution is uniform to all intents, and its loss no longer has a slope.
-    value: Annotated[float, Within(1.0, at_least=1e-6)]
+    # Below 1e-6 the Mallows distribution is practically uniform, and its loss no longer has a slope.
+    value: Annotated[float, Bounds(1.0, at_least=1e-6)]
 
 
 DispersionConfig = Annotated[
@@ -120,14 +120,14 @@ DispersionConfig = Annotated[
 
 
 class DifferenceLink(Settings):
-    """Links of h = u_chosen - u_rejected without a knob; `none` is for supervised fine-tuning."""
+    """Links of h = u_chosen - u_rejected without parameters; `none` is for supervised fine-tuning."""
 
     two_sided: ClassVar[bool] = False
     type: Literal["sigmoid", "ipo", "hinge", "none"]
 
 
 class TwoSidedLink(Settings):
-    """Links that read u_chosen and u_rejected apart."""
+    """Links that read u_chosen and u_rejected separately."""
 
     two_sided: ClassVar[bool] = True
     type: Literal["nca", "bco_pair", "apo_zero", "apo_down", "sppo", "orpo"]
@@ -138,15 +138,15 @@ class RobustLink(Settings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["robust"]
-    flip_probability: Annotated[float, Within(0.1, at_least=0, below=0.5)] = 0.1
+    flip_probability: Annotated[float, Bounds(0.1, at_least=0, below=0.5)] = 0.1
 
 
 class RopoLink(Settings):
-    """ROPO: a bounded term that learns little from pairs it finds unlikely."""
+    """ROPO: includes a bounded term, which learns little from pairs that the policy finds unlikely."""
 
     two_sided: ClassVar[bool] = False
     type: Literal["ropo"]
-    alpha: Annotated[float, Within(14, above=0)] = 14.0
+    alpha: Annotated[float, Bounds(14, above=0)] = 14.0
 
 
 class MallowsPhiLink(Settings):
@@ -154,7 +154,7 @@ class MallowsPhiLink(Settings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["mallows_phi"]
-    smoothing: Annotated[float, Within(0.5, at_least=1e-3)] = 0.5
+    smoothing: Annotated[float, Bounds(0.5, at_least=1e-3)] = 0.5
 
 
 class ExoLink(Settings):
@@ -162,16 +162,16 @@ class ExoLink(Settings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["exo"]
-    label_smoothing: Annotated[float, Within(0.001, above=0, below=0.5)] = 0.001
+    label_smoothing: Annotated[float, Bounds(0.001, above=0, below=0.5)] = 0.001
 
 
 class DiscopopLink(Settings):
-    """DiscoPOP: logistic and exponential losses blended by a sigmoid of this temperature."""
+    """DiscoPOP: logistic and exponential losses, blended by a sigmoid of this temperature."""
 
     two_sided: ClassVar[bool] = False
     type: Literal["discopop"]
-    # Above 1 the exponential part is no longer tamed by the blend and overflows on wrong pairs.
-    temperature: Annotated[float, Within(0.05, above=0, at_most=1)] = 0.05
+    # Above 1 the blend no longer bounds the exponential part, which overflows on wrongly ranked pairs.
+    temperature: Annotated[float, Bounds(0.05, above=0, at_most=1)] = 0.05
 
 
 LinkConfig = Annotated[
@@ -180,30 +180,30 @@ LinkConfig = Annotated[
 ]
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- all stages
 
 
 class LossConfig(Settings):
     """A preference loss: one setting per stage. Without arguments it is DPO at beta 0.1.
 
-    `margin` is in units of h (nats, or nats per token when length-normalised); `sft_weight` weighs the
-    chosen response's negative log-likelihood per token, added to the loss.
+    `margin` is in units of h (nats, or nats per token when length-normalised); `sft_weight` is the weight of
+    the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
-    beta: Annotated[float, Within(0.1, above=0)] = 0.1
+    beta: Annotated[float, Bounds(0.1, above=0)] = 0.1
     length_normalized: bool = False
-    margin: Annotated[float, Within(0.0)] = 0.0
-    sft_weight: Annotated[float, Within(1.0, at_least=0)] = 0.0
+    margin: Annotated[float, Bounds(0.0)] = 0.0
+    sft_weight: Annotated[float, Bounds(1.0, at_least=0)] = 0.0
     link: LinkConfig = DifferenceLink(type="sigmoid")
-    references: ReferencesConfig = ReferencesConfig()
+    references: ReferenceStageConfig = ReferenceStageConfig()
     soft_label: SoftLabelConfig = SoftLabelConfig()
     dispersion: DispersionConfig = NoDispersion()
 
     @field_validator("link", "soft_label", "dispersion", mode="before")
     @classmethod
-    def _known_type(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_unknown_type(cls, value: Any, info: ValidationInfo) -> Any:
         field = str(info.field_name)
-        types = _types_of(field)
+        types = _list_types(field)
         if isinstance(value, str):
             raise LossError(f"{field} must be a mapping, got {value!r}; write {field}: {{type: {value}}}")
         if isinstance(value, Mapping):
@@ -212,39 +212,39 @@ class LossConfig(Settings):
                     f"{field} needs a type; write {field}: {{type: {types[0]}}} or one of {', '.join(types)}"
                 )
             if value["type"] not in types:
-                raise unknown(f"{field} type", value["type"], types)
+                raise make_unknown_name_error(f"{field} type", value["type"], types)
         return value
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> Self:
-        refusal = next(_refusals(self), None)
-        if refusal is not None:
-            raise LossError(refusal)
+    def _refuse_conflicting_stages(self) -> Self:
+        conflict = next(_find_conflicts(self), None)
+        if conflict is not None:
+            raise LossError(conflict)
         return self
 
     @property
     def reference_free(self) -> bool:
-        """Whether h has no reference in it. An entropy dispersion may still need one: `needs_entropy`."""
+        """Whether h contains no reference. An entropy dispersion may still need one: `needs_entropy`."""
         return self.references.combine == "none"
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the primary reference has to be scored with its entropies."""
+        """Whether the primary reference's entropies are needed as well as its log-probs."""
         return self.dispersion.type == "entropy"
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `phi_star: auto` is still to be resolved, from a sample of the training set's entropies."""
+        """Whether `phi_star: auto` must still be resolved from a sample of the training set's entropies."""
         return isinstance(self.dispersion, EntropyDispersion) and self.dispersion.phi_star == "auto"
 
     @property
     def completions_only(self) -> bool:
-        """Whether rejected responses play no part (supervised fine-tuning)."""
+        """Whether rejected responses are ignored (supervised fine-tuning)."""
         return self.link.type == "none"
 
     @property
     def min_references(self) -> int:
-        """The least number of references to give `preference_loss`."""
+        """The minimum number of references that `preference_loss` needs."""
         if isinstance(self.references.weights, tuple):
             return len(self.references.weights)
         if self.references.trust_region is not None:
@@ -252,22 +252,22 @@ class LossConfig(Settings):
         return int(not self.reference_free or self.needs_entropy)
 
     def with_phi_star(self, phi_star: float) -> Self:
-        """This loss with `phi_star: auto` replaced by what `dispersion.calibrated_phi_star` found."""
+        """Return this loss with `phi_star: auto` replaced by a result of `dispersion.calibrated_phi_star`."""
         if not self.needs_calibration:
             raise LossError("phi_star is calibrated only for dispersion: {type: entropy, phi_star: auto}")
         calibrated = EntropyDispersion(phi_star=phi_star)
         return type(self).model_validate({**self.model_dump(), "dispersion": calibrated})
 
 
-def _types_of(field: str) -> list[str]:
-    """The values that `type` may take in a stage of LossConfig."""
+def _list_types(field: str) -> list[str]:
+    """List the values that `type` may take in a stage of LossConfig."""
     annotation = LossConfig.model_fields[field].annotation
     stages = get_args(annotation) or (annotation,)
     return [name for stage in stages for name in get_args(stage.model_fields["type"].annotation)]
 
 
-def _refusals(config: LossConfig) -> Iterator[str]:
-    """Why the stages do not fit together, each with its remedy."""
+def _find_conflicts(config: LossConfig) -> Iterator[str]:
+    """Yield each reason why the stages do not fit together, with its remedy."""
     link = config.link
     if link.two_sided and config.margin != 0:
         yield (
@@ -279,12 +279,12 @@ def _refusals(config: LossConfig) -> Iterator[str]:
             "or {type: constant, value: 1}, or link: {type: sigmoid}"
         )
     if link.type == "orpo":
-        yield from _orpo_refusals(config)
+        yield from _find_orpo_conflicts(config)
     if link.type == "none":
-        yield from _no_link_refusals(config)
+        yield from _find_no_link_conflicts(config)
 
 
-def _orpo_refusals(config: LossConfig) -> Iterator[str]:
+def _find_orpo_conflicts(config: LossConfig) -> Iterator[str]:
     if not config.length_normalized:
         yield "link orpo reads the odds of a probability per token; set length_normalized: true"
     if not config.reference_free:
@@ -294,7 +294,7 @@ def _orpo_refusals(config: LossConfig) -> Iterator[str]:
         )
 
 
-def _no_link_refusals(config: LossConfig) -> Iterator[str]:
+def _find_no_link_conflicts(config: LossConfig) -> Iterator[str]:
     if config.sft_weight == 0:
         yield "link none with sft_weight 0 leaves no loss; set sft_weight: 1, or another link"
     if not config.reference_free:

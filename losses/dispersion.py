@@ -1,7 +1,8 @@
-"""Stage 3: how much people disperse (MallowsPO; Chen et al. 2024, arXiv:2405.14953).
+"""Stage 3: the dispersion of people's preferences (MallowsPO; Chen et al. 2024, arXiv:2405.14953).
 
 In a Mallows model with dispersion phi, the neg-log-dispersion -log phi is small where preferences scatter.
-It is estimated from the entropy of the primary reference: where that is unsure, people are taken to disagree.
+It is estimated from the primary reference's entropy: where that model is uncertain, people are assumed to
+disagree.
 """
 
 from collections.abc import Sequence
@@ -13,26 +14,26 @@ from losses.config import ConstantDispersion, DispersionConfig, EntropyDispersio
 from losses.scores import ReferenceScores
 from losses.settings import LossError
 
-_EDGE = 1e-4
-"""Mean entropies are kept this far from 0 and 1, where their log is infinite or 0."""
+_CLAMP_MARGIN = 1e-4
+"""Mean entropies are clamped to this distance from 0 and 1, where their log is infinite or 0."""
 
 
-def neg_log_dispersion(
+def compute_neg_log_dispersion(
     config: DispersionConfig, references: Sequence[ReferenceScores], *, like: Tensor
 ) -> Tensor:
-    """The neg-log-dispersion of each pair, > 0 and without gradient: (B,).
+    """Compute the neg-log-dispersion of each pair, > 0 and without gradient: (B,).
 
     `entropy`: -phi_star * log H with H the mean of both responses' normalised entropies under the primary
-    reference [released code: phi_star 0.29, the paper's factor 2 inside]. H is a mean per token: a sum could
-    exceed log V, and would turn the scale negative and the preference round. `none` gives ones.
+    reference [released code: phi_star 0.29, which includes the paper's factor 2]. H is a mean per token: a
+    sum could exceed log V, which would make the scale negative and reverse the preference. `none` gives ones.
 
     Args:
-        config: which dispersion.
+        config: type of dispersion and its settings.
         references: the primary first; only its entropies are read.
         like: (B,) tensor whose shape, dtype and device the result has.
 
     Raises:
-        LossError: there is no entropy to read, or phi_star is still `auto`.
+        LossError: the primary reference's entropies are missing, or phi_star is still `auto`.
     """
     if isinstance(config, EntropyDispersion):
         if config.phi_star == "auto":
@@ -40,22 +41,22 @@ def neg_log_dispersion(
                 "dispersion.phi_star auto must be resolved before the loss is computed; "
                 "use config.with_phi_star(calibrated_phi_star(entropies)), or set a number such as 0.29"
             )
-        return config.phi_star * -_clamped(_mean_entropy(references)).log()
+        return config.phi_star * -_clamp_entropy(_compute_mean_entropy(references)).log()
     if isinstance(config, ConstantDispersion):
         return torch.full_like(like, config.value)
     return torch.ones_like(like)
 
 
 def calibrated_phi_star(entropies: Tensor) -> float:
-    """The phi_star that makes the mean scale over a training set 1: 1 / mean(-log H).
+    """Compute the phi_star that makes the mean scale over a training set 1: 1 / mean(-log H).
 
-    Only then is a comparison with an undispersed loss at the same beta a fair one. [derived]
+    Only then is a comparison with an undispersed loss at the same beta fair. [derived]
 
     Args:
         entropies: (N,) per pair (H_chosen + H_rejected) / 2, normalised to [0, 1].
 
     Raises:
-        LossError: no entropies, or some are not in [0, 1].
+        LossError: there are no entropies, or some are not in [0, 1].
     """
     values = entropies.detach().double()
     if not len(values) or not bool(((values >= 0) & (values <= 1 + 1e-3)).all()):
@@ -63,10 +64,10 @@ def calibrated_phi_star(entropies: Tensor) -> float:
             "phi_star auto needs entropies in [0, 1], one or more; "
             "divide the mean over a response's tokens (not the sum) by the log of the vocabulary's size"
         )
-    return 1 / float(-_clamped(values).log().mean())
+    return 1 / float(-_clamp_entropy(values).log().mean())
 
 
-def _mean_entropy(references: Sequence[ReferenceScores]) -> Tensor:
+def _compute_mean_entropy(references: Sequence[ReferenceScores]) -> Tensor:
     primary = references[0] if references else None
     if primary is None or primary.chosen_entropy is None or primary.rejected_entropy is None:
         raise LossError(
@@ -76,5 +77,5 @@ def _mean_entropy(references: Sequence[ReferenceScores]) -> Tensor:
     return (primary.chosen_entropy + primary.rejected_entropy) / 2
 
 
-def _clamped(entropy: Tensor) -> Tensor:
-    return entropy.clamp(_EDGE, 1 - _EDGE)
+def _clamp_entropy(entropy: Tensor) -> Tensor:
+    return entropy.clamp(_CLAMP_MARGIN, 1 - _CLAMP_MARGIN)

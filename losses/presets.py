@@ -1,6 +1,6 @@
-"""Named losses. A name is only a setting of the five stages, so any part of it can be overridden.
+"""Named losses. A preset only sets the five stages, so any part of it can be overridden.
 
-Torch-free. Values are the papers' where they give one, and beta 0.1 elsewhere.
+Torch-free. Values are the papers' where they give one; beta is 0.1 elsewhere.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from losses.config import LossConfig
-from losses.settings import LossError, unknown
+from losses.settings import LossError, make_unknown_name_error
 
 _REFERENCE_FREE = {"combine": "none"}
 _ENTROPY = {"type": "entropy", "phi_star": 0.29}
@@ -34,7 +34,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "discopop": {"link": {"type": "discopop"}},  # Lu et al. 2024, arXiv:2406.08414
     "rpo": {"sft_weight": 0.5},  # Pang et al. 2024, arXiv:2404.19733
     # Soft labels. This GDPO (Furuta et al. 2024, arXiv:2409.06691) is geometric-averaged DPO;
-    # a variant of GRPO elsewhere has the same four letters and nothing else in common.
+    # an unrelated variant of GRPO has the same name.
     "cdpo": {"soft_label": _MIXTURE},  # Mitchell 2023, "A note on DPO with noisy preferences"
     "cipo": {"soft_label": _MIXTURE, "link": {"type": "ipo"}},
     "gdpo": {"soft_label": _GEOMETRIC},
@@ -78,25 +78,25 @@ PRESETS: Mapping[str, LossConfig] = MappingProxyType(
 
 
 def preset(name: str, **overrides: Any) -> LossConfig:
-    """A named loss with any of its fields overridden; nested mappings are merged into the preset's.
+    """Return a named loss with any of its fields overridden; nested mappings are merged into the preset's.
 
-    A stage given another `type` than the preset's replaces that stage whole.
+    A stage with another `type` than the preset's replaces the whole stage.
 
     Raises:
-        LossError: no such preset; names the nearest.
-        pydantic.ValidationError: what results is refused by LossConfig.
+        LossError: the preset does not exist; the message suggests the nearest.
+        pydantic.ValidationError: LossConfig refuses the result.
     """
     if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return LossConfig.model_validate(_merged(PRESETS[name].model_dump(), overrides))
+        raise make_unknown_name_error("preset", name, PRESETS)
+    return LossConfig.model_validate(_merge_settings(PRESETS[name].model_dump(), overrides))
 
 
 def from_settings(settings: Mapping[str, Any]) -> LossConfig:
-    """The `loss:` section of a run file: `{preset: name, field: override, ...}`, or all stages spelled out.
+    """Build the loss of a run file's `loss:` section: `{preset: name, field: override, ...}`, or all stages.
 
     Raises:
-        LossError: no such preset, or neither a preset nor a link is named.
-        pydantic.ValidationError: what results is refused by LossConfig.
+        LossError: the preset does not exist, or neither a preset nor a link is named.
+        pydantic.ValidationError: LossConfig refuses the result.
     """
     if "preset" in settings:
         overrides = {field: value for field, value in settings.items() if field != "preset"}
@@ -106,7 +106,8 @@ def from_settings(settings: Mapping[str, Any]) -> LossConfig:
     return LossConfig.model_validate(settings)
 
 
-def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge overrides into settings; a section of another type replaces the old one."""
     merged = dict(settings)
     for field, value in overrides.items():
         value = value.model_dump() if isinstance(value, BaseModel) else value
@@ -116,6 +117,6 @@ def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
             and isinstance(value, Mapping)
             and value.get("type") in (None, old.get("type"))
         ):
-            value = _merged(old, value)
+            value = _merge_settings(old, value)
         merged[field] = value
     return merged

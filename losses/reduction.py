@@ -1,4 +1,4 @@
-"""From losses per pair to one number, by global counts: the step must not depend on how pairs are split."""
+"""Reduction of per-pair losses by global counts: a step must not depend on how the pairs are split."""
 
 from torch import Tensor
 
@@ -6,10 +6,10 @@ from losses.settings import LossError
 
 
 def global_mean(losses: Tensor, *, global_count: int, world_size: int) -> Tensor:
-    """This micro-batch's part of the mean over the global batch, for ranks whose gradients are averaged.
+    """Compute this micro-batch's part of the global batch's mean, for ranks whose gradients are averaged.
 
     Summed over a rank's micro-batches and averaged over ranks, the parts are the mean over all pairs,
-    however these are split.
+    however the pairs are split.
 
     Args:
         losses: (B,) of this micro-batch; B may be 0.

@@ -1,4 +1,4 @@
-"""What goes into a preference loss and what comes out: one number per pair, B pairs."""
+"""Inputs and outputs of a preference loss: one number per pair, B pairs."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -15,7 +15,7 @@ class PairScores:
 
     Attributes:
         chosen, rejected: (B,) sums over the response's tokens in nats, the end-of-turn token included,
-            prompt and padding excluded. float32 or wider; narrower ones are widened.
+            prompt and padding excluded. Dtypes below float32 are widened by the loss.
         chosen_lengths, rejected_lengths: (B,) numbers of response tokens in this model's own tokenizer.
 
     Raises:
@@ -28,7 +28,7 @@ class PairScores:
     rejected_lengths: Tensor
 
     def __post_init__(self) -> None:
-        for name, value in self._tensors().items():
+        for name, value in self._collect_tensors().items():
             if value.ndim != 1 or value.shape != self.chosen.shape:
                 raise LossError(
                     f"{type(self).__name__}.{name} must have one number per pair, shape ({len(self)},), "
@@ -40,26 +40,27 @@ class PairScores:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest of the log-probs' dtypes."""
+        """The dtype that chosen and rejected log-probs promote to."""
         return torch.promote_types(self.chosen.dtype, self.rejected.dtype)
 
     def to(self, dtype: torch.dtype) -> Self:
-        """The same scores in one floating dtype, lengths included."""
-        return replace(self, **{name: value.to(dtype) for name, value in self._tensors().items()})
+        """Convert all scores to one floating dtype, lengths included."""
+        return replace(self, **{name: value.to(dtype) for name, value in self._collect_tensors().items()})
 
-    def detached(self) -> Self:
-        """The same scores without gradient."""
-        return replace(self, **{name: value.detach() for name, value in self._tensors().items()})
+    def detach(self) -> Self:
+        """Return the same scores without gradient."""
+        return replace(self, **{name: value.detach() for name, value in self._collect_tensors().items()})
 
-    def per_token(self) -> Self:
-        """Log-probs divided by response lengths; an absent response, of length 0, stays what it was."""
+    def to_per_token(self) -> Self:
+        """Divide log-probs by response lengths; those of an absent response, of length 0, are unchanged."""
         return replace(
             self,
             chosen=self.chosen / self.chosen_lengths.clamp(min=1),
             rejected=self.rejected / self.rejected_lengths.clamp(min=1),
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _collect_tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are not None, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -86,8 +87,8 @@ class LossOutput:
         losses: (B,) unreduced, with gradients to the policy's log-probs.
         chosen_rewards, rejected_rewards: (B,) implied rewards, beta times the log-ratio to the combined
             reference.
-        scale: (B,) what dispersion multiplies h by, or the neg-log-dispersion under link mallows_phi.
-        weights: (B, K) the share of each reference given; zeros for references the loss does not read.
+        scale: (B,) factor of h from the dispersion, or the neg-log-dispersion under link mallows_phi.
+        weights: (B, K) weight of each reference passed in; zeros for references that the loss does not use.
     """
 
     losses: Tensor

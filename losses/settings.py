@@ -1,4 +1,4 @@
-"""What the settings of a loss are made of: checked numbers and known names. Torch-free."""
+"""Building blocks of a loss's settings: bounded numbers, and errors for unknown names. Torch-free."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,11 @@ from pydantic_core import CoreSchema, core_schema
 
 
 class LossError(ValueError):
-    """A loss that was asked for cannot be computed; the message names the field and the remedy."""
+    """Error for a loss that cannot be computed; the message names the field and the remedy."""
 
 
-def unknown(what: str, name: object, options: Iterable[str]) -> LossError:
-    """The error for a name that is none of `options`, with the nearest of them."""
+def make_unknown_name_error(what: str, name: object, options: Iterable[str]) -> LossError:
+    """Return the error for a name that is not in `options`; the message suggests the nearest option."""
     names = list(options)
     near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -30,8 +30,8 @@ def unknown(what: str, name: object, options: Iterable[str]) -> LossError:
 
 
 @dataclass(frozen=True)
-class Within:
-    """Annotates a number with its bounds and with a value that works, for the message and the JSON Schema."""
+class Bounds:
+    """Bounds of a number, for validation and the JSON Schema; `example` is a valid value for the message."""
 
     example: float
     above: float | None = None
@@ -39,7 +39,8 @@ class Within:
     below: float | None = None
     at_most: float | None = None
 
-    def _bounds(self) -> list[tuple[str, str, float]]:
+    def _list_bounds(self) -> list[tuple[str, str, float]]:
+        """List the bounds that are set: sign, JSON Schema keyword, value."""
         named = [
             (">", "exclusiveMinimum", self.above),
             (">=", "minimum", self.at_least),
@@ -48,8 +49,12 @@ class Within:
         ]
         return [(sign, keyword, bound) for sign, keyword, bound in named if bound is not None]
 
-    def check(self, value: float | str, info: ValidationInfo) -> float | str:
-        """The value itself, if it is within the bounds or a word that stands for a number to come."""
+    def check_value(self, value: float | str, info: ValidationInfo) -> float | str:
+        """Return the value if it is within the bounds, or a word that is replaced by a number later.
+
+        Raises:
+            LossError: the value is out of bounds or not finite.
+        """
         if isinstance(value, str):
             return value
         inside = (
@@ -59,29 +64,29 @@ class Within:
             and (self.at_most is None or value <= self.at_most)
         )
         if not (inside and math.isfinite(value)):
-            rule = " and ".join(f"{sign} {bound:g}" for sign, _, bound in self._bounds()) or "finite"
+            rule = " and ".join(f"{sign} {bound:g}" for sign, _, bound in self._list_bounds()) or "finite"
             raise LossError(f"{info.field_name} must be {rule}, got {value:g}; try {self.example:g}")
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(self.check, handler(source))
+        return core_schema.with_info_after_validator_function(self.check_value, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {**handler(schema), **{keyword: bound for _, keyword, bound in self._bounds()}}
+        return {**handler(schema), **{keyword: bound for _, keyword, bound in self._list_bounds()}}
 
 
 class Settings(BaseModel):
-    """Frozen settings; an unknown field is refused with the nearest known one."""
+    """Base of frozen settings; an unknown field is refused with the nearest known one in the message."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, values: Any) -> Any:
+    def _refuse_unknown_fields(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
             for name in values:
                 if name not in cls.model_fields:
-                    raise unknown("field", name, cls.model_fields)
+                    raise make_unknown_name_error("field", name, cls.model_fields)
         return values

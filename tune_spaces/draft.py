@@ -1,4 +1,4 @@
-"""A point of the search while it is drawn, field by field."""
+"""A point of the search space while it is drawn, field by field."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ from losses.config import LossConfig
 from losses.presets import from_settings
 from tune_spaces.domains import Choice, Domain, Fixed, SpaceError
 
-PRESET = "loss.preset"
-USE = "references.use"
+PRESET_FIELD = "loss.preset"
+USE_FIELD = "references.use"
 
 
 class Ask(Protocol):
-    """Whoever chooses: a sampler, a grid, a test."""
+    """A source of values for the drawn fields: a sampler, a grid, a test."""
 
     def __call__(self, name: str, domain: Domain, /) -> Any:
-        """A value of the domain. A name has the same domain whenever it is asked."""
+        """Return a value of the domain. The same name always comes with the same domain."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """That a field was drawn: from what, in which case, and whether the sweep file narrows it."""
+class DrawnField:
+    """A drawn field: its domain, the case it is drawn in, and whether the sweep file narrows it."""
 
     field: str
     domain: Domain
@@ -30,58 +30,58 @@ class Drawn:
 
     @property
     def name(self) -> str:
-        """`loss.beta`, or `loss.beta [simpo]` for a field whose domain is of that case only."""
+        """`loss.beta`, or `loss.beta [simpo]` if the domain belongs to that case only."""
         return f"{self.field} [{self.when}]" if self.when and not self.narrowed else self.field
 
 
 @dataclass(kw_only=True)
-class Draft:
-    """What a named space works on.
+class PointDraft:
+    """An unfinished point, to which named spaces add fields.
 
-    A named space may look at the references, at which fields are drawn, and at the types of the loss's stages
-    (`shape`), not at drawn numbers: that keeps what a space can ask small enough to be listed.
+    A named space may read the references, which fields are drawn, and the types of the loss's stages
+    (`visible_state`), but no drawn numbers: that keeps the number of different cases small enough to list.
 
     Attributes:
-        ask: chooses the values.
+        suggest: chooses the values.
         references: names in the base run, the primary first.
         base_loss: the base run's `loss` section.
-        narrowed: domains that the sweep file gives, by field; they go before a named space's own.
-        fields: run-file fields drawn so far.
-        drawn: where each came from.
+        narrowed: domains from the sweep file, by field; they override a named space's own.
+        fields: run-file fields drawn so far, with their values.
+        drawn_fields: how each field was drawn.
     """
 
-    ask: Ask
+    suggest: Ask
     references: tuple[str, ...]
     base_loss: Mapping[str, Any]
     narrowed: Mapping[str, Domain] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
-    drawn: list[Drawn] = field(default_factory=list)
+    drawn_fields: list[DrawnField] = field(default_factory=list)
 
-    def draw(
-        self, field: str, domain: Domain, when: str = "", suits: Callable[[Any], bool] | None = None
+    def draw_field(
+        self, field: str, domain: Domain, when: str = "", is_suitable: Callable[[Any], bool] | None = None
     ) -> Any:
-        """Choose a field's value.
+        """Choose a field's value and return it.
 
         Args:
-            field: dotted, as in the run file.
-            domain: what it may be, unless the sweep file narrows it.
-            when: the case that the domain belongs to, e.g. a loss family. A narrowed domain is of all cases.
-            suits: which values of a narrowed choice can be in this case; those alone are asked then.
+            field: dotted name, as in the run file.
+            domain: the possible values, unless the sweep file narrows them.
+            when: the case that the domain belongs to, e.g. a loss family; a narrowed domain belongs to all.
+            is_suitable: whether a value of a narrowed choice is possible in this case; others are left out.
 
         Raises:
             SpaceError: the sweep file gives no value for this case.
         """
         narrowed = self.narrowed.get(field)
-        drawn = Drawn(field, narrowed or domain, when, narrowed=narrowed is not None)
-        if suits and isinstance(narrowed, Choice) and not all(map(suits, narrowed.values)):
-            drawn = Drawn(field, _suiting(narrowed, suits, field, when), when)
+        drawn = DrawnField(field, narrowed or domain, when, narrowed=narrowed is not None)
+        if is_suitable and isinstance(narrowed, Choice) and not all(map(is_suitable, narrowed.values)):
+            drawn = DrawnField(field, _keep_suitable_values(narrowed, is_suitable, field, when), when)
         domain = drawn.domain
-        self.fields[field] = domain.value if isinstance(domain, Fixed) else self.ask(drawn.name, domain)
-        self.drawn.append(drawn)
+        self.fields[field] = domain.value if isinstance(domain, Fixed) else self.suggest(drawn.name, domain)
+        self.drawn_fields.append(drawn)
         return self.fields[field]
 
-    def fix(self, field: str, value: Any) -> None:
-        """Set a field that follows from what was drawn."""
+    def fix_field(self, field: str, value: Any) -> None:
+        """Set a field whose value follows from other drawn fields."""
         self.fields[field] = value
 
     @property
@@ -89,7 +89,7 @@ class Draft:
         """The loss so far.
 
         Raises:
-            SpaceError: the fields fit no loss, because of how the sweep file narrows them.
+            SpaceError: the fields make no valid loss, because of how the sweep file narrows them.
         """
         loss = applied({"loss": self.base_loss}, self.fields)["loss"]
         stage = loss.get("references")
@@ -103,34 +103,36 @@ class Draft:
 
     @property
     def has_family(self) -> bool:
-        """Whether a named loss was drawn, whose own settings make it what it is."""
-        return PRESET in self.fields
+        """Whether a named loss was drawn, whose defining settings other spaces must keep."""
+        return PRESET_FIELD in self.fields
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """All that later spaces may look at."""
+    def visible_state(self) -> tuple[Any, ...]:
+        """Everything that later spaces may read."""
         loss = self.loss
         stages = (loss.link.type, loss.references.combine, loss.dispersion.type, loss.soft_label.type)
         return (frozenset(self.fields), *stages)
 
 
-def _suiting(choice: Choice, suits: Callable[[Any], bool], field: str, when: str) -> Choice:
-    values = tuple(filter(suits, choice.values))
+def _keep_suitable_values(
+    choice: Choice, is_suitable: Callable[[Any], bool], field: str, when: str
+) -> Choice:
+    values = tuple(filter(is_suitable, choice.values))
     if not values:
         raise SpaceError(
-            f"{field} is narrowed to {choice}: none is for {when}; add one, or narrow loss.preset"
+            f"{field} is narrowed to {choice}: no value is for {when}; add one, or narrow loss.preset"
         )
     return type(choice)(values=values)
 
 
 def applied(content: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a run file with a point's fields in it.
+    """Return the content of a run file with a point's fields put in.
 
-    A drawn `loss.preset` replaces the whole loss, and a drawn `type` its whole section where that has another
-    type, since the other fields belong to the type.
+    A drawn `loss.preset` replaces the whole loss. A drawn `type` replaces its whole section if that has
+    another type, since the section's other fields belong to the type.
     """
     content = dict(content)
-    if PRESET in point:
+    if PRESET_FIELD in point:
         content["loss"] = {}
     for name in sorted(point, key=lambda name: (name.count("."), not name.endswith(".type"))):
         *sections, last = name.split(".")

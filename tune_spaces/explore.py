@@ -1,4 +1,4 @@
-"""All the ways in which a draw can go."""
+"""Enumeration of all cases in which a point can be drawn."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,74 +6,81 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tune_spaces.domains import Choice, Domain, Fixed, Grid, RandInt
-from tune_spaces.draft import Ask, Draft, Drawn
+from tune_spaces.draft import Ask, DrawnField, PointDraft
 
 T = TypeVar("T")
-Step = Callable[[Draft], None]
-Options = Callable[[Domain], Sequence[Any]]
+DrawStep = Callable[[PointDraft], None]
 
 
-def branches(draw: Callable[[Ask], T], options: Options) -> Iterator[T]:
-    """Call `draw` once for every combination of answers that it can be given, depth first.
+def iterate_branches(
+    draw: Callable[[Ask], T], list_options: Callable[[Domain], Sequence[Any]]
+) -> Iterator[T]:
+    """Call `draw` once for every combination of values that it can be given, depth first.
 
-    What it asks may depend on the answers so far; the same answers must lead to the same question.
+    Which domains it draws from may depend on the values so far; the same values must lead to the same domain.
+
+    Args:
+        draw: called with the function that gives it its values.
+        list_options: returns the values to try of a domain.
     """
-    script: list[tuple[Sequence[Any], int]] = []  # the answers to each question, and which to give now
+    # Per drawn value: its options, and the index of the current one.
+    path: list[tuple[Sequence[Any], int]] = []
     while True:
         depth = 0
 
-        def ask(name: str, domain: Domain, /) -> Any:
+        def suggest(name: str, domain: Domain, /) -> Any:
             nonlocal depth
-            if depth == len(script):
-                script.append((options(domain), 0))
-            answers, now = script[depth]
+            if depth == len(path):
+                path.append((list_options(domain), 0))
+            options, index = path[depth]
             depth += 1
-            return answers[now]
+            return options[index]
 
-        yield draw(ask)
-        while script and script[-1][1] + 1 == len(script[-1][0]):
-            script.pop()
-        if not script:
+        yield draw(suggest)
+        while path and path[-1][1] + 1 == len(path[-1][0]):
+            path.pop()
+        if not path:
             return
-        answers, now = script[-1]
-        script[-1] = (answers, now + 1)
+        options, index = path[-1]
+        path[-1] = (options, index + 1)
 
 
 @dataclass(frozen=True)
-class Explored:
-    """What some named spaces can ask.
+class Exploration:
+    """The result of exploring named spaces.
 
     Attributes:
-        drawn: every way in which a field can be drawn.
-        always: names that are asked whatever the answers are.
+        drawn_fields: every way in which a field can be drawn.
+        always_drawn: names that are drawn in every case.
     """
 
-    drawn: tuple[Drawn, ...]
-    always: frozenset[str]
+    drawn_fields: tuple[DrawnField, ...]
+    always_drawn: frozenset[str]
 
 
-def explore(steps: Sequence[Step], start: Draft) -> Explored:
-    """Go through named spaces one after another.
+def explore_spaces(steps: Sequence[DrawStep], start: PointDraft) -> Exploration:
+    """Run named spaces one after another, in every case that can occur.
 
-    Drafts of one shape go on as one, for a space may look at nothing else; that keeps their number small.
+    Drafts with the same visible state are merged after each space, since later spaces may read nothing else;
+    that keeps their number small.
     """
-    drawn: dict[tuple[str, str], Drawn] = {}
+    drawn_fields: dict[tuple[str, str], DrawnField] = {}
     ends = [(start, frozenset[str]())]
     for step in steps:
-        merged: dict[Any, tuple[Draft, frozenset[str]]] = {}
+        merged: dict[Any, tuple[PointDraft, frozenset[str]]] = {}
         for draft, always in ends:
-            for end in branches(partial(_stepped, step, draft), _kinds):
-                drawn.update(((one.field, one.when), one) for one in end.drawn)
-                names = always | {one.name for one in end.drawn}
-                shape = end.shape
-                _, others = merged.get(shape, (end, names))
-                merged[shape] = (end, names & others)
+            for end in iterate_branches(partial(_run_step, step, draft), _list_branch_values):
+                drawn_fields.update(((one.field, one.when), one) for one in end.drawn_fields)
+                names = always | {one.name for one in end.drawn_fields}
+                state = end.visible_state
+                _, others = merged.get(state, (end, names))
+                merged[state] = (end, names & others)
         ends = list(merged.values())
-    return Explored(tuple(drawn.values()), frozenset.intersection(*(always for _, always in ends)))
+    return Exploration(tuple(drawn_fields.values()), frozenset.intersection(*(always for _, always in ends)))
 
 
-def discrete(domain: Domain) -> Sequence[Any] | None:
-    """A domain's values, or None where it has too many to go through."""
+def list_values(domain: Domain) -> Sequence[Any] | None:
+    """Return a domain's values, or None if it is continuous."""
     if isinstance(domain, RandInt):
         return range(domain.low, domain.high + 1)
     if isinstance(domain, Choice | Grid):
@@ -81,8 +88,8 @@ def discrete(domain: Domain) -> Sequence[Any] | None:
     return [domain.value] if isinstance(domain, Fixed) else None
 
 
-def _kinds(domain: Domain) -> Sequence[Any]:
-    """Values that can lead to different questions: all of a choice, any one of a range."""
+def _list_branch_values(domain: Domain) -> Sequence[Any]:
+    """List values that can lead to different cases: all of a choice, any one of a range."""
     return (
         domain.values
         if isinstance(domain, Choice)
@@ -90,7 +97,7 @@ def _kinds(domain: Domain) -> Sequence[Any]:
     )
 
 
-def _stepped(step: Step, draft: Draft, ask: Ask) -> Draft:
-    fork = replace(draft, ask=ask, fields=dict(draft.fields), drawn=[])
+def _run_step(step: DrawStep, draft: PointDraft, suggest: Ask) -> PointDraft:
+    fork = replace(draft, suggest=suggest, fields=dict(draft.fields), drawn_fields=[])
     step(fork)
     return fork

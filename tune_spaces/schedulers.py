@@ -1,4 +1,4 @@
-"""Which trials go on: settings of Ray Tune's schedulers, and how they are made from a run's length.
+"""Schedulers that decide which trials continue: their settings, and Ray Tune's objects built from them.
 
 Importing this module imports neither torch nor Ray.
 """
@@ -17,21 +17,21 @@ from tune_spaces.domains import Domain, RandInt, SpaceError, Uniform
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
-STEP = "step"
-"""What trials report their progress by: optimizer steps."""
+STEP_KEY = "step"
+"""Key of a trial's progress in its reports, in optimizer steps."""
 
 
 class Fifo(Settings):
-    """Every trial runs to its end."""
+    """No scheduling: every trial runs to its end."""
 
     type: Literal["fifo"] = "fifo"
 
 
 class Asha(Settings):
-    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): the best at each rung go on.
+    """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): the best at each rung continue.
 
     The first rung is at `grace_steps`, by default the run's length over reduction_factor squared; each next
-    is reduction_factor times as far.
+    rung is at reduction_factor times that step.
     """
 
     type: Literal["asha"] = "asha"
@@ -43,7 +43,7 @@ class Asha(Settings):
 class Pbt(Settings):
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846).
 
-    The worst trials take over weights and settings of the best, with the numbers changed a little.
+    The worst trials copy weights and settings of the best, with the numbers changed slightly.
     `perturb_every_steps` is an eighth of the run by default.
     """
 
@@ -66,16 +66,16 @@ def build(
     mutations: Mapping[str, Domain],
     seed: int,
 ) -> "TrialScheduler":
-    """Ray Tune's scheduler.
+    """Build Ray Tune's scheduler.
 
     Args:
-        config: which, with its settings.
-        metric: key of the reports that trials are compared by.
-        mode: which way is better.
+        config: type of scheduler and its settings.
+        metric: key in the reports of the value by which trials are compared.
+        mode: whether higher or lower is better.
         max_steps: length of a trial.
         every_steps: steps between two evaluations.
-        mutations: ranges of the fields that PBT may change (`Space.numeric`).
-        seed: of Python's and NumPy's global generators, which Ray's schedulers draw from.
+        mutations: domains by field; PBT may change the fields whose domain is a range.
+        seed: seeds Python's and NumPy's global generators, which Ray's schedulers use.
 
     Raises:
         SpaceError: the scheduler would have nothing to do in this search.
@@ -86,14 +86,16 @@ def build(
         return FIFOScheduler()
     random.seed(seed)
     np.random.seed(seed)
-    # The last evaluation at which stopping still saves something; at its last report a trial is done.
+    # The last evaluation at which stopping saves anything: at its last report a trial has already ended.
     horizon = (max_steps - 1) // every_steps * every_steps
     if config.type == "asha":
         share = max_steps / config.reduction_factor**2
-        grace = config.grace_steps or _whole_evaluations(share, every_steps)
-        _check_acts(grace, horizon, f"scheduler asha stops nothing before step {grace}", "grace_steps")
+        grace = config.grace_steps or _round_up_to_evaluation(share, every_steps)
+        _refuse_idle_scheduler(
+            grace, horizon, f"scheduler asha stops nothing before step {grace}", "grace_steps"
+        )
         return AsyncHyperBandScheduler(
-            time_attr=STEP,
+            time_attr=STEP_KEY,
             metric=metric,
             mode=mode,
             max_t=horizon,
@@ -102,17 +104,17 @@ def build(
             brackets=config.brackets,
             stop_last_trials=False,
         )
-    interval = config.perturb_every_steps or _whole_evaluations(max_steps / 8, every_steps)
-    _check_acts(
+    interval = config.perturb_every_steps or _round_up_to_evaluation(max_steps / 8, every_steps)
+    _refuse_idle_scheduler(
         interval, horizon, f"scheduler pbt changes nothing before step {interval}", "perturb_every_steps"
     )
-    return _population(config, metric, mode, interval, max_steps, mutations)
+    return _build_population_scheduler(config, metric, mode, interval, max_steps, mutations)
 
 
-def _population(
+def _build_population_scheduler(
     config: Pbt, metric: str, mode: str, interval: int, max_steps: int, mutations: Mapping[str, Domain]
 ) -> "TrialScheduler":
-    from tune_spaces.population import Population
+    from tune_spaces.population import PopulationScheduler
 
     ranges = {field: domain for field, domain in mutations.items() if isinstance(domain, Uniform | RandInt)}
     if not ranges:
@@ -121,10 +123,10 @@ def _population(
             "name the space optimizer, or give one, e.g. "
             "space: {training.learning_rate: {loguniform: [1.0e-6, 1.0e-4]}}"
         )
-    return Population(
+    return PopulationScheduler(
         ranges,
         last_step=max_steps,
-        time_attr=STEP,
+        time_attr=STEP_KEY,
         metric=metric,
         mode=mode,
         perturbation_interval=interval,
@@ -133,14 +135,15 @@ def _population(
     )
 
 
-def _whole_evaluations(steps: float, every_steps: int) -> int:
-    """Steps rounded up to the next evaluation."""
+def _round_up_to_evaluation(steps: float, every_steps: int) -> int:
+    """Round steps up to the next evaluation."""
     return max(1, math.ceil(steps / every_steps)) * every_steps
 
 
-def _check_acts(first: int, horizon: int, what: str, field: str) -> None:
+def _refuse_idle_scheduler(first: int, horizon: int, problem: str, field: str) -> None:
+    """Refuse a scheduler whose first decision comes after the last evaluation that it can act on."""
     if first > horizon:
         raise SpaceError(
-            f"{what}, and the last evaluation before a trial's end is at step {horizon}; "
+            f"{problem}, and the last evaluation before a trial's end is at step {horizon}; "
             f"lower scheduler.{field} or evaluation.every_steps, or use scheduler: {{type: fifo}}"
         )

@@ -1,4 +1,4 @@
-"""The search space of a sweep: named spaces, narrowed and added to by the sweep file.
+"""The search space of a sweep: named spaces, which the sweep file narrows and adds fields to.
 
 A point is a flat mapping of dotted run-file fields to plain JSON values.
 """
@@ -10,48 +10,54 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from losses.settings import unknown
-from tune_spaces.dispersion import dispersion
+from losses.settings import make_unknown_name_error
+from tune_spaces.dispersion import draw_dispersion
 from tune_spaces.domains import Domain, Numeric, SpaceError, parse
-from tune_spaces.draft import USE, Ask, Draft, Drawn, applied
-from tune_spaces.explore import Explored, Step, branches, discrete, explore
-from tune_spaces.losses import losses
-from tune_spaces.optimizer import optimizer
-from tune_spaces.references import SEVERAL, are_several, references
-from tune_spaces.soft_labels import soft_labels
+from tune_spaces.draft import USE_FIELD, Ask, DrawnField, PointDraft, applied
+from tune_spaces.explore import DrawStep, Exploration, explore_spaces, iterate_branches, list_values
+from tune_spaces.losses import draw_loss_family
+from tune_spaces.optimizer import draw_optimizer_settings
+from tune_spaces.references import WHEN_SEVERAL, draw_references, has_several_references
+from tune_spaces.soft_labels import draw_soft_label_type
 
-__all__ = ["SPACES", "Ask", "Domain", "NamedSpace", "Row", "Space", "SpaceError", "applied", "parse"]
+__all__ = ["SPACES", "Ask", "Domain", "NamedSpace", "Space", "SpaceError", "SpaceRow", "applied", "parse"]
 
 
 @dataclass(frozen=True)
 class NamedSpace:
-    """A part of the search that a sweep file can name."""
+    """A part of the search space that a sweep file can name."""
 
     name: str
     description: str
-    draw: Step
+    draw: DrawStep
 
 
-_NAMED = (
-    NamedSpace("losses", "the loss family, with its own range of beta and its own settings", losses),
+_NAMED_SPACES = (
     NamedSpace(
-        "references", "which references, and how several are weighed, clipped and combined", references
+        "losses", "the loss family, with its own range of beta and its own settings", draw_loss_family
     ),
     NamedSpace(
-        "dispersion", "whether and how pairs on which people scatter count less (MallowsPO)", dispersion
+        "references", "which references, and how several are weighed, clipped and combined", draw_references
     ),
     NamedSpace(
-        "soft_labels", "what the share of people who preferred `chosen` does to the loss", soft_labels
+        "dispersion",
+        "whether and how pairs on which preferences scatter count less (MallowsPO)",
+        draw_dispersion,
     ),
-    NamedSpace("optimizer", "learning rate, warm-up and weight decay", optimizer),
+    NamedSpace(
+        "soft_labels",
+        "how the share of people who preferred `chosen` enters the loss",
+        draw_soft_label_type,
+    ),
+    NamedSpace("optimizer", "learning rate, warm-up and weight decay", draw_optimizer_settings),
 )
-SPACES: Mapping[str, NamedSpace] = MappingProxyType({space.name: space for space in _NAMED})
-"""The named spaces, in the order in which they are drawn: each looks at what those before it drew."""
+SPACES: Mapping[str, NamedSpace] = MappingProxyType({space.name: space for space in _NAMED_SPACES})
+"""The named spaces, in the order in which they are drawn: each may read what the earlier ones drew."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table that shows a space: a field, what it may be, and in which case it is searched."""
+class SpaceRow:
+    """A row of the table that shows a space: a field, its domain, and the case in which it is searched."""
 
     field: str
     domain: str
@@ -59,7 +65,7 @@ class Row:
 
 
 class Space:
-    """What a search draws its points from.
+    """The space that a search draws its points from.
 
     Every point of named spaces makes a valid run. The order in which spaces are named does not matter.
     """
@@ -71,119 +77,127 @@ class Space:
         references: Iterable[str],
         base_loss: Mapping[str, Any],
     ) -> None:
-        """Put the space together.
+        """Combine named spaces and the sweep file's fields.
 
         Args:
             names: named spaces.
-            fields: domains by dotted run-file field. Those that a named space asks are narrowed by them, the
-                others are added.
+            fields: domains by dotted run-file field. They narrow the fields that a named space draws, and add
+                the others.
             references: names of the base run's references, the primary first.
             base_loss: the base run's `loss` section.
 
         Raises:
-            SpaceError: there is no such named space.
+            SpaceError: a named space does not exist.
         """
         names = set(names)
         for name in sorted(names - set(SPACES)):
-            raise SpaceError(str(unknown("space", name, SPACES)))
+            raise SpaceError(str(make_unknown_name_error("space", name, SPACES)))
         self._steps = [space.draw for name, space in SPACES.items() if name in names]
         self._fields = dict(fields)
         self._references = tuple(references)
         self._base_loss = base_loss
 
-    def draw(self, ask: Ask) -> dict[str, Any]:
-        """A point whose values `ask` chooses.
+    def draw(self, suggest: Ask) -> dict[str, Any]:
+        """Draw a point whose values `suggest` chooses.
 
         Raises:
-            SpaceError: the fields that the sweep file narrows fit no loss with what was drawn.
+            SpaceError: the drawn fields, as narrowed by the sweep file, make no valid loss.
         """
-        draft = self._draft(ask)
+        draft = self._build_draft(suggest)
         for step in self._steps:
             step(draft)
-        for field, domain in self._added.items():
-            if field != USE:
-                draft.draw(field, domain)
+        for field, domain in self._added_fields.items():
+            if field != USE_FIELD:
+                draft.draw_field(field, domain)
         self._choose_references(draft)
         return draft.fields
 
     def grid(self) -> Iterator[dict[str, Any]]:
-        """Every point, once.
+        """Iterate over all points, each once.
 
         Raises:
-            SpaceError: a domain is continuous; says which.
+            SpaceError: a domain is continuous; the message says which.
         """
-        endless = {one.field: one.domain for one in self._drawn if discrete(one.domain) is None}
-        for field, domain in endless.items():
-            more = f" (and {len(endless) - 1} more)" if len(endless) > 1 else ""
+        continuous = {
+            drawn.field: drawn.domain for drawn in self._drawn_fields if list_values(drawn.domain) is None
+        }
+        for field, domain in continuous.items():
+            more = f" (and {len(continuous) - 1} more)" if len(continuous) > 1 else ""
             raise SpaceError(
                 f"{field}{more} is continuous ({domain}), and a grid goes through values; "
                 f"set space: {{{field}: {{grid: [...]}}}}, or search.algorithm: random"
             )
-        return self._each_once()
+        return self._iterate_unique_points()
 
-    def table(self) -> list[Row]:
-        """The space as a person reads it; cases that share a domain share a line."""
+    def table(self) -> list[SpaceRow]:
+        """List the rows of the space's table; cases that share a domain share a row."""
         cases: dict[str, dict[str, list[str]]] = {}
-        for one in self._drawn:
-            when = "" if one.name in self._explored.always else one.when
-            cases.setdefault(one.field, {}).setdefault(str(one.domain), []).append(when)
+        for drawn in self._drawn_fields:
+            when = "" if drawn.name in self._exploration.always_drawn else drawn.when
+            cases.setdefault(drawn.field, {}).setdefault(str(drawn.domain), []).append(when)
         return [
-            Row(field, domain, ", ".join(filter(None, when)))
+            SpaceRow(field, domain, ", ".join(filter(None, when)))
             for field, domains in cases.items()
             for domain, when in domains.items()
         ]
 
     @property
     def numeric(self) -> dict[str, Domain]:
-        """Fields with a range that every point draws from the same one, by field: what a trial can change."""
-        always = self._explored.always | set(self._added)
-        return {one.field: one.domain for one in self._drawn if one.name in always and _has_range(one)}
+        """Ranges that are the same for all points, by field: what a scheduler may change during a trial."""
+        always = self._exploration.always_drawn | set(self._added_fields)
+        return {one.field: one.domain for one in self._drawn_fields if one.name in always and _has_range(one)}
 
     @cached_property
-    def _explored(self) -> Explored:
-        """What the named spaces can ask."""
-        return explore(self._steps, self._draft(_no_answer))
+    def _exploration(self) -> Exploration:
+        """Everything that the named spaces can draw."""
+        return explore_spaces(self._steps, self._build_draft(_refuse_suggestion))
 
     @cached_property
-    def _added(self) -> dict[str, Domain]:
-        """Fields of the sweep file that no named space asks."""
-        asked = {one.field for one in self._explored.drawn}
-        return {field: domain for field, domain in self._fields.items() if field not in asked}
+    def _added_fields(self) -> dict[str, Domain]:
+        """Fields of the sweep file that no named space draws."""
+        explored = {drawn.field for drawn in self._exploration.drawn_fields}
+        return {field: domain for field, domain in self._fields.items() if field not in explored}
 
     @property
-    def _drawn(self) -> list[Drawn]:
-        return [*self._explored.drawn, *(Drawn(field, domain) for field, domain in self._added.items())]
+    def _drawn_fields(self) -> list[DrawnField]:
+        return [
+            *self._exploration.drawn_fields,
+            *(DrawnField(field, domain) for field, domain in self._added_fields.items()),
+        ]
 
-    def _draft(self, ask: Ask) -> Draft:
-        return Draft(ask=ask, references=self._references, base_loss=self._base_loss, narrowed=self._fields)
+    def _build_draft(self, suggest: Ask) -> PointDraft:
+        return PointDraft(
+            suggest=suggest, references=self._references, base_loss=self._base_loss, narrowed=self._fields
+        )
 
-    def _choose_references(self, draft: Draft) -> None:
-        """Leave the references that the loss makes something of, or ask which if the sweep file does.
+    def _choose_references(self, draft: PointDraft) -> None:
+        """Restrict the references to those that the loss uses, or draw them if the sweep file gives a domain.
 
-        A base run without a reference in its loss keeps those it lists: it may be measured against them.
+        If the base run's loss has no reference, all listed ones stay: the run may be measured against them.
         """
         try:
             combine = draft.loss.references.combine if len(self._references) > 1 else None
-        except SpaceError:  # an added field does not fit; the run file's check says why
+        except SpaceError:  # an added field does not fit; validation of the run file reports why
             return
         if combine == "single" or (combine == "none" and draft.has_family):
-            draft.fix(USE, [self._references[0]])
-        elif USE in self._added:
-            several = are_several if combine not in (None, "none") else None
-            draft.draw(USE, self._added[USE], when=SEVERAL if several else "", suits=several)
+            draft.fix_field(USE_FIELD, [self._references[0]])
+        elif USE_FIELD in self._added_fields:
+            is_suitable = has_several_references if combine not in (None, "none") else None
+            when = WHEN_SEVERAL if is_suitable else ""
+            draft.draw_field(USE_FIELD, self._added_fields[USE_FIELD], when=when, is_suitable=is_suitable)
 
-    def _each_once(self) -> Iterator[dict[str, Any]]:
+    def _iterate_unique_points(self) -> Iterator[dict[str, Any]]:
         seen = set()
-        for point in branches(self.draw, lambda domain: discrete(domain) or ()):
+        for point in iterate_branches(self.draw, lambda domain: list_values(domain) or ()):
             key = json.dumps(point, sort_keys=True)
             if key not in seen:
                 seen.add(key)
                 yield point
 
 
-def _has_range(drawn: Drawn) -> bool:
+def _has_range(drawn: DrawnField) -> bool:
     return isinstance(drawn.domain, Numeric) and drawn.name == drawn.field
 
 
-def _no_answer(name: str, domain: Domain, /) -> Any:
-    raise AssertionError(f"{name} asked before anything was explored")
+def _refuse_suggestion(name: str, domain: Domain, /) -> Any:
+    raise AssertionError(f"{name} is drawn although nothing has been explored")

@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def apo_zero(u_chosen: Tensor, u_rejected: Tensor, *, beta: float) -> Tensor:
-    """1 - sigma(beta u_w) + sigma(beta u_l), elementwise: chosen up, rejected down."""
+    """1 - sigma(beta u_w) + sigma(beta u_l), elementwise: raises chosen, lowers rejected."""
     return (-beta * u_chosen).sigmoid() + (beta * u_rejected).sigmoid()

@@ -31,15 +31,15 @@ _LINKS = (
 LINKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({link.__name__: link for link in _LINKS})
 
 
-def link_function(config: LinkConfig, *, beta: float, neg_log_dispersion: Tensor) -> Callable[..., Tensor]:
-    """The link with its settings filled in, a function of its tensor arguments alone.
+def build_link(config: LinkConfig, *, beta: float, neg_log_dispersion: Tensor) -> Callable[..., Tensor]:
+    """Return the link with its parameters filled in, a function of its tensor arguments alone.
 
     Args:
-        config: which link, with its knobs.
+        config: type of link and its parameters.
         beta: inverse temperature.
         neg_log_dispersion: broadcastable to the arguments; only mallows_phi reads it.
     """
-    knobs = config.model_dump(exclude={"type"})
+    parameters = config.model_dump(exclude={"type"})
     if config.type == "mallows_phi":
-        knobs["neg_log_dispersion"] = neg_log_dispersion
-    return partial(LINKS[config.type], beta=beta, **knobs)
+        parameters["neg_log_dispersion"] = neg_log_dispersion
+    return partial(LINKS[config.type], beta=beta, **parameters)

@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def ipo(h: Tensor, *, beta: float) -> Tensor:
-    """(h - 1 / (2 beta))^2, elementwise: h is drawn to a finite target, the smaller the larger beta."""
+    """(h - 1 / (2 beta))^2, elementwise: h is pulled to a finite target, smaller for larger beta."""
     return (h - 1 / (2 * beta)).square()

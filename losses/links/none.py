@@ -1,9 +1,9 @@
-"""No link: for losses that are `sft_weight` alone."""
+"""No link: for losses that consist of the `sft_weight` term alone."""
 
 import torch
 from torch import Tensor
 
 
 def none(h: Tensor, *, beta: float) -> Tensor:
-    """Zeros."""
+    """Return zeros, elementwise."""
     return torch.zeros_like(h)

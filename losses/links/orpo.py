@@ -10,15 +10,15 @@ from torch.nn.functional import logsigmoid
 def orpo(u_chosen: Tensor, u_rejected: Tensor, *, beta: float) -> Tensor:
     """-beta log sigma(log odds(chosen) - log odds(rejected)), elementwise.
 
-    Arguments are mean log-probs per token, <= 0, without a reference. One of exactly 0, a certain response
-    whose odds are infinite, counts as the next number below.
+    Arguments are mean log-probs per token, <= 0, without a reference. An argument of exactly 0, a certain
+    response with infinite odds, is clamped to just below 0.
     """
-    return -beta * logsigmoid(_log_odds(u_chosen) - _log_odds(u_rejected))
+    return -beta * logsigmoid(_compute_log_odds(u_chosen) - _compute_log_odds(u_rejected))
 
 
-def _log_odds(logp: Tensor) -> Tensor:
-    """logp - log(1 - exp(logp))."""
+def _compute_log_odds(logp: Tensor) -> Tensor:
+    """Compute logp - log(1 - exp(logp))."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    # Each form of log(1 - e^x) is exact on its side of -log 2; both are finite on either.
+    # Each form of log(1 - e^x) is exact on its side of -log 2; both are finite on either side.
     near = logp > -math.log(2)
     return logp - torch.where(near, (-logp.expm1()).log(), (-logp.exp()).log1p())

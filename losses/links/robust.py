@@ -9,6 +9,6 @@ def robust(h: Tensor, *, beta: float, flip_probability: float) -> Tensor:
 
     Its expectation over labels flipped with probability e is the loss of the clean labels.
     """
-    kept = -(1 - flip_probability) * logsigmoid(beta * h)
+    unflipped = -(1 - flip_probability) * logsigmoid(beta * h)
     flipped = -flip_probability * logsigmoid(-beta * h)
-    return (kept - flipped) / (1 - 2 * flip_probability)
+    return (unflipped - flipped) / (1 - 2 * flip_probability)

@@ -1,4 +1,4 @@
-"""Batches of pairs for the tests of losses: drawn by hypothesis, or written out."""
+"""Batches of pairs for the tests of losses: drawn by hypothesis, or given as numbers."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,8 @@ from losses.preference import preference_loss
 from losses.presets import PRESETS
 from losses.scores import LossOutput, PairScores, ReferenceScores
 
-TWO_SIDED = ("nca", "bco_pair", "apo_zero", "apo_down", "sppo")
-OF_DIFFERENCE = (
+TWO_SIDED_LINKS = ("nca", "bco_pair", "apo_zero", "apo_down", "sppo")
+DIFFERENCE_LINKS = (
     {"type": "sigmoid"},
     {"type": "ipo"},
     {"type": "hinge"},
@@ -23,22 +23,22 @@ OF_DIFFERENCE = (
     {"type": "discopop", "temperature": 0.5},
     {"type": "mallows_phi", "smoothing": 0.5},
 )
-SEVERAL = ("harmonic", "geometric", "multi_loss")
+COMBINE_RULES = ("harmonic", "geometric", "multi_loss")
 
 
-def doubles(*values: float) -> Tensor:
+def to_float64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def policy_of(chosen: list[float], rejected: list[float], length: int = 10) -> PairScores:
+def make_policy_scores(chosen: list[float], rejected: list[float], length: int = 10) -> PairScores:
     lengths = torch.full((len(chosen),), length)
-    return PairScores(doubles(*chosen), doubles(*rejected), lengths, lengths)
+    return PairScores(to_float64(*chosen), to_float64(*rejected), lengths, lengths)
 
 
-def reference_of(chosen: list[float], rejected: list[float], length: int = 10) -> ReferenceScores:
+def make_reference_scores(chosen: list[float], rejected: list[float], length: int = 10) -> ReferenceScores:
     lengths = torch.full((len(chosen),), length)
     entropy = torch.full((len(chosen),), 0.3, dtype=torch.float64)
-    return ReferenceScores(doubles(*chosen), doubles(*rejected), lengths, lengths, entropy, entropy)
+    return ReferenceScores(to_float64(*chosen), to_float64(*rejected), lengths, lengths, entropy, entropy)
 
 
 @st.composite
@@ -50,7 +50,7 @@ def batches(draw: st.DrawFn, min_references: int = 1) -> tuple[PairScores, list[
     pairs = draw(st.integers(1, 3))
 
     def numbers(low: float, high: float) -> Tensor:
-        return doubles(*draw(st.lists(st.floats(low, high), min_size=pairs, max_size=pairs)))
+        return to_float64(*draw(st.lists(st.floats(low, high), min_size=pairs, max_size=pairs)))
 
     def scores() -> dict[str, Tensor]:
         chosen_lengths, rejected_lengths = numbers(1, 60).ceil(), numbers(1, 60).ceil()
@@ -69,15 +69,15 @@ def batches(draw: st.DrawFn, min_references: int = 1) -> tuple[PairScores, list[
 
 
 @st.composite
-def fitting_configs(draw: st.DrawFn) -> LossConfig:
-    """Any free composition of stages that is not refused, for two references or more."""
-    combine = draw(st.sampled_from(("none", "single", *SEVERAL)))
+def valid_configs(draw: st.DrawFn) -> LossConfig:
+    """Any valid combination of stages, for two references or more."""
+    combine = draw(st.sampled_from(("none", "single", *COMBINE_RULES)))
     references: dict[str, Any] = {"combine": combine}
-    if combine in SEVERAL:
+    if combine in COMBINE_RULES:
         references["weights"] = draw(st.sampled_from(("uniform", "adaptive", "adaptive_per_token")))
         references["trust_region"] = draw(st.sampled_from((None, 0.1)))
         references["trust_region_mode"] = draw(st.sampled_from(("adaptive", "fixed")))
-    link = draw(st.sampled_from((*OF_DIFFERENCE, *({"type": name} for name in TWO_SIDED))))
+    link = draw(st.sampled_from((*DIFFERENCE_LINKS, *({"type": name} for name in TWO_SIDED_LINKS))))
     dispersions: list[dict[str, Any]] = [
         {"type": "entropy", "phi_star": 0.29},
         {"type": "constant", "value": 0.7},
@@ -88,7 +88,7 @@ def fitting_configs(draw: st.DrawFn) -> LossConfig:
         {
             "beta": draw(st.sampled_from((0.01, 0.1, 1.0))),
             "length_normalized": draw(st.booleans()),
-            "margin": 0 if link["type"] in TWO_SIDED else draw(st.sampled_from((0.0, 0.5))),
+            "margin": 0 if link["type"] in TWO_SIDED_LINKS else draw(st.sampled_from((0.0, 0.5))),
             "sft_weight": draw(st.sampled_from((0.0, 1.0))),
             "link": link,
             "references": references,
@@ -98,9 +98,9 @@ def fitting_configs(draw: st.DrawFn) -> LossConfig:
     )
 
 
-def swapped(scores: Any) -> Any:
-    """The same scores with the responses' roles exchanged."""
-    turned = replace(
+def swap_responses(scores: Any) -> Any:
+    """Return the same scores with chosen and rejected swapped."""
+    swapped = replace(
         scores,
         chosen=scores.rejected,
         rejected=scores.chosen,
@@ -108,18 +108,18 @@ def swapped(scores: Any) -> Any:
         rejected_lengths=scores.chosen_lengths,
     )
     if isinstance(scores, ReferenceScores):
-        turned = replace(
-            turned, chosen_entropy=scores.rejected_entropy, rejected_entropy=scores.chosen_entropy
+        swapped = replace(
+            swapped, chosen_entropy=scores.rejected_entropy, rejected_entropy=scores.chosen_entropy
         )
-    return turned
+    return swapped
 
 
-def taken(scores: Any, rows: Tensor) -> Any:
-    """The same scores of some of the pairs."""
+def select_pairs(scores: Any, rows: Tensor) -> Any:
+    """Return the scores of some of the pairs."""
     return replace(scores, **{name: value[rows] for name, value in vars(scores).items() if value is not None})
 
 
-def with_gradients(policy: PairScores) -> PairScores:
+def require_gradients(policy: PairScores) -> PairScores:
     return replace(
         policy,
         chosen=policy.chosen.clone().requires_grad_(),
@@ -127,11 +127,13 @@ def with_gradients(policy: PairScores) -> PairScores:
     )
 
 
-def gradients(out: LossOutput, policy: PairScores) -> tuple[Tensor, ...]:
+def compute_gradients(out: LossOutput, policy: PairScores) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         out.losses.sum(), (policy.chosen, policy.rejected), allow_unused=True, materialize_grads=True
     )
 
 
-def losses_of(name: str, policy: PairScores, *references: ReferenceScores, p: Tensor | None = None) -> Tensor:
+def compute_losses(
+    name: str, policy: PairScores, *references: ReferenceScores, p: Tensor | None = None
+) -> Tensor:
     return preference_loss(policy, references, config=PRESETS[name], soft_labels=p).losses

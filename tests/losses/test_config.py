@@ -1,4 +1,4 @@
-"""Settings: what is refused and how it is said, presets and their overrides, no torch."""
+"""Settings: refusals and their messages, presets and their overrides, no torch."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ SFT = {"link": {"type": "none"}, "sft_weight": 1, "references": NO_REFERENCE}
         ({**SFT, "margin": 1}, "set margin: 0"),
     ],
 )
-def test_nonsense_is_refused_with_the_remedy(settings: dict[str, Any], remedy: str) -> None:
+def test_invalid_settings_are_refused_with_the_remedy(settings: dict[str, Any], remedy: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         LossConfig.model_validate(settings)
     messages = [problem["msg"] for problem in refusal.value.errors()]
@@ -81,11 +81,11 @@ def test_a_config_is_frozen() -> None:
         config.beta = 0.2  # type: ignore[misc]
 
 
-def test_the_least_number_of_references() -> None:
-    least = {name: config.min_references for name, config in PRESETS.items()}
-    assert {name for name, count in least.items() if count == 0} == {"simpo", "cpo", "orpo", "sft"}
-    assert {name for name, count in least.items() if count == 2} == {"mrpo"}
-    assert least["mallows_simpo"] == 1
+def test_the_minimum_number_of_references() -> None:
+    minimum = {name: config.min_references for name, config in PRESETS.items()}
+    assert {name for name, count in minimum.items() if count == 0} == {"simpo", "cpo", "orpo", "sft"}
+    assert {name for name, count in minimum.items() if count == 2} == {"mrpo"}
+    assert minimum["mallows_simpo"] == 1
     assert preset("geometric_references", references={"weights": [1, 2, 3]}).min_references == 3
     assert preset("mallows_simpo").reference_free
     assert preset("mallows_simpo").needs_entropy
@@ -100,7 +100,7 @@ def test_overrides_are_merged_into_the_preset() -> None:
         "type": "robust",
         "flip_probability": 0.3,
     }
-    # Another type brings its own knobs: the preset's go.
+    # Another type has its own parameters, so the preset's are dropped.
     assert preset("robust_dpo", link={"type": "exo"}).link == preset("exo").link
     assert preset("dpo", dispersion=preset("mallows_theta").dispersion) == preset("mallows_theta")
 

@@ -1,4 +1,4 @@
-"""Every stage combination in goldens.json, computed elsewhere in 50-digit arithmetic."""
+"""Losses and gradients of the cases in goldens.json, computed independently in 50-digit arithmetic."""
 
 import json
 from pathlib import Path
@@ -15,35 +15,35 @@ from losses.scores import PairScores, ReferenceScores
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("goldens.json").read_text())
 
 
-def tensor(values: list[float]) -> torch.Tensor:
+def to_float64(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def inputs_of(case: dict[str, Any]) -> tuple[PairScores, list[ReferenceScores], torch.Tensor]:
+def build_inputs(case: dict[str, Any]) -> tuple[PairScores, list[ReferenceScores], torch.Tensor]:
     given = case["inputs"]
     policy = PairScores(
-        tensor(given["policy_chosen"]).requires_grad_(),
-        tensor(given["policy_rejected"]).requires_grad_(),
+        to_float64(given["policy_chosen"]).requires_grad_(),
+        to_float64(given["policy_rejected"]).requires_grad_(),
         torch.tensor(given["policy_chosen_lengths"]),
         torch.tensor(given["policy_rejected_lengths"]),
     )
     references = [
         ReferenceScores(
-            chosen=tensor(given["reference_chosen"][k]),
-            rejected=tensor(given["reference_rejected"][k]),
+            chosen=to_float64(given["reference_chosen"][k]),
+            rejected=to_float64(given["reference_rejected"][k]),
             chosen_lengths=torch.tensor(given["reference_chosen_lengths"][k]),
             rejected_lengths=torch.tensor(given["reference_rejected_lengths"][k]),
-            chosen_entropy=tensor(given["reference_chosen_entropy"][k]),
-            rejected_entropy=tensor(given["reference_rejected_entropy"][k]),
+            chosen_entropy=to_float64(given["reference_chosen_entropy"][k]),
+            rejected_entropy=to_float64(given["reference_rejected_entropy"][k]),
         )
         for k in range(len(given["reference_chosen"]))
     ]
-    return policy, references, tensor(given["soft_labels"])
+    return policy, references, to_float64(given["soft_labels"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_losses_and_gradients_agree_with_50_digit_arithmetic(case: dict[str, Any]) -> None:
-    policy, references, soft_labels = inputs_of(case)
+    policy, references, soft_labels = build_inputs(case)
     config = LossConfig.model_validate(case["config"])
     out = preference_loss(policy, references, config=config, soft_labels=soft_labels)
     gradients = torch.autograd.grad(
@@ -54,7 +54,7 @@ def test_losses_and_gradients_agree_with_50_digit_arithmetic(case: dict[str, Any
         (case["losses"], case["grad_policy_chosen"], case["grad_policy_rejected"]),
         strict=True,
     ):
-        torch.testing.assert_close(ours.detach(), tensor(theirs), rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(ours.detach(), to_float64(theirs), rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["name"] in PRESETS], ids=lambda case: case["name"])

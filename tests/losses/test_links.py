@@ -1,4 +1,4 @@
-"""Links against their formulas written out in mpmath, up to |h| = 10,000 in float32, values and slopes."""
+"""Values and slopes of links against their formulas in mpmath, up to |h| = 10,000 in float32."""
 
 import inspect
 import itertools
@@ -15,7 +15,7 @@ from mpmath import mpf
 from torch import Tensor
 
 from losses.config import LossConfig
-from losses.links.catalog import LINKS, link_function
+from losses.links.catalog import LINKS, build_link
 from losses.links.mallows_phi import mallows_phi
 
 H = (0.0, 1e-3, 0.7, 4.0, 30.0, 1e3, 1e4)
@@ -72,16 +72,16 @@ EXACT: dict[str, Callable[..., mpf]] = {
 }
 
 
-def link_named(name: str, beta: float, **stages: Any) -> tuple[Callable[..., Tensor], bool]:
+def build_named_link(name: str, beta: float, **stages: Any) -> tuple[Callable[..., Tensor], bool]:
     if name == "orpo":
         stages = {"length_normalized": True, "references": {"combine": "none"}}
     if name == "none":
         stages = {"sft_weight": 1, "references": {"combine": "none"}}
     link = LossConfig.model_validate({"link": {"type": name}, **stages}).link
-    return link_function(link, beta=beta, neg_log_dispersion=torch.ones(())), link.two_sided
+    return build_link(link, beta=beta, neg_log_dispersion=torch.ones(())), link.two_sided
 
 
-def points(name: str, two_sided: bool) -> list[tuple[float, ...]]:
+def list_points(name: str, two_sided: bool) -> list[tuple[float, ...]]:
     if name == "orpo":  # mean log-probs per token
         values = (-1e-3, -0.4, -2.0, -40.0, -1e4)
         return [(w, v) for w in values for v in values]
@@ -92,8 +92,8 @@ def points(name: str, two_sided: bool) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("name", EXACT)
 def test_float32_values_and_slopes_at_any_size(name: str, beta: float) -> None:
-    link, two_sided = link_named(name, beta)
-    rows = torch.tensor(points(name, two_sided), dtype=torch.float32)
+    link, two_sided = build_named_link(name, beta)
+    rows = torch.tensor(list_points(name, two_sided), dtype=torch.float32)
     arguments = [column.clone().requires_grad_() for column in rows.unbind(dim=1)]
     values = link(*arguments)
     slopes = (
@@ -108,14 +108,16 @@ def test_float32_values_and_slopes_at_any_size(name: str, beta: float) -> None:
         for row in rows.tolist():
             at = [mpf(x) for x in row]
             exact_values.append(float(EXACT[name](*at, mpf(beta))))
-            exact_slopes.append([float(_slope(EXACT[name], at, i, mpf(beta))) for i in range(len(at))])
+            exact_slopes.append(
+                [float(_estimate_slope(EXACT[name], at, i, mpf(beta))) for i in range(len(at))]
+            )
     expected = torch.tensor(exact_values, dtype=torch.float64)
     torch.testing.assert_close(values.detach().double(), expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(slopes, torch.tensor(exact_slopes, dtype=torch.float64).T, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6 * beta)
 
 
-def _slope(function: Callable[..., mpf], at: list[mpf], index: int, beta: mpf) -> mpf:
+def _estimate_slope(function: Callable[..., mpf], at: list[mpf], index: int, beta: mpf) -> mpf:
     """Central difference at a step far below any curvature here, exact to about 30 digits."""
     step = mpf(10) ** -20
     up, down = list(at), list(at)
@@ -125,7 +127,7 @@ def _slope(function: Callable[..., mpf], at: list[mpf], index: int, beta: mpf) -
 
 
 def test_certain_responses_have_finite_odds() -> None:
-    link, _ = link_named("orpo", 0.1)
+    link, _ = build_named_link("orpo", 0.1)
     for w, v in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0)):
         chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (w, v))
         loss = link(chosen, rejected)
@@ -134,10 +136,10 @@ def test_certain_responses_have_finite_odds() -> None:
             assert slope.isfinite()
 
 
-def test_every_link_has_a_config_a_file_of_its_name_and_the_arguments_it_says() -> None:
+def test_every_link_has_a_config_a_module_of_its_name_and_its_declared_arguments() -> None:
     for name, link in LINKS.items():
         stages = {"dispersion": {"type": "constant", "value": 1}} if name == "mallows_phi" else {}
-        _, two_sided = link_named(name, 0.1, **stages)
+        _, two_sided = build_named_link(name, 0.1, **stages)
         tensors = [
             p.name for p in inspect.signature(link).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
@@ -191,23 +193,23 @@ def test_mallows_phi_at_any_size(lam: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lam", [0.05, 0.7, 2.0])
 def test_mallows_phi_is_the_share_of_rankings_that_agree(lam: float) -> None:
-    """All rankings of 5 items, each weighing exp(-lam * number of pairs it turns round)."""
+    """All rankings of 5 items, each with weight exp(-lam * number of inverted pairs)."""
     agreed, total = torch.zeros(4, dtype=torch.float64), 0.0
     for ranking in itertools.permutations(range(5)):
-        turned = sum(a > b for a, b in itertools.combinations(ranking, 2))
-        weight = math.exp(-lam * turned)
+        inversions = sum(a > b for a, b in itertools.combinations(ranking, 2))
+        weight = math.exp(-lam * inversions)
         total += weight
-        for apart in range(1, 5):
-            agreed[apart - 1] += weight * (ranking.index(0) < ranking.index(apart))
-    ranks_apart = torch.arange(1, 5, dtype=torch.float64)
-    torch.testing.assert_close(probability(ranks_apart, lam, 0.5), agreed / total, rtol=1e-12, atol=0)
+        for distance in range(1, 5):
+            agreed[distance - 1] += weight * (ranking.index(0) < ranking.index(distance))
+    distances = torch.arange(1, 5, dtype=torch.float64)
+    torch.testing.assert_close(compute_probability(distances, lam, 0.5), agreed / total, rtol=1e-12, atol=0)
 
 
 lams = st.floats(0.01, 5)
 edges = st.floats(0.01, 3)
 
 
-def probability(t: Tensor, lam: float, edge: float) -> Tensor:
+def compute_probability(t: Tensor, lam: float, edge: float) -> Tensor:
     dispersion = torch.tensor(lam, dtype=torch.float64)
     return (-mallows_phi(t, beta=1.0, neg_log_dispersion=dispersion, smoothing=edge)).exp()
 
@@ -216,7 +218,7 @@ def probability(t: Tensor, lam: float, edge: float) -> Tensor:
 @given(lam=lams, edge=edges)
 def test_mallows_probability_rises_and_is_symmetric(lam: float, edge: float) -> None:
     t = torch.linspace(-12, 12, 401, dtype=torch.float64)
-    g = probability(t, lam, edge)
+    g = compute_probability(t, lam, edge)
     torch.testing.assert_close(g + g.flip(0), torch.ones_like(g), rtol=1e-12, atol=0)
     # Strictly, except where g is 1 to the last bit.
     rises = g.diff() > 0

@@ -1,4 +1,4 @@
-"""One mean over the global batch, however the pairs are split."""
+"""The mean over the global batch is the same however the pairs are split."""
 
 import pytest
 import torch

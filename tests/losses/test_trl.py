@@ -1,4 +1,4 @@
-"""The losses TRL has as well, computed by TRL's own code from the same log-probs."""
+"""Losses that TRL also has, computed by TRL's own code from the same log-probs."""
 
 import os
 import warnings
@@ -26,8 +26,10 @@ POLICY = torch.tensor([[-92.5, -110.6, -89.8, -3.2, -0.1], [-66.2, -113.8, -137.
 REFERENCE = torch.tensor([[-88.3, -112.2, -84.3, -8.4, -0.7], [-58.8, -109.6, -143.4, -25.0, -2.5]])
 
 
-def trl_dpo_loss(pair: int, loss_types: list[str], loss_weights: list[float], **knobs: Any) -> float:
-    """One pair through DPOTrainer's loss: a stand-in for the model spreads the log-prob over the tokens."""
+def compute_trl_dpo_loss(
+    pair: int, loss_types: list[str], loss_weights: list[float], **settings: Any
+) -> float:
+    """Compute DPOTrainer's loss of one pair; a fake model spreads the log-prob over the tokens."""
     policy, reference, lengths = POLICY[:, pair], REFERENCE[:, pair], LENGTHS[:, pair]
     mask = torch.zeros(2, int(lengths.max()) + 1, dtype=torch.long)
     for row, length in enumerate(lengths.tolist()):
@@ -54,7 +56,7 @@ def trl_dpo_loss(pair: int, loss_types: list[str], loss_weights: list[float], **
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
-        **{"beta": 0.1, "label_smoothing": 0.0, **knobs},
+        **{"beta": 0.1, "label_smoothing": 0.0, **settings},
     )
     inputs = {
         "input_ids": torch.zeros_like(mask),
@@ -67,14 +69,14 @@ def trl_dpo_loss(pair: int, loss_types: list[str], loss_weights: list[float], **
     return float(DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False))
 
 
-def our_losses(name: str, **stages: Any) -> Tensor:
+def compute_our_losses(name: str, **stages: Any) -> Tensor:
     policy = PairScores(*POLICY.double(), *LENGTHS)
     reference = ReferenceScores(*REFERENCE.double(), *LENGTHS)
     return preference_loss(policy, [reference], config=preset(name, **stages)).losses
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "loss_types", "loss_weights", "knobs"),
+    ("name", "stages", "loss_types", "loss_weights", "settings"),
     [
         ("dpo", {}, ["sigmoid"], [1], {}),
         ("dpo", {"beta": 0.5, "length_normalized": True}, ["sigmoid_norm"], [1], {"beta": 0.5}),
@@ -92,22 +94,28 @@ def our_losses(name: str, **stages: Any) -> Tensor:
     ],
 )
 def test_dpo_trainer(
-    name: str, stages: dict[str, Any], loss_types: list[str], loss_weights: list[float], knobs: dict[str, Any]
+    name: str,
+    stages: dict[str, Any],
+    loss_types: list[str],
+    loss_weights: list[float],
+    settings: dict[str, Any],
 ) -> None:
-    theirs = [trl_dpo_loss(pair, loss_types, loss_weights, **knobs) for pair in range(POLICY.shape[1])]
+    theirs = [
+        compute_trl_dpo_loss(pair, loss_types, loss_weights, **settings) for pair in range(POLICY.shape[1])
+    ]
     torch.testing.assert_close(
-        our_losses(name, **stages), torch.tensor(theirs).double(), rtol=2e-5, atol=2e-6
+        compute_our_losses(name, **stages), torch.tensor(theirs).double(), rtol=2e-5, atol=2e-6
     )
 
 
 def test_dpo_trainers_ipo_is_ours_length_normalised() -> None:
-    theirs = [trl_dpo_loss(pair, ["ipo"], [1]) for pair in range(POLICY.shape[1])]
-    ours = our_losses("ipo_length_normalized")
+    theirs = [compute_trl_dpo_loss(pair, ["ipo"], [1]) for pair in range(POLICY.shape[1])]
+    ours = compute_our_losses("ipo_length_normalized")
     torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "stages", "knobs"),
+    ("loss_type", "stages", "settings"),
     [
         ("sigmoid", {}, {}),
         ("sigmoid", {"soft_label": {"type": "mixture"}}, {"label_smoothing": 0.2}),
@@ -120,14 +128,14 @@ def test_dpo_trainers_ipo_is_ours_length_normalised() -> None:
         ),
     ],
 )
-def test_cpo_trainer(loss_type: str, stages: dict[str, Any], knobs: dict[str, Any]) -> None:
+def test_cpo_trainer(loss_type: str, stages: dict[str, Any], settings: dict[str, Any]) -> None:
     average = stages.get("length_normalized", False)
     logps = POLICY / LENGTHS if average else POLICY
     trainer = SimpleNamespace(
         alpha=0.0,
         loss_type=loss_type,
         accelerator=SimpleNamespace(device=torch.device("cpu")),
-        **{"beta": 0.1, "label_smoothing": 0.0, **knobs},
+        **{"beta": 0.1, "label_smoothing": 0.0, **settings},
     )
     theirs, chosen_rewards, rejected_rewards = CPOTrainer.cpo_loss(trainer, *logps)
     config = preset("cpo", sft_weight=0, **stages)
@@ -141,4 +149,6 @@ def test_cpo_trainer(loss_type: str, stages: dict[str, Any], knobs: dict[str, An
 def test_orpo_trainer() -> None:
     trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device=torch.device("cpu")))
     minus_losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, *(POLICY / LENGTHS))
-    torch.testing.assert_close(our_losses("orpo", sft_weight=0), -minus_losses.double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        compute_our_losses("orpo", sft_weight=0), -minus_losses.double(), rtol=1e-5, atol=1e-7
+    )

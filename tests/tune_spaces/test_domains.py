@@ -19,7 +19,7 @@ from tune_spaces.domains import Choice, Fixed, Grid, LogUniform, RandInt, SpaceE
         (None, Fixed(value=None)),
     ],
 )
-def test_a_domain_is_read_and_anything_else_stands_for_itself(value: object, domain: object) -> None:
+def test_a_domain_is_parsed_and_anything_else_is_a_fixed_value(value: object, domain: object) -> None:
     assert parse(value) == domain
 
 
@@ -39,7 +39,7 @@ def test_a_domain_is_read_and_anything_else_stands_for_itself(value: object, dom
         ({"choice": []}, ["no values"]),
         ({"choice": "dpo"}, ["takes a list", "{choice: [dpo]}"]),
         ({"grid": [0.1, 0.1]}, ["twice"]),
-        ({"uniform": [0, 1], "log": True}, ["stands alone", "log"]),
+        ({"uniform": [0, 1], "log": True}, ["must be the only key", "log"]),
     ],
 )
 def test_a_bad_domain_is_refused_with_the_remedy(value: object, words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Schedulers made from settings, driven by reports of trials that do not run. No Ray is started."""
+"""Schedulers built from settings, fed with reports of trials that do not run. Ray is not started."""
 
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchGenerator
 
 from tune_spaces.domains import Domain, SpaceError, parse
-from tune_spaces.population import Population
+from tune_spaces.population import PopulationScheduler
 from tune_spaces.schedulers import Asha, Fifo, Pbt, SchedulerConfig, build
 
 METRIC = "eval/accuracy"
@@ -23,12 +23,12 @@ RANGES: dict[str, Domain] = {
 }
 
 
-def made(config: Any, *, mode: Literal["max", "min"] = "max", **changes: Any) -> Any:
+def make_scheduler(config: Any, *, mode: Literal["max", "min"] = "max", **changes: Any) -> Any:
     settings = {"max_steps": 90, "every_steps": 10, "mutations": RANGES, "seed": 0} | changes
     return build(config, metric=METRIC, mode=mode, **settings)
 
 
-def report(scheduler: Any, trial: Any, step: int, value: float, controller: Any = None) -> str:
+def report_result(scheduler: Any, trial: Any, step: int, value: float, controller: Any = None) -> str:
     return str(scheduler.on_trial_result(controller, trial, {"step": step, METRIC: value}))
 
 
@@ -41,41 +41,44 @@ def test_the_type_says_which_scheduler() -> None:
         read({"type": "asha", "reduction_factr": 2})
 
 
-def test_fifo_lets_every_trial_go_on() -> None:
-    assert report(made(Fifo()), SimpleNamespace(trial_id="a"), 10, 0.0) == TrialScheduler.CONTINUE
+def test_fifo_lets_every_trial_continue() -> None:
+    assert (
+        report_result(make_scheduler(Fifo()), SimpleNamespace(trial_id="a"), 10, 0.0)
+        == TrialScheduler.CONTINUE
+    )
 
 
 @pytest.mark.parametrize(("mode", "good", "bad"), [("max", 0.9, 0.1), ("min", 0.1, 0.9)])
 def test_asha_stops_the_worse_at_a_rung_but_never_at_the_last_report(
     mode: Literal["max", "min"], good: float, bad: float
 ) -> None:
-    asha = made(Asha(), mode=mode)  # rungs at 90 / 3^2 = 10 and at 30; 90 is the end
+    asha = make_scheduler(Asha(), mode=mode)  # rungs at 90 / 3^2 = 10 and at 30; 90 is the end
     better, worse, late, short = (SimpleNamespace(trial_id=name) for name in "abcd")
     for trial in (better, worse, late, short):
         asha.on_trial_add(None, trial)
     steps = range(0, 91, 10)
-    assert {report(asha, better, step, good) for step in steps} == {TrialScheduler.CONTINUE}
-    assert report(asha, worse, 0, bad) == TrialScheduler.CONTINUE
-    assert report(asha, worse, 10, bad) == TrialScheduler.STOP
-    assert report(asha, late, 10, good) == TrialScheduler.CONTINUE
-    assert report(asha, late, 20, bad) == TrialScheduler.CONTINUE
-    assert report(asha, late, 30, bad) == TrialScheduler.STOP
-    assert report(asha, short, 90, good) == TrialScheduler.CONTINUE
+    assert {report_result(asha, better, step, good) for step in steps} == {TrialScheduler.CONTINUE}
+    assert report_result(asha, worse, 0, bad) == TrialScheduler.CONTINUE
+    assert report_result(asha, worse, 10, bad) == TrialScheduler.STOP
+    assert report_result(asha, late, 10, good) == TrialScheduler.CONTINUE
+    assert report_result(asha, late, 20, bad) == TrialScheduler.CONTINUE
+    assert report_result(asha, late, 30, bad) == TrialScheduler.STOP
+    assert report_result(asha, short, 90, good) == TrialScheduler.CONTINUE
 
 
-def test_a_scheduler_without_anything_to_do_is_refused() -> None:
+def test_a_scheduler_with_nothing_to_do_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"asha stops nothing before step 90.*at step 80.*grace_steps"):
-        made(Asha(grace_steps=90))
+        make_scheduler(Asha(grace_steps=90))
     with pytest.raises(SpaceError, match=r"every_steps"):
-        made(Asha(), every_steps=90)
+        make_scheduler(Asha(), every_steps=90)
     with pytest.raises(SpaceError, match=r"perturb_every_steps"):
-        made(Pbt(perturb_every_steps=90))
+        make_scheduler(Pbt(perturb_every_steps=90))
     with pytest.raises(SpaceError, match=r"this space has none.*learning_rate"):
-        made(Pbt(), mutations={"loss.preset": parse({"choice": ["dpo", "ipo"]})})
+        make_scheduler(Pbt(), mutations={"loss.preset": parse({"choice": ["dpo", "ipo"]})})
 
 
-def population(size: int = 4) -> tuple[Population, list[Trial], Any]:
-    scheduler = made(Pbt(resample_probability=0.5))
+def make_population(size: int = 4) -> tuple[PopulationScheduler, list[Trial], Any]:
+    scheduler = make_scheduler(Pbt(resample_probability=0.5))
     controller = MagicMock(search_alg=MagicMock(spec=SearchGenerator))
     trials = []
     for number in range(1, size + 1):
@@ -92,14 +95,14 @@ def population(size: int = 4) -> tuple[Population, list[Trial], Any]:
 
 
 def test_pbt_gives_the_worst_trial_the_weights_and_settings_of_the_best() -> None:
-    scheduler, trials, controller = population()
+    scheduler, trials, controller = make_population()
     best_first = list(zip(trials, VALUES, strict=True))[::-1]
     for trial, value in best_first:  # an eighth of 90 steps is done at step 20
-        assert report(scheduler, trial, 10, value, controller) == TrialScheduler.CONTINUE
+        assert report_result(scheduler, trial, 10, value, controller) == TrialScheduler.CONTINUE
     controller._schedule_trial_save.assert_not_called()
     for step in (20, 40):
         for trial, value in best_first:
-            report(scheduler, trial, step, value, controller)
+            report_result(scheduler, trial, step, value, controller)
     worst = trials[0]
     controller.pause_trial.assert_called_once_with(worst, should_checkpoint=False)
     assert worst.run_metadata.checkpoint_manager._latest_checkpoint_result.checkpoint == "weights of 4"
@@ -107,16 +110,16 @@ def test_pbt_gives_the_worst_trial_the_weights_and_settings_of_the_best() -> Non
     assert [trial.config["number"] for trial in trials] == [1, 2, 3, 4]
 
 
-def test_pbt_leaves_a_trial_alone_that_is_done() -> None:
-    scheduler, trials, controller = population()
+def test_pbt_does_not_change_a_trial_at_its_last_step() -> None:
+    scheduler, trials, controller = make_population()
     for step in (70, 90, 90):
         for trial, value in zip(trials[::-1], VALUES[::-1], strict=True):
-            assert report(scheduler, trial, step, value, controller) == TrialScheduler.CONTINUE
+            assert report_result(scheduler, trial, step, value, controller) == TrialScheduler.CONTINUE
     controller.pause_trial.assert_not_called()
 
 
 def test_pbt_explores_within_the_ranges() -> None:
-    scheduler, (trial, best, *_), _ = population()
+    scheduler, (trial, best, *_), _ = make_population()
     seen: dict[str, set[float]] = {field: set() for field in RANGES}
     for _ in range(300):
         best.config, _operations = scheduler._get_new_config(trial, best)

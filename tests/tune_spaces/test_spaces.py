@@ -1,4 +1,4 @@
-"""The search spaces: every point makes a valid run, and a space says beforehand what it can ask."""
+"""The search spaces: every point makes a valid run, and a space lists beforehand what it can draw."""
 
 import json
 import math
@@ -22,14 +22,14 @@ SUBSETS = [names for size in range(len(SPACES) + 1) for names in combinations(SP
 
 
 class Sampler:
-    """Draws at random, and keeps the domain of every name that is asked."""
+    """Draws at random, and records the domain of every name that is drawn."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.asked: dict[str, Domain] = {}
+        self.domains: dict[str, Domain] = {}
 
     def __call__(self, name: str, domain: Domain, /) -> Any:
-        assert self.asked.setdefault(name, domain) == domain, f"{name} has two domains"
+        assert self.domains.setdefault(name, domain) == domain, f"{name} has two domains"
         if isinstance(domain, Choice):
             return self.random.choice(domain.values)
         if isinstance(domain, RandInt):
@@ -39,7 +39,7 @@ class Sampler:
         return self.random.uniform(domain.low, domain.high)
 
 
-def base_run(loss: Mapping[str, Any], count: int) -> dict[str, Any]:
+def make_base_run(loss: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {
         "name": "base",
         "policy": {"model": "some/model"},
@@ -49,17 +49,17 @@ def base_run(loss: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def run_of(loss: Mapping[str, Any], count: int, point: Mapping[str, Any]) -> RunConfig:
-    return parse_run(applied(base_run(loss, count), point), source="trial")
+def build_run(loss: Mapping[str, Any], count: int, point: Mapping[str, Any]) -> RunConfig:
+    return parse_run(applied(make_base_run(loss, count), point), source="trial")
 
 
-def space(names: Any, count: int = 1, loss: Mapping[str, Any] | None = None, **fields: Any) -> Space:
+def make_space(names: Any, count: int = 1, loss: Mapping[str, Any] | None = None, **fields: Any) -> Space:
     domains = {name.replace("__", "."): parse(value) for name, value in fields.items()}
     return Space(names, domains, NAMES[:count], loss or {"preset": "dpo"})
 
 
-def bases(count: int) -> list[dict[str, Any]]:
-    """Run files' losses that leave something behind in every stage."""
+def list_base_losses(count: int) -> list[dict[str, Any]]:
+    """Losses of run files which between them set something in every stage."""
     if count == 1:
         theta = {"preset": "mallows_theta", "dispersion": {"phi_star": "auto"}}
         return [{"preset": "dpo"}, theta, {"preset": "simpo"}]
@@ -73,27 +73,29 @@ def bases(count: int) -> list[dict[str, Any]]:
 def test_every_point_makes_a_valid_run(count: int) -> None:
     """All combinations of named spaces, over losses of all sorts; and each field's domain is listed."""
     for names in SUBSETS:
-        for loss in bases(count)[: 1 if "losses" in names else None]:  # a drawn loss replaces the base run's
-            drawn_from, sampler = space(names, count, loss), Sampler(count)
+        for loss in list_base_losses(count)[
+            : 1 if "losses" in names else None
+        ]:  # a drawn loss replaces the base run's
+            drawn_from, sampler = make_space(names, count, loss), Sampler(count)
             listed = {(row.field, row.domain) for row in drawn_from.table()}
             for _ in range(6):
                 point = drawn_from.draw(sampler)
-                run = run_of(loss, count, point)
+                run = build_run(loss, count, point)
                 assert json.loads(json.dumps(point)) == point
                 assert run.references.ordered[0] == "base"
                 assert set(drawn_from.numeric) <= set(point)
-            assert {(name.split(" [")[0], str(domain)) for name, domain in sampler.asked.items()} <= listed
+            assert {(name.split(" [")[0], str(domain)) for name, domain in sampler.domains.items()} <= listed
 
 
 def test_a_base_run_with_several_references_and_no_losses_space_keeps_them() -> None:
     loss = {"preset": "multi_dpo"}
-    point = space(["optimizer"], 3, loss).draw(Sampler(0))
-    assert run_of(loss, 3, point).references.ordered == list(NAMES)
+    point = make_space(["optimizer"], 3, loss).draw(Sampler(0))
+    assert build_run(loss, 3, point).references.ordered == list(NAMES)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_family_is_offered_where_its_references_are(count: int) -> None:
-    values = next(row for row in space(["losses"], count).table() if row.field == "loss.preset").domain
+    values = next(row for row in make_space(["losses"], count).table() if row.field == "loss.preset").domain
     offered = set(values.split(" | "))
     several = {name for name in FAMILIES if PRESETS[name].references.combine in ("harmonic", "geometric")}
     free = {"simpo", "orpo", "cpo"}
@@ -106,21 +108,21 @@ def test_a_family_is_offered_where_its_references_are(count: int) -> None:
     "family", [name for name in FAMILIES if PRESETS[name].references.combine == "single"]
 )
 def test_a_family_of_one_reference_uses_the_primary(family: str) -> None:
-    point = space(["losses"], 3, loss__preset=family).draw(Sampler(1))
+    point = make_space(["losses"], 3, loss__preset=family).draw(Sampler(1))
     assert point["references.use"] == ["base"]
-    assert run_of({"preset": "dpo"}, 3, point).preset == family
+    assert build_run({"preset": "dpo"}, 3, point).preset == family
 
 
 def test_any_loss_can_read_several_references() -> None:
-    several = space(["losses", "references"], 3, loss__preset="gdpo", references__use=list(NAMES))
-    run = run_of({"preset": "dpo"}, 3, several.draw(Sampler(0)))
+    several = make_space(["losses", "references"], 3, loss__preset="gdpo", references__use=list(NAMES))
+    run = build_run({"preset": "dpo"}, 3, several.draw(Sampler(0)))
     assert run.loss.references.combine in ("harmonic", "geometric", "multi_loss")
     assert (run.loss.soft_label.type, run.references.ordered) == ("geometric", list(NAMES))
 
 
 def test_dispersion_is_none_theta_or_phi() -> None:
-    draws = [space(["dispersion"]).draw(Sampler(seed)) for seed in range(40)]
-    runs = [run_of({"preset": "dpo"}, 1, point).loss for point in draws]
+    draws = [make_space(["dispersion"]).draw(Sampler(seed)) for seed in range(40)]
+    runs = [build_run({"preset": "dpo"}, 1, point).loss for point in draws]
     assert {(loss.dispersion.type, loss.link.type) for loss in runs} == {
         ("none", "sigmoid"),
         ("entropy", "sigmoid"),
@@ -133,9 +135,11 @@ def test_dispersion_is_none_theta_or_phi() -> None:
 
 def test_a_field_that_is_narrowed_has_one_name_in_all_cases() -> None:
     sampler = Sampler(0)
-    narrow = space(["losses"], loss__preset={"choice": ["dpo", "simpo"]}, loss__beta={"uniform": [0.1, 0.2]})
+    narrow = make_space(
+        ["losses"], loss__preset={"choice": ["dpo", "simpo"]}, loss__beta={"uniform": [0.1, 0.2]}
+    )
     points = [narrow.draw(sampler) for _ in range(20)]
-    assert set(sampler.asked) == {"loss.preset", "loss.beta", "loss.margin [simpo]"}
+    assert set(sampler.domains) == {"loss.preset", "loss.beta", "loss.margin [simpo]"}
     assert {point["loss.preset"] for point in points} == {"dpo", "simpo"}
     assert all(0.1 <= point["loss.beta"] <= 0.2 for point in points)
     assert list(narrow.numeric) == ["loss.beta"]
@@ -147,7 +151,7 @@ def test_a_field_that_is_narrowed_has_one_name_in_all_cases() -> None:
 
 
 def test_a_narrowed_field_of_one_family_is_not_added_to_the_others() -> None:
-    narrow = space(["losses"], loss__preset={"choice": ["nca", "simpo"]}, loss__margin=0.5)
+    narrow = make_space(["losses"], loss__preset={"choice": ["nca", "simpo"]}, loss__margin=0.5)
     points = [narrow.draw(Sampler(seed)) for seed in range(10)]
     assert {(point["loss.preset"], point.get("loss.margin")) for point in points} == {
         ("nca", None),
@@ -156,34 +160,36 @@ def test_a_narrowed_field_of_one_family_is_not_added_to_the_others() -> None:
     assert ("loss.margin", "0.5", "simpo") in {(row.field, row.domain, row.when) for row in narrow.table()}
 
 
-def test_added_fields_are_drawn_and_a_value_is_not_asked() -> None:
+def test_added_fields_are_drawn_and_a_fixed_value_is_not() -> None:
     sampler = Sampler(0)
-    point = space([], training__epochs={"randint": [1, 3]}, loss__beta=0.3).draw(sampler)
-    assert list(sampler.asked) == ["training.epochs"]
+    point = make_space([], training__epochs={"randint": [1, 3]}, loss__beta=0.3).draw(sampler)
+    assert list(sampler.domains) == ["training.epochs"]
     assert point["loss.beta"] == 0.3
     assert point["training.epochs"] in (1, 2, 3)
 
 
 @pytest.mark.parametrize("names", [[], ["losses"], ["losses", "references"]])
-def test_references_of_the_sweep_file_go_to_losses_that_read_so_many(names: list[str]) -> None:
+def test_losses_get_the_references_of_the_sweep_file_that_they_can_read(names: list[str]) -> None:
     uses = {"grid": [["base"], ["base", "movie"], ["base", "large"]]}
-    narrow = space(names, 3, loss__preset={"grid": ["simpo", "mrpo"]}, references__use=uses)
+    narrow = make_space(names, 3, loss__preset={"grid": ["simpo", "mrpo"]}, references__use=uses)
     points, sampler = [], Sampler(0)
     for _ in range(20):
         points.append(narrow.draw(sampler))
-        run_of({"preset": "dpo"}, 3, points[-1])
+        build_run({"preset": "dpo"}, 3, points[-1])
     used = {(point["loss.preset"], *point["references.use"]) for point in points}
     assert used == {("simpo", "base"), ("mrpo", "base", "movie"), ("mrpo", "base", "large")}
 
 
-def test_a_family_that_the_sweep_file_leaves_no_references_is_refused() -> None:
-    narrow = space(["losses", "references"], 2, loss__preset="mrpo", references__use={"choice": [["base"]]})
-    with pytest.raises(SpaceError, match=r"references\.use .* base: none is for several references"):
+def test_a_family_for_several_references_is_refused_if_the_sweep_file_gives_one() -> None:
+    narrow = make_space(
+        ["losses", "references"], 2, loss__preset="mrpo", references__use={"choice": [["base"]]}
+    )
+    with pytest.raises(SpaceError, match=r"references\.use .* base: no value is for several references"):
         narrow.table()
 
 
 def test_a_grid_has_every_combination_once() -> None:
-    grid = space(
+    grid = make_space(
         ["losses", "soft_labels"],
         loss__preset={"grid": ["dpo", "gdpo", "simpo"]},
         loss__beta={"choice": [0.1, 0.2]},
@@ -197,20 +203,20 @@ def test_a_grid_has_every_combination_once() -> None:
 
 def test_a_grid_of_a_range_is_refused_with_the_remedy() -> None:
     with pytest.raises(SpaceError, match=r"loss\.beta .*continuous.*loss\.beta: \{grid"):
-        space(["losses"], loss__preset="dpo").grid()
+        make_space(["losses"], loss__preset="dpo").grid()
 
 
 def test_an_unknown_space_names_the_nearest() -> None:
     with pytest.raises(SpaceError, match="did you mean 'losses'"):
-        space(["loses"])
+        make_space(["loses"])
 
 
-def test_a_narrowed_family_that_is_none_is_refused_before_anything_is_drawn() -> None:
+def test_an_unknown_family_is_refused_before_anything_is_drawn() -> None:
     with pytest.raises(SpaceError, match="did you mean 'gdpo'"):
-        space(["losses"], loss__preset={"choice": ["dpo", "gdppo"]}).table()
+        make_space(["losses"], loss__preset={"choice": ["dpo", "gdppo"]}).table()
 
 
-def test_a_drawn_type_replaces_its_section_and_a_drawn_loss_all_of_it() -> None:
+def test_a_drawn_type_replaces_its_section_and_a_drawn_preset_the_whole_loss() -> None:
     content = {"loss": {"beta": 0.3, "dispersion": {"type": "entropy", "phi_star": "auto"}}, "name": "x"}
     assert applied(content, {"loss.dispersion.type": "none"}) == {
         "loss": {"beta": 0.3, "dispersion": {"type": "none"}},
@@ -227,7 +233,7 @@ def test_a_drawn_type_replaces_its_section_and_a_drawn_loss_all_of_it() -> None:
 
 
 def test_the_table_shows_cases_that_share_a_domain_in_one_line() -> None:
-    rows = space(["losses"], loss__preset={"choice": ["dpo", "hinge", "simpo"]}).table()
+    rows = make_space(["losses"], loss__preset={"choice": ["dpo", "hinge", "simpo"]}).table()
     assert [(row.field, row.domain, row.when) for row in rows] == [
         ("loss.preset", "dpo | hinge | simpo", ""),
         ("loss.beta", "0.01 to 1, log", "dpo, hinge"),
