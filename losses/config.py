@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from losses.settings import Bounds, LossError, Settings, make_unknown_name_error
+from losses.settings import Bounds, FrozenSettings, LossError, make_unknown_name_error
 
 # ---------------------------------------------------------------- stage 1: references
 
@@ -17,7 +17,7 @@ CombineRule = Literal["none", "single", "harmonic", "geometric", "multi_loss"]
 WeightRule = Literal["uniform", "adaptive", "adaptive_per_token"]
 
 
-class ReferenceStageConfig(Settings):
+class ReferenceStageConfig(FrozenSettings):
     """Settings for combining K frozen references into one (losses.references).
 
     Numeric weights are in the order of the references, the primary first; they need not sum to 1.
@@ -70,7 +70,7 @@ class ReferenceStageConfig(Settings):
 # ---------------------------------------------------------------- stage 2: soft label
 
 
-class SoftLabelConfig(Settings):
+class SoftLabelConfig(FrozenSettings):
     """Settings for the probability p that chosen really beats rejected (losses.soft_labels)."""
 
     type: Literal["none", "geometric", "mixture"] = "none"
@@ -79,13 +79,13 @@ class SoftLabelConfig(Settings):
 # ---------------------------------------------------------------- stage 3: dispersion
 
 
-class NoDispersion(Settings):
+class NoDispersion(FrozenSettings):
     """No dispersion: all pairs count equally."""
 
     type: Literal["none"] = "none"
 
 
-class EntropyDispersion(Settings):
+class EntropyDispersion(FrozenSettings):
     """Neg-log-dispersion from the primary reference's entropy H: phi_star * -log H.
 
     `auto` means the value that makes the mean scale 1; `LossConfig.with_phi_star` fills it in.
@@ -103,7 +103,7 @@ class EntropyDispersion(Settings):
             raise LossError(f"phi_star must be a number or 'auto', got {value!r}; try 0.29") from None
 
 
-class ConstantDispersion(Settings):
+class ConstantDispersion(FrozenSettings):
     """One neg-log-dispersion for all pairs."""
 
     type: Literal["constant"] = "constant"
@@ -119,21 +119,21 @@ DispersionConfig = Annotated[
 # ---------------------------------------------------------------- stage 4: link
 
 
-class DifferenceLink(Settings):
+class DifferenceLink(FrozenSettings):
     """Links of h = u_chosen - u_rejected without parameters; `none` is for supervised fine-tuning."""
 
     two_sided: ClassVar[bool] = False
     type: Literal["sigmoid", "ipo", "hinge", "none"]
 
 
-class TwoSidedLink(Settings):
+class TwoSidedLink(FrozenSettings):
     """Links that read u_chosen and u_rejected separately."""
 
     two_sided: ClassVar[bool] = True
     type: Literal["nca", "bco_pair", "apo_zero", "apo_down", "sppo", "orpo"]
 
 
-class RobustLink(Settings):
+class RobustLink(FrozenSettings):
     """rDPO: labels are flipped with a known probability."""
 
     two_sided: ClassVar[bool] = False
@@ -141,7 +141,7 @@ class RobustLink(Settings):
     flip_probability: Annotated[float, Bounds(0.1, at_least=0, below=0.5)] = 0.1
 
 
-class RopoLink(Settings):
+class RopoLink(FrozenSettings):
     """ROPO: includes a bounded term, which learns little from pairs that the policy finds unlikely."""
 
     two_sided: ClassVar[bool] = False
@@ -149,7 +149,7 @@ class RopoLink(Settings):
     alpha: Annotated[float, Bounds(14, above=0)] = 14.0
 
 
-class MallowsPhiLink(Settings):
+class MallowsPhiLink(FrozenSettings):
     """MallowsPO-phi: the exact Mallows pairwise probability, smoothed where |beta * h| < smoothing."""
 
     two_sided: ClassVar[bool] = False
@@ -157,7 +157,7 @@ class MallowsPhiLink(Settings):
     smoothing: Annotated[float, Bounds(0.5, at_least=1e-3)] = 0.5
 
 
-class ExoLink(Settings):
+class ExoLink(FrozenSettings):
     """EXO: reverse Kullback-Leibler divergence to the smoothed label."""
 
     two_sided: ClassVar[bool] = False
@@ -165,7 +165,7 @@ class ExoLink(Settings):
     label_smoothing: Annotated[float, Bounds(0.001, above=0, below=0.5)] = 0.001
 
 
-class DiscopopLink(Settings):
+class DiscopopLink(FrozenSettings):
     """DiscoPOP: logistic and exponential losses, blended by a sigmoid of this temperature."""
 
     two_sided: ClassVar[bool] = False
@@ -183,7 +183,7 @@ LinkConfig = Annotated[
 # ---------------------------------------------------------------- all stages
 
 
-class LossConfig(Settings):
+class LossConfig(FrozenSettings):
     """A preference loss: one setting per stage. Without arguments it is DPO at beta 0.1.
 
     `margin` is in units of h (nats, or nats per token when length-normalised); `sft_weight` is the weight of
@@ -252,7 +252,7 @@ class LossConfig(Settings):
         return int(not self.reference_free or self.needs_entropy)
 
     def with_phi_star(self, phi_star: float) -> Self:
-        """Return this loss with `phi_star: auto` replaced by a result of `dispersion.calibrated_phi_star`."""
+        """Return this loss with `phi_star: auto` replaced by a result of `dispersion.calibrate_phi_star`."""
         if not self.needs_calibration:
             raise LossError("phi_star is calibrated only for dispersion: {type: entropy, phi_star: auto}")
         calibrated = EntropyDispersion(phi_star=phi_star)

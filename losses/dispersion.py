@@ -39,7 +39,7 @@ def compute_neg_log_dispersion(
         if config.phi_star == "auto":
             raise LossError(
                 "dispersion.phi_star auto must be resolved before the loss is computed; "
-                "use config.with_phi_star(calibrated_phi_star(entropies)), or set a number such as 0.29"
+                "use config.with_phi_star(calibrate_phi_star(entropies)), or set a number such as 0.29"
             )
         return config.phi_star * -_clamp_entropy(_compute_mean_entropy(references)).log()
     if isinstance(config, ConstantDispersion):
@@ -47,7 +47,7 @@ def compute_neg_log_dispersion(
     return torch.ones_like(like)
 
 
-def calibrated_phi_star(entropies: Tensor) -> float:
+def calibrate_phi_star(entropies: Tensor) -> float:
     """Compute the phi_star that makes the mean scale over a training set 1: 1 / mean(-log H).
 
     Only then is a comparison with an undispersed loss at the same beta fair. [derived]

@@ -91,7 +91,7 @@ def preset(name: str, **overrides: Any) -> LossConfig:
     return LossConfig.model_validate(_merge_settings(PRESETS[name].model_dump(), overrides))
 
 
-def from_settings(settings: Mapping[str, Any]) -> LossConfig:
+def loss_config_from_settings(settings: Mapping[str, Any]) -> LossConfig:
     """Build the loss of a run file's `loss:` section: `{preset: name, field: override, ...}`, or all stages.
 
     Raises:

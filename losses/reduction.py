@@ -5,7 +5,7 @@ from torch import Tensor
 from losses.settings import LossError
 
 
-def global_mean(losses: Tensor, *, global_count: int, world_size: int) -> Tensor:
+def reduce_to_global_mean(losses: Tensor, *, global_count: int, world_size: int) -> Tensor:
     """Compute this micro-batch's part of the global batch's mean, for ranks whose gradients are averaged.
 
     Summed over a rank's micro-batches and averaged over ranks, the parts are the mean over all pairs,

@@ -77,7 +77,7 @@ class Bounds:
         return {**handler(schema), **{keyword: bound for _, keyword, bound in self._list_bounds()}}
 
 
-class Settings(BaseModel):
+class FrozenSettings(BaseModel):
     """Base of frozen settings; an unknown field is refused with the nearest known one in the message."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

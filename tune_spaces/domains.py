@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from losses.settings import Settings, make_unknown_name_error
+from losses.settings import FrozenSettings, make_unknown_name_error
 
 FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 WholeNumber = Annotated[int, Field(strict=True)]
@@ -19,7 +19,7 @@ class SpaceError(ValueError):
     """Error for a space that cannot be searched; the message names the field or domain, and the remedy."""
 
 
-class Uniform(Settings):
+class Uniform(FrozenSettings):
     """A range of numbers from low to high."""
 
     low: FiniteFloat
@@ -51,7 +51,7 @@ class LogUniform(Uniform):
         return f"{super().__str__()}, log"
 
 
-class RandInt(Settings):
+class RandInt(FrozenSettings):
     """A range of whole numbers from low to high, both included."""
 
     low: WholeNumber
@@ -70,7 +70,7 @@ class RandInt(Settings):
         return min(max(round(value), self.low), self.high)
 
 
-class Choice(Settings):
+class Choice(FrozenSettings):
     """A list of values to choose from, each of them any JSON value."""
 
     values: tuple[JsonValue, ...]
@@ -94,7 +94,7 @@ class Grid(Choice):
         return f"{super().__str__()}, in turn"
 
 
-class Fixed(Settings):
+class Fixed(FrozenSettings):
     """A single value, which is not searched."""
 
     value: JsonValue
@@ -115,7 +115,7 @@ _LISTS: Mapping[str, type[Choice]] = {"choice": Choice, "grid": Grid}
 KEYWORDS = (*_RANGES, *_LISTS)
 
 
-def parse(value: Any) -> Domain:
+def parse_domain(value: Any) -> Domain:
     """Parse a domain of a sweep file, such as `{uniform: [0, 1]}`; any other value becomes a Fixed domain.
 
     Raises:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from losses.config import LossConfig
-from losses.presets import from_settings
+from losses.presets import loss_config_from_settings
 from tune_spaces.domains import Choice, Domain, Fixed, SpaceError
 
 PRESET_FIELD = "loss.preset"
 USE_FIELD = "references.use"
 
 
-class Ask(Protocol):
+class Suggester(Protocol):
     """A source of values for the drawn fields: a sampler, a grid, a test."""
 
     def __call__(self, name: str, domain: Domain, /) -> Any:
@@ -50,7 +50,7 @@ class PointDraft:
         drawn_fields: how each field was drawn.
     """
 
-    suggest: Ask
+    suggest: Suggester
     references: tuple[str, ...]
     base_loss: Mapping[str, Any]
     narrowed: Mapping[str, Domain] = field(default_factory=dict)
@@ -91,13 +91,13 @@ class PointDraft:
         Raises:
             SpaceError: the fields make no valid loss, because of how the sweep file narrows them.
         """
-        loss = applied({"loss": self.base_loss}, self.fields)["loss"]
+        loss = apply_point({"loss": self.base_loss}, self.fields)["loss"]
         stage = loss.get("references")
         if isinstance(stage, Mapping) and isinstance(weights := stage.get("weights"), Mapping):
             by_order = [weights[name] for name in self.references if name in weights]
             loss = {**loss, "references": {**stage, "weights": by_order}}
         try:
-            return from_settings(loss)
+            return loss_config_from_settings(loss)
         except ValueError as error:
             raise SpaceError(f"a point of the search, {self.fields}, makes no loss: {error}") from None
 
@@ -125,7 +125,7 @@ def _keep_suitable_values(
     return type(choice)(values=values)
 
 
-def applied(content: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+def apply_point(content: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a run file with a point's fields put in.
 
     A drawn `loss.preset` replaces the whole loss. A drawn `type` replaces its whole section if that has

@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tune_spaces.domains import Choice, Domain, Fixed, Grid, RandInt
-from tune_spaces.draft import Ask, DrawnField, PointDraft
+from tune_spaces.draft import DrawnField, PointDraft, Suggester
 
 T = TypeVar("T")
 DrawStep = Callable[[PointDraft], None]
 
 
 def iterate_branches(
-    draw: Callable[[Ask], T], list_options: Callable[[Domain], Sequence[Any]]
+    draw: Callable[[Suggester], T], list_options: Callable[[Domain], Sequence[Any]]
 ) -> Iterator[T]:
     """Call `draw` once for every combination of values that it can be given, depth first.
 
@@ -97,7 +97,7 @@ def _list_branch_values(domain: Domain) -> Sequence[Any]:
     )
 
 
-def _run_step(step: DrawStep, draft: PointDraft, suggest: Ask) -> PointDraft:
+def _run_step(step: DrawStep, draft: PointDraft, suggest: Suggester) -> PointDraft:
     fork = replace(draft, suggest=suggest, fields=dict(draft.fields), drawn_fields=[])
     step(fork)
     return fork

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from losses.settings import Settings
+from losses.settings import FrozenSettings
 from tune_spaces.domains import Domain, RandInt, SpaceError, Uniform
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ STEP_KEY = "step"
 """Key of a trial's progress in its reports, in optimizer steps."""
 
 
-class Fifo(Settings):
+class FifoConfig(FrozenSettings):
     """No scheduling: every trial runs to its end."""
 
     type: Literal["fifo"] = "fifo"
 
 
-class Asha(Settings):
+class AshaConfig(FrozenSettings):
     """Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934): the best at each rung continue.
 
     The first rung is at `grace_steps`, by default the run's length over reduction_factor squared; each next
@@ -40,7 +40,7 @@ class Asha(Settings):
     brackets: int = Field(default=1, ge=1)
 
 
-class Pbt(Settings):
+class PbtConfig(FrozenSettings):
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846).
 
     The worst trials copy weights and settings of the best, with the numbers changed slightly.
@@ -53,11 +53,11 @@ class Pbt(Settings):
     resample_probability: float = Field(default=0.25, ge=0, le=1)
 
 
-SchedulerConfig = Annotated[Fifo | Asha | Pbt, Field(discriminator="type")]
+SchedulerConfig = Annotated[FifoConfig | AshaConfig | PbtConfig, Field(discriminator="type")]
 
 
-def build(
-    config: Fifo | Asha | Pbt,
+def build_scheduler(
+    config: FifoConfig | AshaConfig | PbtConfig,
     *,
     metric: str,
     mode: Literal["max", "min"],
@@ -112,7 +112,7 @@ def build(
 
 
 def _build_population_scheduler(
-    config: Pbt, metric: str, mode: str, interval: int, max_steps: int, mutations: Mapping[str, Domain]
+    config: PbtConfig, metric: str, mode: str, interval: int, max_steps: int, mutations: Mapping[str, Domain]
 ) -> "TrialScheduler":
     from tune_spaces.population import PopulationScheduler
 

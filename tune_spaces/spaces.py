@@ -12,15 +12,25 @@ from typing import Any
 
 from losses.settings import make_unknown_name_error
 from tune_spaces.dispersion import draw_dispersion
-from tune_spaces.domains import Domain, Numeric, SpaceError, parse
-from tune_spaces.draft import USE_FIELD, Ask, DrawnField, PointDraft, applied
+from tune_spaces.domains import Domain, Numeric, SpaceError, parse_domain
+from tune_spaces.draft import USE_FIELD, DrawnField, PointDraft, Suggester, apply_point
 from tune_spaces.explore import DrawStep, Exploration, explore_spaces, iterate_branches, list_values
 from tune_spaces.losses import draw_loss_family
 from tune_spaces.optimizer import draw_optimizer_settings
 from tune_spaces.references import WHEN_SEVERAL, draw_references, has_several_references
 from tune_spaces.soft_labels import draw_soft_label_type
 
-__all__ = ["SPACES", "Ask", "Domain", "NamedSpace", "Space", "SpaceError", "SpaceRow", "applied", "parse"]
+__all__ = [
+    "SPACES",
+    "Domain",
+    "NamedSpace",
+    "Space",
+    "SpaceError",
+    "SpaceRow",
+    "Suggester",
+    "apply_point",
+    "parse_domain",
+]
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Space:
         self._references = tuple(references)
         self._base_loss = base_loss
 
-    def draw(self, suggest: Ask) -> dict[str, Any]:
+    def draw_point(self, suggest: Suggester) -> dict[str, Any]:
         """Draw a point whose values `suggest` chooses.
 
         Raises:
@@ -112,7 +122,7 @@ class Space:
         self._choose_references(draft)
         return draft.fields
 
-    def grid(self) -> Iterator[dict[str, Any]]:
+    def iterate_grid(self) -> Iterator[dict[str, Any]]:
         """Iterate over all points, each once.
 
         Raises:
@@ -129,7 +139,7 @@ class Space:
             )
         return self._iterate_unique_points()
 
-    def table(self) -> list[SpaceRow]:
+    def list_rows(self) -> list[SpaceRow]:
         """List the rows of the space's table; cases that share a domain share a row."""
         cases: dict[str, dict[str, list[str]]] = {}
         for drawn in self._drawn_fields:
@@ -142,7 +152,7 @@ class Space:
         ]
 
     @property
-    def numeric(self) -> dict[str, Domain]:
+    def numeric_domains(self) -> dict[str, Domain]:
         """Ranges that are the same for all points, by field: what a scheduler may change during a trial."""
         always = self._exploration.always_drawn | set(self._added_fields)
         return {one.field: one.domain for one in self._drawn_fields if one.name in always and _has_range(one)}
@@ -165,7 +175,7 @@ class Space:
             *(DrawnField(field, domain) for field, domain in self._added_fields.items()),
         ]
 
-    def _build_draft(self, suggest: Ask) -> PointDraft:
+    def _build_draft(self, suggest: Suggester) -> PointDraft:
         return PointDraft(
             suggest=suggest, references=self._references, base_loss=self._base_loss, narrowed=self._fields
         )
@@ -188,7 +198,7 @@ class Space:
 
     def _iterate_unique_points(self) -> Iterator[dict[str, Any]]:
         seen = set()
-        for point in iterate_branches(self.draw, lambda domain: list_values(domain) or ()):
+        for point in iterate_branches(self.draw_point, lambda domain: list_values(domain) or ()):
             key = json.dumps(point, sort_keys=True)
             if key not in seen:
                 seen.add(key)

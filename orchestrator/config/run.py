@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from losses.config import LossConfig
-from losses.presets import PRESETS, from_settings
+from losses.presets import PRESETS, loss_config_from_settings
 from models.config import PolicyConfig
 from orchestrator.config.problems import explain_validation_error
 from orchestrator.config.sections import (
@@ -37,7 +37,7 @@ from preferences.config import DataConfig
 def _parse_loss(value: Any) -> Any:
     if not isinstance(value, Mapping | LossConfig):
         raise ValueError(f"must be a section such as {{preset: dpo, beta: 0.1}}, got {value!r}")
-    return from_settings(value) if isinstance(value, Mapping) else value
+    return loss_config_from_settings(value) if isinstance(value, Mapping) else value
 
 
 class RunConfig(Section):

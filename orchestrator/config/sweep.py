@@ -17,8 +17,8 @@ from orchestrator.config.sections import METRICS, EvaluationConfig, Section
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.search.report.labels import KL
-from tune_spaces.schedulers import Fifo, SchedulerConfig
-from tune_spaces.spaces import SPACES, Domain, applied, parse
+from tune_spaces.schedulers import FifoConfig, SchedulerConfig
+from tune_spaces.spaces import SPACES, Domain, apply_point, parse_domain
 
 Point = Mapping[str, Any]
 """Dotted run-file fields and their values: what a trial changes."""
@@ -97,7 +97,7 @@ class SweepConfig(Section):
     spaces: tuple[str, ...] = ()
     space: dict[str, Any] = Field(default_factory=dict, description="dotted run-file field: domain or value")
     search: SearchConfig
-    scheduler: SchedulerConfig = Fifo()
+    scheduler: SchedulerConfig = FifoConfig()
     plateau: PlateauConfig | None = None
     objective: Annotated[tuple[Objective, ...], BeforeValidator(_wrap_objective), Field(min_length=1)] = (
         Objective(metric="eval/accuracy", mode="max"),
@@ -165,7 +165,7 @@ def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | No
     for field, value in sweep.space.items():
         _refuse_unsearchable(field, f"{source}: space.{field}")
         try:
-            sweep._domains[field] = parse(value)
+            sweep._domains[field] = parse_domain(value)
         except ValueError as error:
             raise UsageError(f"{source}: space.{field}: {error}") from None
     _refuse_unmeasured(sweep, source)
@@ -185,7 +185,7 @@ def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: 
     if sweep.scheduler.type == "pbt":  # what it copies from one trial to another is a checkpoint
         own["training.save_every"] = sweep.base.evaluation.every_steps
     return parse_run(
-        applied(_set_evaluation_metric(sweep, sweep.run), {**point, **own}), source=f"trial {name}"
+        apply_point(_set_evaluation_metric(sweep, sweep.run), {**point, **own}), source=f"trial {name}"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 
 from losses.config import LossConfig
-from losses.dispersion import calibrated_phi_star
+from losses.dispersion import calibrate_phi_star
 from losses.preference import preference_loss
 from losses.scores import PairScores, ReferenceScores
 
@@ -35,7 +35,7 @@ def match_beta(
     labels = torch.as_tensor(np.asarray(soft_labels), dtype=torch.float64)
     entropy = torch.zeros_like(labels) if entropies is None else torch.as_tensor(entropies).double()
     if loss.needs_calibration:
-        loss = loss.with_phi_star(calibrated_phi_star(entropy))
+        loss = loss.with_phi_star(calibrate_phi_star(entropy))
     plain = hard_label_loss(loss)
     wanted, given = (
         _mean_initial_gradient(loss, labels, entropy),

@@ -69,7 +69,7 @@ class GridSource:
     """Every combination of the space once, in its order; results teach it nothing."""
 
     def __init__(self, space: Space) -> None:
-        self._points = space.grid()
+        self._points = space.iterate_grid()
 
     def propose_points(self, entered: int) -> Iterator[Proposal]:
         """What is left of the grid."""
@@ -123,7 +123,7 @@ class OptunaSource:
         """Put it back into the study as a running trial; what the space no longer has teaches nothing."""
         questions = _Questions(lambda name, domain, turn: params[name])
         try:
-            self._space.draw(questions)
+            self._space.draw_point(questions)
             trial = create_trial(
                 state=TrialState.RUNNING,
                 params={
@@ -162,7 +162,7 @@ class OptunaSource:
         questions = _Questions(answer)
         point, refusal = {}, None
         try:
-            point = self._space.draw(questions)
+            point = self._space.draw_point(questions)
         except SpaceError as error:
             refusal = str(error)
         return Proposal(

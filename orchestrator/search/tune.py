@@ -36,7 +36,7 @@ from orchestrator.storage.paths import is_uri
 from orchestrator.tracking.progress import make_plain_console
 from orchestrator.worker.setup import count_total_steps
 from preferences.buckets import redact_uri
-from tune_spaces.schedulers import build
+from tune_spaces.schedulers import build_scheduler
 from tune_spaces.spaces import Space
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _refuse_unfit(
 ) -> tuple["TrialScheduler", int]:
     """Draw many points, each of which must make a valid run; the scheduler, and the length of a trial."""
     if sweep.search.algorithm == "grid":
-        next(space.grid())
+        next(space.iterate_grid())
     lengths = set()
     for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
         try:
@@ -171,13 +171,13 @@ def _refuse_unfit(
             f"would have {min(lengths)} to {max(lengths)} steps; fix training.epochs, max_steps and "
             "pairs_per_step, or use scheduler: {type: fifo}"
         )
-    scheduler = build(
+    scheduler = build_scheduler(
         sweep.scheduler,
         metric=sweep.objective[0].metric,
         mode=sweep.objective[0].mode,
         max_steps=max(lengths),
         every_steps=base.evaluation.every_steps,
-        mutations=space.numeric,
+        mutations=space.numeric_domains,
         seed=sweep.search.seed,
     )
     return scheduler, max(lengths)
@@ -210,7 +210,7 @@ def _count_trials_per_node(sweep: SweepConfig, space: Space, slots: int) -> int:
 
 def _count_points(sweep: SweepConfig, space: Space) -> int:
     if sweep.search.algorithm == "grid":
-        return sum(1 for _ in islice(space.grid(), sweep.search.trials))
+        return sum(1 for _ in islice(space.iterate_grid(), sweep.search.trials))
     assert sweep.search.trials is not None  # only a grid ends by itself
     return sweep.search.trials
 
@@ -268,7 +268,7 @@ def _build_space_table(space: Space) -> Table:
     table = Table(box=None, title="the space", title_justify="left")
     for column in ("field", "domain", "when"):
         table.add_column(column, overflow="fold")
-    for row in space.table():
+    for row in space.list_rows():
         table.add_row(row.field, row.domain, row.when)
     return table
 

@@ -47,7 +47,7 @@ class BatchLoader:
         device: torch.device,
         flops: Callable[[Rows], float],
     ) -> None:
-        self.part = split
+        self.split = split
         self._order = tuple(order)
         self.client = client
         self._score_start, self._on_any_rank = score_start, on_any_rank
@@ -112,9 +112,9 @@ class BatchLoader:
         return MicroBatch(
             rows=rows,
             slots=slots,
-            soft_labels=torch.as_tensor(self.part.soft_labels[indices], device=self._device),
+            soft_labels=torch.as_tensor(self.split.soft_labels[indices], device=self._device),
             references=tuple(_move_to_device(complete[name], self._device) for name in self._order),
-            paired=self.part.has_pairs,
+            paired=self.split.has_pairs,
             flops=self._flops(rows),
         )
 
@@ -132,7 +132,7 @@ class BatchLoader:
                 found = self._score_start(self._build_rows(part))
                 if not len(part):
                     continue
-                computed = _to_arrays(found, paired=self.part.has_pairs)
+                computed = _to_arrays(found, paired=self.split.has_pairs)
                 self.client.store_scores(name, part, computed)
                 at = [place[int(row)] for row in part]
                 for column, values in zip(_list_columns(arrays), _list_columns(computed), strict=True):
@@ -146,7 +146,7 @@ class BatchLoader:
         return split_over_ranks(indices, self._lengths, world_size=1, tokens_per_microbatch=self._budget)[0]
 
     def _build_rows(self, indices: np.ndarray) -> Rows:
-        pairs = [self.part.policy[int(index)] for index in indices]
+        pairs = [self.split.policy[int(index)] for index in indices]
         groups = [
             Prompted(p.prompt, [p.chosen] if p.rejected is None else [p.chosen, p.rejected]) for p in pairs
         ]

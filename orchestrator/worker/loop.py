@@ -183,8 +183,8 @@ class _TrainingRun:
         self._names = setup.config.references.ordered
         self._sampler = make_sampler(setup, session, policy, feeds.get("eval"))
         self._flags = MetricFlags(
-            paired=feeds["train"].part.has_pairs,
-            soft=any(feed.part.has_soft_labels and feed.part.has_pairs for feed in feeds.values()),
+            paired=feeds["train"].split.has_pairs,
+            soft=any(feed.split.has_soft_labels and feed.split.has_pairs for feed in feeds.values()),
             dispersed=loss.dispersion.type != "none",
             weighted=len(self._names) > 1 and not loss.reference_free,
         )
@@ -228,7 +228,7 @@ class _TrainingRun:
     ) -> TrainingProgress:
         """Measure on held-out pairs; `start_is` names a reference that the policy still equals."""
         feed = self._loaders["eval"]
-        indices = np.arange(len(feed.part))
+        indices = np.arange(len(feed.split))
         feed.request_scores(("eval", step), indices)
         batches, _ = feed.collect_batches(("eval", step), indices)
         table = run_evaluation_pass(
@@ -268,7 +268,7 @@ class _TrainingRun:
 
     def describe_failure(self, failure: NonFiniteLoss, step: int) -> str:
         """Which step and pairs a loss was lost at, and what to do."""
-        part, indices = self._loaders["train"].part, self._plan_indices(step)
+        part, indices = self._loaders["train"].split, self._plan_indices(step)
         sources = [part.sources[int(indices[slot])] for slot in failure.slots[:5]]
         more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
         return (

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from losses.config import LossConfig
-from losses.dispersion import calibrated_phi_star
+from losses.dispersion import calibrate_phi_star
 from orchestrator.cluster.shared_storage import explain_unshared_storage
 from orchestrator.config.run import RunConfig
 from orchestrator.references.client import ReferenceClient
@@ -88,7 +88,7 @@ def make_sampler(
     return Sampler(
         sampling,
         policy,
-        feed.part,
+        feed.split,
         feed.client,
         names=references.ordered,
         in_process=[name for name, reference in references.models.items() if reference.scored_by_workers],
@@ -126,7 +126,7 @@ def calibrate_loss(
     if not loss.needs_calibration:
         return loss, progress
     if progress.phi_star is None:
-        sample = sample_calibration_rows(len(feed.part), config.training.seed)
-        progress = replace(progress, phi_star=calibrated_phi_star(feed.read_primary_entropies(sample)))
+        sample = sample_calibration_rows(len(feed.split), config.training.seed)
+        progress = replace(progress, phi_star=calibrate_phi_star(feed.read_primary_entropies(sample)))
     assert progress.phi_star is not None
     return loss.with_phi_star(progress.phi_star), progress

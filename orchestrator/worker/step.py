@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losses.config import LossConfig
 from losses.preference import preference_loss
-from losses.reduction import global_mean
+from losses.reduction import reduce_to_global_mean
 from losses.scores import PairScores, ReferenceScores
 from models.logprobs import SequenceScores
 from models.parallel import Parallel
@@ -82,7 +82,9 @@ def run_training_step(
             with _autocast(parallel.device, precision):
                 scores = parallel.module(batch.rows, entropy=True)
             losses = _score_batch(scores, batch, loss=loss, table=table)
-            parallel.backward(global_mean(losses, global_count=pairs, world_size=parallel.world_size))
+            parallel.backward(
+                reduce_to_global_mean(losses, global_count=pairs, world_size=parallel.world_size)
+            )
     parallel.all_reduce_sum(table.values)
     if bad := table.find_non_finite():
         parallel.zero_grad()

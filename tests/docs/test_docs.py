@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from losses.presets import PRESETS, from_settings
+from losses.presets import PRESETS, loss_config_from_settings
 from models.config import LoraSettings
 from orchestrator.config.run import build_run_schema, parse_run
 from orchestrator.driver.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
@@ -127,7 +127,7 @@ def test_yaml_is_what_the_code_accepts(page: Path) -> None:
         content = yaml.safe_load(text)
         assert isinstance(content, dict), text
         if set(content) == {"loss"}:
-            from_settings(content["loss"])
+            loss_config_from_settings(content["loss"])
         parse_run(BARE | content, source=text)
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from losses.config import LossConfig, LossError
-from losses.presets import PRESETS, from_settings, preset
+from losses.presets import PRESETS, loss_config_from_settings, preset
 
 HARMONIC = {"combine": "harmonic"}
 NO_REFERENCE = {"combine": "none"}
@@ -107,12 +107,14 @@ def test_overrides_are_merged_into_the_preset() -> None:
 
 def test_a_run_files_loss_section() -> None:
     section = {"preset": "mallows_theta", "beta": "5e-2", "references": {"combine": "harmonic"}}
-    assert from_settings(section) == preset("mallows_theta", beta=0.05, references={"combine": "harmonic"})
-    assert from_settings(preset("mrpo").model_dump(mode="json")) == preset("mrpo")
+    assert loss_config_from_settings(section) == preset(
+        "mallows_theta", beta=0.05, references={"combine": "harmonic"}
+    )
+    assert loss_config_from_settings(preset("mrpo").model_dump(mode="json")) == preset("mrpo")
     with pytest.raises(LossError, match="add preset: dpo"):
-        from_settings({"beta": 0.1})
+        loss_config_from_settings({"beta": 0.1})
     with pytest.raises(ValidationError, match="did you mean 'references'"):
-        from_settings({"preset": "dpo", "referencs": {}})
+        loss_config_from_settings({"preset": "dpo", "referencs": {}})
 
 
 @pytest.mark.parametrize(

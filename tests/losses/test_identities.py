@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.config import LossConfig
-from losses.dispersion import calibrated_phi_star
+from losses.dispersion import calibrate_phi_star
 from losses.preference import preference_loss
 from losses.presets import PRESETS, preset
 from losses.references import (
@@ -230,7 +230,7 @@ def test_calibration_makes_the_mean_scale_one(entropies: list[float]) -> None:
     lengths = torch.ones(n, dtype=torch.float64)
     reference = ReferenceScores(-lengths, -lengths, lengths, lengths, entropy, entropy)
     config = preset("mallows_theta", dispersion={"phi_star": "auto"})
-    config = config.with_phi_star(calibrated_phi_star(entropy))
+    config = config.with_phi_star(calibrate_phi_star(entropy))
     out = preference_loss(PairScores(-lengths, -lengths, lengths, lengths), [reference], config=config)
     assert (out.scale > 0).all()
     close(out.scale.mean(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)

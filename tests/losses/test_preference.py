@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from losses.config import LossError
-from losses.dispersion import calibrated_phi_star
+from losses.dispersion import calibrate_phi_star
 from losses.preference import preference_loss
 from losses.presets import PRESETS, preset
 from losses.scores import PairScores, ReferenceScores
@@ -38,7 +38,7 @@ NO_ENTROPY = replace(A, chosen_entropy=None, rejected_entropy=None)
             "chosen_entropy and rejected_entropy, or set dispersion: {type: none}",
         ),
         ("mallows_simpo", {}, [], "set dispersion: {type: none}"),
-        ("mallows_theta", {"dispersion": {"phi_star": "auto"}}, [A], "calibrated_phi_star"),
+        ("mallows_theta", {"dispersion": {"phi_star": "auto"}}, [A], "calibrate_phi_star"),
         ("dpo", {}, [make_reference_scores([-1], [-2])], "score the same"),
     ],
 )
@@ -67,7 +67,7 @@ def test_scores_per_token_or_of_other_batches_are_refused(shape: tuple[int, ...]
 @pytest.mark.parametrize("entropies", [[], [0.5, 40.0], [-0.1], [float("nan")]])
 def test_calibration_refuses_anything_but_mean_normalised_entropies(entropies: list[float]) -> None:
     with pytest.raises(LossError, match="divide the mean over a response's tokens"):
-        calibrated_phi_star(torch.tensor(entropies))
+        calibrate_phi_star(torch.tensor(entropies))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses.config import LossError
-from losses.reduction import global_mean
+from losses.reduction import reduce_to_global_mean
 
 
 @settings(max_examples=50, deadline=None)
@@ -23,7 +23,7 @@ def test_any_split_over_ranks_and_micro_batches_gives_the_global_mean(
     per_rank = [torch.zeros((), dtype=torch.float64) for _ in range(ranks)]
     for part in range(parts):
         share = losses[owner == part]
-        per_rank[part % ranks] = per_rank[part % ranks] + global_mean(
+        per_rank[part % ranks] = per_rank[part % ranks] + reduce_to_global_mean(
             share, global_count=len(values), world_size=ranks
         )
     averaged_over_ranks = torch.stack(per_rank).mean()
@@ -37,4 +37,4 @@ def test_any_split_over_ranks_and_micro_batches_gives_the_global_mean(
 @pytest.mark.parametrize(("count", "world"), [(0, 1), (4, 0), (-1, 2)])
 def test_counts_must_be_positive(count: int, world: int) -> None:
     with pytest.raises(LossError, match="count the pairs of all ranks"):
-        global_mean(torch.zeros(0), global_count=count, world_size=world)
+        reduce_to_global_mean(torch.zeros(0), global_count=count, world_size=world)

@@ -128,7 +128,7 @@ def test_the_schema_accepts_what_the_parser_accepts() -> None:
 
 def test_reading_a_run_file_imports_neither_torch_nor_ray_nor_transformers() -> None:
     heavy = ("torch", "ray", "transformers", "mlflow")
-    code = f"import sys, orchestrator.config; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, orchestrator.config.run; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

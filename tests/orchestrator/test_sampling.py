@@ -76,11 +76,11 @@ class Client:
         self._models, self._open = models, {}
         self.asked: list[PromptGroup] = []
 
-    def ask_samples(self, ticket, groups, names):
+    def request_sample_scores(self, ticket, groups, names):
         self.asked += groups if names else []
         self._open[ticket] = {name: plain(self._models[name], groups) for name in names}
 
-    def collect_samples(self, ticket):
+    def collect_sample_scores(self, ticket):
         return {
             name: Scores(logps, np.zeros(len(logps)), logps) for name, logps in self._open.pop(ticket).items()
         }

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from orchestrator.config.sweep import Objective, SearchConfig
 from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.search.searcher import JournalSearcher, sample_points
-from tune_spaces.spaces import SPACES, Ask, Space, SpaceError, parse
+from tune_spaces.spaces import SPACES, Space, SpaceError, Suggester, parse_domain
 
 Point = Mapping[str, Any]
 Score = Callable[[Point, int], Mapping[str, float]]
@@ -39,18 +39,18 @@ class Branching(Space):
     def __init__(self) -> None:
         super().__init__((), {}, ("a",), {})
 
-    def draw(self, ask: Ask) -> dict[str, Any]:
-        family = ask("loss.preset", parse({"choice": ["dpo", "ipo", "simpo"]}))
+    def draw_point(self, ask: Suggester) -> dict[str, Any]:
+        family = ask("loss.preset", parse_domain({"choice": ["dpo", "ipo", "simpo"]}))
         low = {"dpo": 0.01, "ipo": 0.1, "simpo": 1.0}[family]
         point = {"loss.preset": family}
-        point["loss.beta"] = ask(f"loss.beta [{family}]", parse({"loguniform": [low, low * 100]}))
+        point["loss.beta"] = ask(f"loss.beta [{family}]", parse_domain({"loguniform": [low, low * 100]}))
         if family == "simpo":
-            point["loss.margin"] = ask("loss.margin", parse({"uniform": [0.0, 2.0]}))
+            point["loss.margin"] = ask("loss.margin", parse_domain({"uniform": [0.0, 2.0]}))
         return point
 
 
 def space_of(fields: Mapping[str, Any]) -> Space:
-    return Space((), {name: parse(value) for name, value in fields.items()}, ("a",), {})
+    return Space((), {name: parse_domain(value) for name, value in fields.items()}, ("a",), {})
 
 
 class Killed(BaseException):
@@ -199,7 +199,7 @@ def test_a_grid_goes_through_its_points_in_order(tmp_path: Path) -> None:
     def allowed(point: Point) -> str | None:
         return "it is too much" if point["loss.beta"] == 0.2 and len(point["references.use"]) == 2 else None
 
-    expected = [point for point in space_of(SIX).grid() if allowed(point) is None]
+    expected = [point for point in space_of(SIX).iterate_grid() if allowed(point) is None]
     drive(make(tmp_path, space_of(SIX), allowed=allowed, trials=2, **settings))
     assert drawn(tmp_path) == expected[:2]
     drive(make(tmp_path, space_of(SIX), allowed=allowed, **settings))
@@ -217,7 +217,7 @@ def test_a_small_space_ends_when_all_its_points_are_there(tmp_path: Path, algori
         return {"eval/accuracy": float(-point["loss.a"] - point["loss.b"])}
 
     drive(make(tmp_path, space, algorithm=algorithm, trials=30), score)
-    assert sorted(map(json.dumps, drawn(tmp_path))) == sorted(map(json.dumps, space.grid()))
+    assert sorted(map(json.dumps, drawn(tmp_path))) == sorted(map(json.dumps, space.iterate_grid()))
 
 
 def test_a_point_that_is_refused_is_drawn_again_until_it_is_hopeless(tmp_path: Path) -> None:
@@ -396,7 +396,9 @@ def test_the_named_spaces_are_searched_and_taken_up_again_without_a_word(
 
 
 def test_points_can_be_sampled_without_a_journal() -> None:
-    space = Space(SPACES, {"loss.preset": parse({"grid": ["dpo", "ipo"]})}, ("base",), {"preset": "dpo"})
+    space = Space(
+        SPACES, {"loss.preset": parse_domain({"grid": ["dpo", "ipo"]})}, ("base",), {"preset": "dpo"}
+    )
     points = sample_points(space, 6, seed=1)
     assert points == sample_points(space, 6, seed=1) != sample_points(space, 6, seed=2)
     assert Counter(point["loss.preset"] for point in points) == {"dpo": 3, "ipo": 3}

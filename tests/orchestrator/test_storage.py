@@ -140,7 +140,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(bucket, monkeypatch, cap
         else:
             raise answer
 
-    monkeypatch.setattr(mirror, "_push", push)
+    monkeypatch.setattr(mirror, "_push_names", push)
     with mirror.push_periodically("metrics.jsonl", every_s=0.01):
         assert tried.wait(60)
     assert [entry.getMessage() for entry in caplog.records] == [
@@ -243,7 +243,7 @@ def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
         sign(self)
         beats.append(time.monotonic())
 
-    monkeypatch.setattr(hold.RunLease, "_sign", slowly)
+    monkeypatch.setattr(hold.RunLease, "_write_lease", slowly)
     with lock_run(Mirror(f"{bucket.uri}/one")):
         time.sleep(4)
     pauses = [later - before for before, later in itertools.pairwise(beats[1:])]
@@ -304,8 +304,8 @@ def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tm
 def test_a_store_that_goes_away_fails_the_run_with_a_line(bucket, tmp_path, monkeypatch):
     kept = Mirror(f"{bucket.uri}/one")
     worker = Mirror(f"{bucket.uri}/one", worker=0)
-    monkeypatch.setattr(storage, "_fetch", _gone)
-    monkeypatch.setattr(storage, "_put", _gone)
+    monkeypatch.setattr(storage, "fetch_path", _gone)
+    monkeypatch.setattr(storage, "upload_path", _gone)
     said = (
         rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command goes"
     )

@@ -199,7 +199,7 @@ def test_the_schema_has_the_fields_of_the_file() -> None:
 
 def test_reading_a_sweep_file_imports_neither_torch_nor_ray() -> None:
     heavy = ("torch", "ray", "optuna", "transformers", "mlflow")
-    code = f"import sys, orchestrator.sweep; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, orchestrator.config.sweep; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

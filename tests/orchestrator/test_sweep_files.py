@@ -12,7 +12,7 @@ from losses.presets import PRESETS
 from orchestrator.config.sweep import SweepConfig, build_trial_run, load_sweep, parse_sweep
 from orchestrator.search.searcher import sample_points
 from tune_spaces.losses import FAMILIES
-from tune_spaces.schedulers import Asha, Pbt, build
+from tune_spaces.schedulers import AshaConfig, PbtConfig, build_scheduler
 from tune_spaces.spaces import SPACES, Space
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +39,14 @@ def check(sweep: SweepConfig) -> None:
     for point in sample_points(space, 50, seed=1):
         build_trial_run(sweep, point)
     if sweep.search.algorithm == "grid":
-        assert len(list(space.grid())) > 1
-    build(
+        assert len(list(space.iterate_grid())) > 1
+    build_scheduler(
         sweep.scheduler,
         metric=sweep.objective[0].metric,
         mode=sweep.objective[0].mode,
         max_steps=STEPS,
         every_steps=sweep.base.evaluation.every_steps,
-        mutations=space.numeric,
+        mutations=space.numeric_domains,
         seed=0,
     )
 
@@ -55,7 +55,7 @@ def space_table() -> str:
     """What each named space draws, for a run with two references."""
     lines = ["| space | field | drawn from | when |", "|---|---|---|---|"]
     for name in SPACES:
-        for row in Space([name], {}, ("base", "other"), {"preset": "dpo"}).table():
+        for row in Space([name], {}, ("base", "other"), {"preset": "dpo"}).list_rows():
             domain = row.domain.replace(" | ", ", ")
             if row.field == "loss.preset":
                 assert domain == ", ".join(FAMILIES)
@@ -69,7 +69,7 @@ def test_example_sweeps_are_shipped() -> None:
     assert len(FILES) >= 5
     sweeps = [load_sweep(path) for path in FILES]
     assert {sweep.search.algorithm for sweep in sweeps} == {"random", "grid", "tpe"}
-    assert {type(sweep.scheduler) for sweep in sweeps} >= {Asha, Pbt}
+    assert {type(sweep.scheduler) for sweep in sweeps} >= {AshaConfig, PbtConfig}
     assert any(sweep.search.controls and sweep.search.repeats > 1 for sweep in sweeps)
     assert any(len(sweep.objective) > 1 for sweep in sweeps)
 
@@ -85,8 +85,8 @@ def test_the_examples_have_the_points_that_their_comments_say() -> None:
     dispersion, references = (
         load_sweep(ROOT / f"configs/sweeps/{n}.yaml") for n in ("dispersion", "references")
     )
-    assert len(list(space_of(dispersion).grid())) == 6
-    assert len(list(space_of(references).grid())) == 25
+    assert len(list(space_of(dispersion).iterate_grid())) == 6
+    assert len(list(space_of(references).iterate_grid())) == 25
 
 
 def pages() -> Iterator[Any]:
@@ -137,7 +137,7 @@ def test_every_field_of_a_sweep_file_is_explained_with_its_default() -> None:
 
 def test_settings_of_schedulers_are_those_of_the_page() -> None:
     page = PAGE.read_text()
-    for said, settings in (("`asha`:", Asha()), ("`pbt`:", Pbt())):
+    for said, settings in (("`asha`:", AshaConfig()), ("`pbt`:", PbtConfig())):
         text = page.partition(f"- {said}")[2].partition("\n- ")[0]
         for name, value in settings.model_dump(exclude={"type"}).items():
             shown = name if value is None else rf"{name}:\s+{value:g}"

@@ -288,7 +288,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
 
 def test_start_up_imports_neither_mlflow_nor_torch() -> None:
     code = (
-        "import sys, orchestrator.models_cli; print({'mlflow', 'torch', 'transformers'} & set(sys.modules))"
+        "import sys, orchestrator.cli.models; print({'mlflow', 'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

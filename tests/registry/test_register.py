@@ -208,14 +208,14 @@ def test_an_export_that_lost_a_weight_does_not_count(uri: str, run_id: str, poli
     assert _versions(uri) == []
 
 
-@pytest.mark.parametrize("cut_in", ["_upload", "_verified"])
+@pytest.mark.parametrize("cut_in", ["_upload_version", "_verify_version"])
 def test_killed_in_the_middle_and_run_again_makes_one_version(
     uri: str, run_id: str, policy: Exported, monkeypatch: pytest.MonkeyPatch, cut_in: str
 ) -> None:
     whole = getattr(register_module, cut_in)
 
     def cut(*arguments: Any) -> None:
-        if cut_in == "_upload":
+        if cut_in == "_upload_version":
             whole(*arguments)
         raise KeyboardInterrupt
 
@@ -239,7 +239,9 @@ def test_a_stale_unverified_version_of_the_run_is_cleared_away(
 ) -> None:
     """Cut short with the weights of an earlier checkpoint: only the last weights become a version."""
     with monkeypatch.context() as patch:
-        patch.setattr(register_module, "_verified", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            register_module, "_verify_version", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         with pytest.raises(KeyboardInterrupt):
             _register(uri, run_id, policy, folder=policy.base)
     registered = _register(uri, run_id, policy)

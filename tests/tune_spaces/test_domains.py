@@ -2,7 +2,7 @@
 
 import pytest
 
-from tune_spaces.domains import Choice, Fixed, Grid, LogUniform, RandInt, SpaceError, Uniform, parse
+from tune_spaces.domains import Choice, Fixed, Grid, LogUniform, RandInt, SpaceError, Uniform, parse_domain
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from tune_spaces.domains import Choice, Fixed, Grid, LogUniform, RandInt, SpaceE
     ],
 )
 def test_a_domain_is_parsed_and_anything_else_is_a_fixed_value(value: object, domain: object) -> None:
-    assert parse(value) == domain
+    assert parse_domain(value) == domain
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,13 @@ def test_a_domain_is_parsed_and_anything_else_is_a_fixed_value(value: object, do
 )
 def test_a_bad_domain_is_refused_with_the_remedy(value: object, words: list[str]) -> None:
     with pytest.raises(SpaceError) as error:
-        parse(value)
+        parse_domain(value)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_a_domain_reads_well() -> None:
-    texts = [str(parse(value)) for value in ({"loguniform": [1e-6, 0.5]}, {"grid": [["a", "b"], None, True]})]
+    texts = [
+        str(parse_domain(value))
+        for value in ({"loguniform": [1e-6, 0.5]}, {"grid": [["a", "b"], None, True]})
+    ]
     assert texts == ["1e-06 to 0.5, log", "a + b | none | true, in turn"]

@@ -10,22 +10,22 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchGenerator
 
-from tune_spaces.domains import Domain, SpaceError, parse
+from tune_spaces.domains import Domain, SpaceError, parse_domain
 from tune_spaces.population import PopulationScheduler
-from tune_spaces.schedulers import Asha, Fifo, Pbt, SchedulerConfig, build
+from tune_spaces.schedulers import AshaConfig, FifoConfig, PbtConfig, SchedulerConfig, build_scheduler
 
 METRIC = "eval/accuracy"
 VALUES = (0.1, 0.5, 0.6, 0.9)
 RANGES: dict[str, Domain] = {
-    "training.learning_rate": parse({"loguniform": [1e-6, 1e-4]}),
-    "training.warmup": parse({"uniform": [0, 0.2]}),
-    "training.pairs_per_step": parse({"randint": [4, 9]}),
+    "training.learning_rate": parse_domain({"loguniform": [1e-6, 1e-4]}),
+    "training.warmup": parse_domain({"uniform": [0, 0.2]}),
+    "training.pairs_per_step": parse_domain({"randint": [4, 9]}),
 }
 
 
 def make_scheduler(config: Any, *, mode: Literal["max", "min"] = "max", **changes: Any) -> Any:
     settings = {"max_steps": 90, "every_steps": 10, "mutations": RANGES, "seed": 0} | changes
-    return build(config, metric=METRIC, mode=mode, **settings)
+    return build_scheduler(config, metric=METRIC, mode=mode, **settings)
 
 
 def report_result(scheduler: Any, trial: Any, step: int, value: float, controller: Any = None) -> str:
@@ -34,16 +34,16 @@ def report_result(scheduler: Any, trial: Any, step: int, value: float, controlle
 
 def test_the_type_says_which_scheduler() -> None:
     read = TypeAdapter(SchedulerConfig).validate_python
-    assert read({"type": "asha", "grace_steps": 5}) == Asha(grace_steps=5)
-    assert read({"type": "pbt"}) == Pbt()
-    assert read({"type": "fifo"}) == Fifo()
+    assert read({"type": "asha", "grace_steps": 5}) == AshaConfig(grace_steps=5)
+    assert read({"type": "pbt"}) == PbtConfig()
+    assert read({"type": "fifo"}) == FifoConfig()
     with pytest.raises(ValueError, match="reduction_factor"):
         read({"type": "asha", "reduction_factr": 2})
 
 
 def test_fifo_lets_every_trial_continue() -> None:
     assert (
-        report_result(make_scheduler(Fifo()), SimpleNamespace(trial_id="a"), 10, 0.0)
+        report_result(make_scheduler(FifoConfig()), SimpleNamespace(trial_id="a"), 10, 0.0)
         == TrialScheduler.CONTINUE
     )
 
@@ -52,7 +52,7 @@ def test_fifo_lets_every_trial_continue() -> None:
 def test_asha_stops_the_worse_at_a_rung_but_never_at_the_last_report(
     mode: Literal["max", "min"], good: float, bad: float
 ) -> None:
-    asha = make_scheduler(Asha(), mode=mode)  # rungs at 90 / 3^2 = 10 and at 30; 90 is the end
+    asha = make_scheduler(AshaConfig(), mode=mode)  # rungs at 90 / 3^2 = 10 and at 30; 90 is the end
     better, worse, late, short = (SimpleNamespace(trial_id=name) for name in "abcd")
     for trial in (better, worse, late, short):
         asha.on_trial_add(None, trial)
@@ -68,17 +68,17 @@ def test_asha_stops_the_worse_at_a_rung_but_never_at_the_last_report(
 
 def test_a_scheduler_with_nothing_to_do_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"asha stops nothing before step 90.*at step 80.*grace_steps"):
-        make_scheduler(Asha(grace_steps=90))
+        make_scheduler(AshaConfig(grace_steps=90))
     with pytest.raises(SpaceError, match=r"every_steps"):
-        make_scheduler(Asha(), every_steps=90)
+        make_scheduler(AshaConfig(), every_steps=90)
     with pytest.raises(SpaceError, match=r"perturb_every_steps"):
-        make_scheduler(Pbt(perturb_every_steps=90))
+        make_scheduler(PbtConfig(perturb_every_steps=90))
     with pytest.raises(SpaceError, match=r"this space has none.*learning_rate"):
-        make_scheduler(Pbt(), mutations={"loss.preset": parse({"choice": ["dpo", "ipo"]})})
+        make_scheduler(PbtConfig(), mutations={"loss.preset": parse_domain({"choice": ["dpo", "ipo"]})})
 
 
 def make_population(size: int = 4) -> tuple[PopulationScheduler, list[Trial], Any]:
-    scheduler = make_scheduler(Pbt(resample_probability=0.5))
+    scheduler = make_scheduler(PbtConfig(resample_probability=0.5))
     controller = MagicMock(search_alg=MagicMock(spec=SearchGenerator))
     trials = []
     for number in range(1, size + 1):
