@@ -304,7 +304,7 @@ def test_what_a_killed_command_left_to_be_seen_goes_at_the_next_start(bucket, tm
 def test_a_store_that_goes_away_fails_the_run_with_a_line(bucket, tmp_path, monkeypatch):
     kept = Mirror(f"{bucket.uri}/one")
     worker = Mirror(f"{bucket.uri}/one", worker=0)
-    monkeypatch.setattr(storage, "fetch_path", _gone)
+    monkeypatch.setattr(storage, "download_path", _gone)
     monkeypatch.setattr(storage, "upload_path", _gone)
     said = (
         rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command goes"
