@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import (
     BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
     model_validator,
@@ -55,6 +56,16 @@ class RunConfig(Section):
     placement: PlacementConfig = PlacementConfig()
     storage_path: str = "./runs"
     _preset: str = PrivateAttr(default="custom")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_preset(cls, values: Any, handler: ModelWrapValidatorHandler["RunConfig"]) -> "RunConfig":
+        """Keep the preset's name, which the settings it stands for do not tell."""
+        config = handler(values)
+        loss = values.get("loss") if isinstance(values, Mapping) else None
+        if isinstance(loss, Mapping):
+            config._preset = loss.get("preset", "custom")
+        return config
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +170,6 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(explain_validation_error(error, source=source, of=RunConfig)) from None
-    config._preset = content["loss"].get("preset", "custom")
     return config
 
 

@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    model_validator,
+)
 
 from losses.config import LossConfig
 from orchestrator.config.problems import explain_validation_error
@@ -87,8 +95,8 @@ def _wrap_objective(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-class SweepConfig(Section):
-    """A whole sweep file."""
+class SweepFile(Section):
+    """A sweep file as it is written."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run: dict[str, Any] = Field(
@@ -108,11 +116,9 @@ class SweepConfig(Section):
     )
     time_budget: float | None = Field(default=None, gt=0, description="minutes of this call")
     promote: Literal["best", "retrain"] | None = "best"
-    _base: RunConfig = PrivateAttr()
-    _domains: dict[str, Domain] = PrivateAttr()
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "SweepConfig":
+    def _makes_sense(self) -> "SweepFile":
         for name in self.spaces:
             if name not in SPACES:
                 raise ValueError(f"spaces: there is no space {name!r}{did_you_mean(name, SPACES)}")
@@ -122,15 +128,14 @@ class SweepConfig(Section):
             raise ValueError("several objectives need search.algorithm: tpe")
         return self
 
-    @property
-    def base(self) -> RunConfig:
-        """The run file without any drawn field."""
-        return self._base
 
-    @property
-    def domains(self) -> Mapping[str, Domain]:
-        """The fields under `space`."""
-        return self._domains
+class SweepConfig(SweepFile):
+    """A sweep file with the run file that its trials start from and its domains parsed."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    base: RunConfig = Field(exclude=True, description="the run file without any drawn field")
+    domains: Mapping[str, InstanceOf[Domain]] = Field(exclude=True, description="the fields under space")
 
 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:
@@ -156,18 +161,19 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:
     """Validate a sweep whose `run` is the content of a run file; the sources name them in messages."""
     try:
-        sweep = SweepConfig.model_validate(content)
+        file = SweepFile.model_validate(content)
     except ValidationError as error:
-        raise UsageError(explain_validation_error(error, source=source, of=SweepConfig)) from None
-    run_source = run_source or f"{source}: run"
-    sweep._base = parse_run(_set_evaluation_metric(sweep, sweep.run), source=run_source)
-    sweep._domains = {}
-    for field, value in sweep.space.items():
+        raise UsageError(explain_validation_error(error, source=source, of=SweepFile)) from None
+    base = parse_run(_set_evaluation_metric(file, file.run), source=run_source or f"{source}: run")
+    domains = {}
+    for field, value in file.space.items():
         _refuse_unsearchable(field, f"{source}: space.{field}")
         try:
-            sweep._domains[field] = parse_domain(value)
+            domains[field] = parse_domain(value)
         except ValueError as error:
             raise UsageError(f"{source}: space.{field}: {error}") from None
+    fields = {name: getattr(file, name) for name in SweepFile.model_fields}
+    sweep = SweepConfig(**fields, base=base, domains=domains)
     _refuse_unmeasured(sweep, source)
     return sweep
 
@@ -191,12 +197,12 @@ def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: 
 
 def build_sweep_schema() -> dict[str, Any]:
     """JSON Schema of the sweep file, for editors; `run` is a path or a run file's content."""
-    schema = SweepConfig.model_json_schema()
+    schema = SweepFile.model_json_schema()
     schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
     return schema
 
 
-def _set_evaluation_metric(sweep: SweepConfig, run: Mapping[str, Any]) -> dict[str, Any]:
+def _set_evaluation_metric(sweep: SweepFile, run: Mapping[str, Any]) -> dict[str, Any]:
     """The run file's content, judged by the search's first objective."""
     metric = sweep.objective[0].metric
     evaluation = dict(run.get("evaluation") or {})

@@ -98,12 +98,12 @@ def train_on_cluster(
                 kept = "Checkpoints are kept: the same command goes on from the last one"
                 raise RunFailed(f"{error}. {kept}") from error
         report_scores(service, console)
-        stats = {name: asdict(counts) for name, counts in service.stats().items()}
-        if result["status"] == "refused":
-            raise UsageError(result["reason"])
-        if result["status"] != "done":
-            raise RunFailed(f"{result['reason']}. The last checkpoint is kept; a changed run needs --fresh")
-    record.result = result | {"scores": stats}
+        counts = {name: asdict(stats) for name, stats in service.stats().items()}
+        if result.status == "refused":
+            raise UsageError(result.reason)
+        if result.status != "done":
+            raise RunFailed(f"{result.reason}. The last checkpoint is kept; a changed run needs --fresh")
+    record.result, record.reference_counts = result, counts
     record.write(mirror)
 
 

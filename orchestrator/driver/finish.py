@@ -73,8 +73,8 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
         values = [line[metric] for line in evaluations if line.get(metric) is not None]
         if values:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
-    if record.result["sharing_refused"]:
-        console.print(f"prompts were computed once per response: {record.result['sharing_refused']}")
+    if reason := record.training_result.plain_rows_reason:
+        console.print(f"prompts were computed once per response: {reason}")
     console.print(f"plots: {mirror.describe_path(FOLDER)}")
     model = mirror.describe_path(EXPORT_FOLDER, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
@@ -86,17 +86,17 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
 
 def _build_result_tags(record: RunRecord) -> dict[str, str]:
     """How often references were asked, and what `phi_star: auto` came to."""
-    counts, phi_star = record.result["scores"], record.result["phi_star"]
+    phi_star = record.training_result.phi_star
     resolved = {} if phi_star is None else {"loss.dispersion.phi_star": f"{phi_star:.6g}"}
     return resolved | {
         f"scores.{name}.{key}": str(stats[key])
-        for name, stats in counts.items()
+        for name, stats in record.reference_counts.items()
         for key in ("scored", "from_store", "forwards", "replicas_started")
     }
 
 
 def _resolve_loss(config: RunConfig, record: RunRecord) -> LossConfig:
-    phi_star = record.result["phi_star"]
+    phi_star = record.training_result.phi_star
     return config.loss if phi_star is None else config.loss.with_phi_star(phi_star)
 
 
@@ -131,4 +131,4 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
 def _read_evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
     """Lines of the held-out evaluations, up to the one whose weights were exported."""
     lines = [line for line in read_metrics(find_working_folder(run_location(config))) if "eval/loss" in line]
-    return [line for line in lines if line["step"] <= record.result["exported_step"]]
+    return [line for line in lines if line["step"] <= record.training_result.exported_step]

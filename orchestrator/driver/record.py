@@ -5,20 +5,23 @@ is refused, because its checkpoint would silently mean something else.
 """
 
 import json
-import os
 import uuid
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.files import RecordError, dump_record, load_record, replace_text
 from orchestrator.storage.mirror import Mirror
+from orchestrator.worker.result import WorkerResult
 
 Kept = Path | Mirror
 """A run's folder, or what stands for it where the run is kept on an object store."""
 RECORD = "run.json"
+VERSION = 2
+"""Of the record's fields. 1 had `result` as a dictionary with the references' counts in it."""
 # How a run is spread, watched and stored may change between restarts; what it computes may not.
 MAY_CHANGE = (
     "storage_path",
@@ -48,6 +51,8 @@ class RunRecord:
         mlflow_run: the MLflow run's id.
         mlflow_parent: the MLflow run it is nested under.
         result: what the workers returned once training was done.
+        reference_counts: what each reference was asked and computed, by name.
+        best_trial: of a search, the number of the trial that was promoted.
         registered: `models:/name/version`, once registered.
         finished: whether plots, artifacts and registration are done too.
     """
@@ -60,18 +65,23 @@ class RunRecord:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     mlflow_run: str | None = None
     mlflow_parent: str | None = None
-    result: dict[str, Any] = field(default_factory=dict)
+    result: WorkerResult | None = None
+    reference_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    best_trial: int | None = None
     registered: str | None = None
     finished: bool = False
+
+    @property
+    def training_result(self) -> WorkerResult:
+        """The result of a run whose training is done."""
+        assert self.result is not None
+        return self.result
 
     def write(self, kept: Kept) -> None:
         """Replace the record in one move; RunFailed where the storage does not take it."""
         mirror = _open_mirror(kept)
         with mirror.explain_failures():
-            mirror.folder.mkdir(parents=True, exist_ok=True)
-            temporary = mirror.folder / f".{RECORD}.{os.getpid()}"
-            temporary.write_text(json.dumps(asdict(self), indent=1))
-            temporary.replace(mirror.folder / RECORD)
+            replace_text(mirror.folder / RECORD, dump_record(self, version=VERSION))
         mirror.push(RECORD)
 
 
@@ -83,10 +93,25 @@ def read_record(kept: Kept) -> RunRecord | None:
     if not path.exists():
         return None
     try:
-        return RunRecord(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        return load_record(RunRecord, path.read_text(), version=VERSION, convert=_convert_fields)
+    except RecordError as error:
         place = mirror.describe_path(RECORD)
-        raise UsageError(f"{place}: is not a run's record ({error}); start over with --fresh") from None
+        raise UsageError(f"{place} cannot be read: {error}; or give the run another name") from None
+
+
+def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Turn the fields of a record, of version 1 too, into those of RunRecord."""
+    result = fields.get("result") or None
+    if version == 1 and result is not None:
+        fields |= {"reference_counts": result.pop("scores", {}), "best_trial": result.pop("best", None)}
+        if "sharing_refused" in result:
+            result["plain_rows_reason"] = result.pop("sharing_refused")
+    if version == 1:
+        fields["counts"] = {
+            split: {{"turned_round": "swapped"}.get(name, name): count for name, count in counts.items()}
+            for split, counts in fields["counts"].items()
+        }
+    return fields | {"result": WorkerResult(**result) if result else None}
 
 
 def open_record(

@@ -67,7 +67,7 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     before = None if fresh else read_record(mirror)
     prepared = prepare_and_report(config, console, before)
     with lock_run(mirror):
-        if before is not None and before.result:
+        if before is not None and before.result is not None:
             prepared = prepared.for_device(before.device_type)
             record = _open_record(prepared)
         else:

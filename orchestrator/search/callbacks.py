@@ -68,8 +68,7 @@ class ProgressCallback(Callback):
         error = trial.get_error()
         said = str(getattr(error, "cause", None) or error or "").strip()
         if said:
-            record.reason = said.splitlines()[-1]
-            self._journal.write(record)
+            self._journal.note_reason(record.number, said.splitlines()[-1])
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """After everything Tune did: whoever has ended since, and the table."""
@@ -99,16 +98,15 @@ class ProgressCallback(Callback):
                     self._console.print(self._format_trial_end(record))
 
     def _finish_trial(self, record: TrialRecord, status: str) -> None:
-        if record.number in self._started:
-            record.seconds += time.monotonic() - self._started[record.number]
+        started = self._started.get(record.number)
+        seconds = 0.0 if started is None else time.monotonic() - started
         if record.mlflow_run is not None:
             tracker = Tracker(self._uri, record.mlflow_run, self._journal.trial_folder(record))
             reason = {"search.reason": record.reason} if record.reason else {}
             tracker.set_tags({"search.status": record.status} | reason)
             tracker.catch_up()
             tracker.finish(status)
-        record.end_reported = record.ended
-        self._journal.write(record)
+        self._journal.report_end(record.number, seconds=seconds)
 
     def _format_trial_end(self, record: TrialRecord) -> str:
         if record.status == "failed":
@@ -126,7 +124,7 @@ class ProgressCallback(Callback):
             metrics = self._journal.trial_folder(self._journal[number]) / METRICS_FILE
             self._read[number], lines = read_new_lines(metrics, self._read.get(number, 0))
             if lines and self._journal[number].status == "running":
-                self._journal[number].step = int(lines[-1]["step"])
+                self._journal.show_step(number, int(lines[-1]["step"]))
         if self._live is not None:
             self._live.start()
             self._live.update(build_live_table(list(self._journal), self._objectives), refresh=True)

@@ -4,15 +4,17 @@ It is the whole state of a search. Ray Tune's own is thrown away at every start:
 what came of it and where it lies is read back from here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import UsageError
+from orchestrator.files import RecordError, dump_record, load_record, replace_text
 
 TRIAL = "trial.json"
+VERSION = 2
+"""Of the record's fields. 1 called `end_reported` by another name."""
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 """stopped: ended early by the scheduler or a stopping rule, with a result all the same."""
@@ -71,6 +73,19 @@ class TrialRecord:
         return self.status in ENDED
 
 
+@dataclass(frozen=True)
+class TrialReport:
+    """What a trial has reported: its step, and its held-out metrics unless the report has none."""
+
+    step: int
+    metrics: Mapping[str, float] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The record's fields that it replaces."""
+        return {"step": self.step} | ({} if self.metrics is None else {"result": dict(self.metrics)})
+
+
 class Journal:
     """All trials of a search, in memory and under `folder/<name>/trial.json`."""
 
@@ -106,7 +121,7 @@ class Journal:
             point=dict(point),
             params=dict(params or {}),
         )
-        self.write(first)
+        self._write(first)
         return self.complete_repeats(first.number, repeats)
 
     def complete_repeats(self, point_id: int, repeats: int) -> list[TrialRecord]:
@@ -121,22 +136,73 @@ class Journal:
                 point=dict(there[0].drawn),
                 params=dict(there[0].params),
             )
-            self.write(record)
+            self._write(record)
             there.append(record)
         return there
+
+    def start(self, number: int) -> TrialRecord:
+        """Mark a trial as running; a reason from an earlier start is dropped."""
+        return self._change(number, status="running", reason=None)
+
+    def put_back(self, number: int) -> TrialRecord:
+        """Mark a trial as pending again, because what ran it is gone or is to run it anew."""
+        return self._change(number, status="pending", reason=None)
+
+    def update(self, number: int, last: TrialReport) -> TrialRecord:
+        """Keep a running trial's last report."""
+        return self._change(number, **last.fields)
+
+    def finish(self, number: int, last: TrialReport) -> TrialRecord:
+        """Mark a trial as run to its last step."""
+        return self._change(number, status="finished", **last.fields)
+
+    def stop(self, number: int, last: TrialReport) -> TrialRecord:
+        """Mark a trial as ended before its last step by the scheduler or a stopping rule."""
+        return self._change(number, status="stopped", **last.fields)
+
+    def fail(self, number: int, last: TrialReport, reason: str) -> TrialRecord:
+        """Mark a trial as failed."""
+        return self._change(number, status="failed", reason=reason, **last.fields)
+
+    def note_reason(self, number: int, reason: str) -> TrialRecord:
+        """Keep the error that a trial raised; whether it has failed for good is not known yet."""
+        return self._change(number, reason=reason)
+
+    def change_point(self, number: int, point: Mapping[str, Any]) -> TrialRecord:
+        """Replace the fields that a trial runs with; the fields it was entered with stay as `drawn`."""
+        return self._change(number, point=dict(point))
+
+    def set_control(self, number: int, control: Mapping[str, Any]) -> TrialRecord:
+        """Keep a point's matched control with its first trial."""
+        return self._change(number, control=dict(control))
+
+    def set_mlflow_run(self, number: int, run_id: str) -> TrialRecord:
+        """Keep the MLflow run that belongs to a trial."""
+        return self._change(number, mlflow_run=run_id)
+
+    def report_end(self, number: int, *, seconds: float) -> TrialRecord:
+        """Add the wall time of a start, and note whether MLflow has the trial's end."""
+        record = self._records[number]
+        return self._change(number, seconds=record.seconds + seconds, end_reported=record.ended)
+
+    def show_step(self, number: int, step: int) -> None:
+        """Show a running trial's step in the live table, without writing it: its next report will."""
+        self._records[number].step = step
 
     @property
     def _next(self) -> int:
         return max(self._records, default=0) + 1
 
-    def write(self, record: TrialRecord) -> None:
-        """Keep a record, changed or new."""
+    def _change(self, number: int, **fields: Any) -> TrialRecord:
+        record = self._records[number]
+        for name, value in fields.items():
+            setattr(record, name, value)
+        self._write(record)
+        return record
+
+    def _write(self, record: TrialRecord) -> None:
         self._records[record.number] = record
-        folder = self.trial_folder(record)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{TRIAL}"  # one process writes the journal, so that a kill leaves one at most
-        temporary.write_text(json.dumps(asdict(record), indent=1))
-        temporary.replace(folder / TRIAL)
+        replace_text(self.trial_folder(record) / TRIAL, dump_record(record, version=VERSION))
 
     def trial_folder(self, record: TrialRecord) -> Path:
         """The trial's own folder: metrics, checkpoints, its record."""
@@ -154,6 +220,12 @@ def read_trial(folder: Path) -> TrialRecord:
     """The record in a trial's folder. Raises UsageError when it is none."""
     path = folder / TRIAL
     try:
-        return TrialRecord(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path}: is not a trial's record ({error}); start over with --fresh") from None
+        return load_record(TrialRecord, path.read_text(), version=VERSION, convert=_convert_fields)
+    except RecordError as error:
+        raise UsageError(f"{path} cannot be read: {error}; or start over with --fresh") from None
+
+
+def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
+    if version == 1:
+        fields["end_reported"] = fields.pop("told", False)
+    return fields

@@ -1,7 +1,7 @@
 """What a search is for: its best trial's model in the registry, with the search in its lineage."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
@@ -12,15 +12,13 @@ from orchestrator.driver.record import RunRecord, open_record
 from orchestrator.redaction import hide_secrets
 from orchestrator.references.service import ReferenceService
 from orchestrator.registry.versions import find_version
+from orchestrator.search.context import SearchContext
 from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.search.report.labels import read_result
 from orchestrator.search.report.ranking import rank_points
 from orchestrator.search.trial import build_trial_config
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.worker.rewards import RewardScorer
-
-if TYPE_CHECKING:
-    from orchestrator.search.runner import SearchRunner
 
 
 def find_best_trial(trials: Journal, sweep: SweepConfig) -> TrialRecord | None:
@@ -39,9 +37,27 @@ def _choose_alias(base: RunConfig) -> str:
 
 
 def promote_trial(
-    search: "SearchRunner", best: TrialRecord, service: ReferenceService, judge: RewardScorer | None
+    search: SearchContext,
+    best: TrialRecord,
+    *,
+    trials: int,
+    service: ReferenceService,
+    reward_scorer: RewardScorer | None,
 ) -> RunRecord:
-    """Export and register the best trial, first trained to its end if it was stopped; or one trained anew."""
+    """Export and register a search's best trial.
+
+    A trial that was stopped is first trained to its end; with `promote: retrain` its point is trained anew.
+
+    Args:
+        search: the search.
+        best: the trial.
+        trials: how many trials the search had.
+        service: the references, running.
+        reward_scorer: scores sampled responses, where a reward is set.
+
+    Returns:
+        The record of the promoted run.
+    """
     sweep, base = search.sweep, search.base
     anew = sweep.promote == "retrain"
     config = build_trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
@@ -55,12 +71,12 @@ def promote_trial(
     how = ", trained anew" if anew else f", from step {best.step} to its end" * (best.status == "stopped")
     search.console.print(f"\npromoting trial {best.number}{how}")
     record = _open_trial_record(prepared, search, None if anew else best)
-    if not record.result:
-        train_on_cluster(prepared, record, service, judge, search.console)
+    if record.result is None:
+        train_on_cluster(prepared, record, service, reward_scorer, search.console)
     if not record.finished:
         objectives = ", ".join(f"{one.metric} ({one.mode})" for one in sweep.objective)
         lineage = {"search": sweep.name, "search.trial": str(best.number), "search.objective": objectives}
-        lineage |= {"search.trials": str(len(search.trials)), "search.mlflow_run": search.tracker.run_id}
+        lineage |= {"search.trials": str(trials), "search.mlflow_run": search.mlflow_run}
         finish_run(prepared, record, search=lineage)
     return record
 
@@ -72,14 +88,14 @@ def registration_message(run: RunRecord, tracking_uri: str) -> str:
     return f"registered as {run.registered}" + (f", alias {', '.join(sorted(aliases))}" if aliases else "")
 
 
-def _open_trial_record(prepared: PreparedRun, search: "SearchRunner", best: TrialRecord | None) -> RunRecord:
+def _open_trial_record(prepared: PreparedRun, search: SearchContext, best: TrialRecord | None) -> RunRecord:
     new = RunRecord(
         config=hide_secrets(prepared.config.model_dump(mode="json")),
-        device_type=search.record.device_type,
+        device_type=prepared.policy.device_type,
         identity=prepared.identity,
         pins=prepared.pins,
-        counts=search.record.counts,
+        counts=dict(prepared.counts),
         mlflow_run=None if best is None else best.mlflow_run,
-        mlflow_parent=search.tracker.run_id,
+        mlflow_parent=search.mlflow_run,
     )
     return open_record(prepared.config.folder, new)

@@ -41,6 +41,7 @@ from orchestrator.redaction import hide_secrets, summarize_error
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.service import ReferenceService
 from orchestrator.search.callbacks import ProgressCallback
+from orchestrator.search.context import SearchContext
 from orchestrator.search.controls import build_control, match_beta
 from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.search.limits import SearchLimits
@@ -53,7 +54,7 @@ from orchestrator.search.trial import NUMBER, TrialSetup, build_trial_config, ru
 from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.rewards import RewardScorer
-from orchestrator.worker.setup import sample_calibration_rows
+from orchestrator.worker.setup import WorkerSetup, sample_calibration_rows
 from tune_spaces.spaces import Space
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class SearchRunner:
         folder: Path,
         console: Console,
     ) -> None:
-        self.scheduler, self.total = scheduler, total
         self.sweep, self.base, self.prepared, self.record = sweep, prepared.config, prepared, record
-        self.space, self.trials, self.folder, self.console = space, journal, folder, console
+        self.journal, self.folder, self.console = journal, folder, console
+        self._space, self._scheduler, self._total = space, scheduler, total
         self.tracker = _open_search_run(sweep, prepared, record, folder)
         self._entropies: np.ndarray | None = None
 
@@ -125,10 +126,10 @@ class SearchRunner:
                 self.report_result()
                 if limits is not None and limits.failed:
                     raise RunFailed(limits.failed)
-                if best := find_best_trial(self.trials, self.sweep):
+                if best := find_best_trial(self.journal, self.sweep):
                     self._promote_best(best, service, judge)
                 elif limits is None or limits.reason is None:
-                    raise RunFailed(f"no trial gave a result: {_list_reasons(self.trials)}")
+                    raise RunFailed(f"no trial gave a result: {_list_reasons(self.journal)}")
             self.record.finished = limits is None or limits.reason is None
             self.record.write(self.folder)
             status = "FINISHED"
@@ -159,10 +160,10 @@ class SearchRunner:
             return None
 
         return _TrackedSearcher(
-            self.space,
+            self._space,
             self.sweep.search,
             self.sweep.objective,
-            self.trials,
+            self.journal,
             allowed=allowed,
             control=lambda point: self._find_control(point, service),
             child=self._open_trial_run,
@@ -186,9 +187,9 @@ class SearchRunner:
         else:
             sampled = self.base.evaluation.sampling is not None
             start_missing_references(service, select_served_tables(train, self.base), sampled=sampled)
-        limits = SearchLimits(self.sweep, self.trials, search, wait_minutes=self.base.placement.wait_minutes)
+        limits = SearchLimits(self.sweep, self.journal, search, wait_minutes=self.base.placement.wait_minutes)
         following = ProgressCallback(
-            self.trials, search, limits, self.sweep.objective, self.prepared.tracking_uri, self.console
+            self.journal, search, limits, self.sweep.objective, self.prepared.tracking_uri, self.console
         )
         self.console.print(f"searching, {slots} trial(s) at a time")
         tuner = self._build_tuner(
@@ -201,9 +202,9 @@ class SearchRunner:
         finally:
             following.close()
             shutil.rmtree(self.folder / TUNE_STATE, ignore_errors=True)
-        self.record.result = {"scores": {name: asdict(c) for name, c in service.stats().items()}}
+        self.record.reference_counts = {name: asdict(c) for name, c in service.stats().items()}
         report_scores(service, self.console)
-        if limits.reason is None and any(not trial.ended for trial in self.trials):
+        if limits.reason is None and any(not trial.ended for trial in self.journal):
             raise KeyboardInterrupt
         wanted = self.sweep.search.trials
         if limits.reason is None and wanted is not None and search.entered < wanted:
@@ -241,7 +242,7 @@ class SearchRunner:
             ),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,
-                scheduler=self.scheduler,
+                scheduler=self._scheduler,
                 num_samples=-1,
                 # A population takes turns on what there is: a trial that waits must not keep others out.
                 max_concurrent_trials=None if population else slots,
@@ -258,25 +259,28 @@ class SearchRunner:
         )
 
     def _build_trial_setup(
-        self, service: ReferenceService, judge: RewardScorer | None, neighbours: int
+        self, service: ReferenceService, judge: RewardScorer | None, trials_per_node: int
     ) -> TrialSetup:
-        return TrialSetup(
-            sweep=self.sweep,
-            base=self.base,
+        worker = WorkerSetup(
+            config=self.base,
             policy=self.prepared.policy.config,
             train=ray.put(self.prepared.train),
             eval=ray.put(self.prepared.eval),
             routers=service.routers,
             identity=self.prepared.identity,
             initial_policy_reference=self.prepared.initial_policy_reference,
-            tracking_uri=self.prepared.tracking_uri,
-            reward_scorer=judge,
-            secrets=collect_secrets(os.environ),
             bundle=build_worker_bundle(
                 self.base.parallel.resources, ClusterProfile.from_nodes(list_node_resources())
             ),
-            trials_per_node=neighbours,
-            total=self.total,
+            folder=str(self.folder),
+            tracking_uri=self.prepared.tracking_uri,
+            tracking_run=self.tracker.run_id,
+            reward_scorer=judge,
+            export=False,
+            trials_per_node=trials_per_node,
+        )
+        return TrialSetup(
+            sweep=self.sweep, worker=worker, secrets=collect_secrets(os.environ), total=self._total
         )
 
     def _find_control(self, point: Point, service: ReferenceService) -> Point | None:
@@ -302,7 +306,7 @@ class SearchRunner:
             trial.mlflow_run,
             name=f"{self.sweep.name}-{trial.name}",
             uri=self.prepared.tracking_uri,
-            folder=self.trials.trial_folder(trial),
+            folder=self.journal.trial_folder(trial),
             experiment=self.base.tracking.experiment,
             params=hide_secrets(config.model_dump(mode="json")),
             tags=tags,
@@ -314,20 +318,32 @@ class SearchRunner:
 
     def _promote_best(self, best: TrialRecord, service: ReferenceService, judge: RewardScorer | None) -> None:
         """Register the best, and say so on the search's own MLflow run."""
-        self.record.result |= {"best": best.number}
+        self.record.best_trial = best.number
         tags = {"search.best": str(best.number)}
         if self.sweep.promote is not None:
-            run = promote_trial(self, best, service, judge)
+            run = promote_trial(
+                self._context, best, trials=len(self.journal), service=service, reward_scorer=judge
+            )
             self.record.registered = run.registered
             tags["search.registered"] = str(run.registered)
             self.console.print(registration_message(run, self.tracker.uri))
         self.tracker.set_tags(tags)
         # MLflow keeps the value of the last step, and a search that goes on may find a better one.
-        self.tracker.log(sum(trial.ended for trial in self.trials), best.result)
+        self.tracker.log(sum(trial.ended for trial in self.journal), best.result)
+
+    @property
+    def _context(self) -> SearchContext:
+        return SearchContext(
+            sweep=self.sweep,
+            prepared=self.prepared,
+            folder=self.folder,
+            mlflow_run=self.tracker.run_id,
+            console=self.console,
+        )
 
     def report_result(self) -> None:
         """Print the ranking, and write table and pictures to the search's folder and to MLflow."""
-        trials, objectives = list(self.trials), self.sweep.objective
+        trials, objectives = list(self.journal), self.sweep.objective
         primary = self.base.references.primary
         controls = {to_key(trial.point): trial.control for trial in trials if trial.control}
         self.console.print(
@@ -341,7 +357,7 @@ class SearchRunner:
         )
         table = self.folder / "trials.csv"
         write_csv(trials, table)
-        folders = {trial.number: self.trials.trial_folder(trial) for trial in trials}
+        folders = {trial.number: self.journal.trial_folder(trial) for trial in trials}
         drawn = draw_search(trials, objectives, folders, self.folder / "plots", primary=primary)
         for sentence in explain_missing_figures(trials, objectives):
             self.console.print(sentence)
@@ -370,12 +386,11 @@ class _TrackedSearcher(JournalSearcher):
             return asked
         trial = self._journal[asked[NUMBER]]
         try:
-            trial.mlflow_run = self._child(trial)
+            self._journal.set_mlflow_run(trial.number, self._child(trial))
         except (UsageError, MlflowException) as error:
             log.warning("trial %s waits for MLflow: %s", trial.number, summarize_error(error))
-            trial.status = "pending"
+            self._journal.put_back(trial.number)
             time.sleep(MLFLOW_PAUSE_S)
-        self._journal.write(trial)
         return asked if trial.status == "running" else None
 
     def on_trial_complete(

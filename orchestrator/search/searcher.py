@@ -13,7 +13,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, Point, SearchConfig
-from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.journal import Journal, TrialRecord, TrialReport
 from orchestrator.search.samplers import GridSource, OptunaSource, PointSource, Proposal, to_key
 from tune_spaces.domains import SpaceError
 from tune_spaces.spaces import Space
@@ -79,16 +79,14 @@ class JournalSearcher(Searcher):
         record = self.next_trial()
         if record is None:
             return Searcher.FINISHED
-        record.status, record.reason = "running", None
-        self._journal.write(record)
+        self._journal.start(record.number)
         self._numbers[trial_id] = record.number
         return {"number": record.number, **record.point}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial's latest step and metrics go into the journal."""
         record = self._journal[self._numbers[trial_id]]
-        _copy_result(record, result)
-        self._journal.write(record)
+        self._journal.update(record.number, _read_report(record, result))
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -101,21 +99,19 @@ class JournalSearcher(Searcher):
         if record.ended:
             return
         result = result or {}
-        _copy_result(record, result)
-        if reason := _explain_failure(record, result, error):
-            record.status, record.reason = "failed", reason
+        last = _read_report(record, result)
+        if reason := _explain_failure(record, last, result, error):
+            self._journal.fail(record.number, last, reason)
+        # Tune gives no result of a trial that the scheduler gave up while it waited between two steps.
+        elif not result or last.step < result.get("total", 0):
+            self._journal.stop(record.number, last)
         else:
-            # Tune gives no result of a trial that the scheduler gave up while it waited between two steps.
-            early = not result or record.step < result.get("total", 0)
-            record.status = "stopped" if early else "finished"
-        self._journal.write(record)
+            self._journal.finish(record.number, last)
         self._report_to_source(self._journal.group_by_point()[record.point_id])
 
     def change_point(self, number: int, point: Point) -> None:
         """A scheduler changed a trial's fields while it runs."""
-        record = self._journal[number]
-        record.point = dict(point)
-        self._journal.write(record)
+        self._journal.change_point(number, point)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is the state."""
@@ -130,8 +126,7 @@ class JournalSearcher(Searcher):
     def _resume_journal(self) -> None:
         for record in self._journal:
             if record.status == "running":
-                record.status = "pending"
-                self._journal.write(record)
+                self._journal.put_back(record.number)
         for point_id in self._journal.group_by_point():
             self._journal.complete_repeats(point_id, self._config.repeats)
         groups = list(self._journal.group_by_point().values())
@@ -183,9 +178,7 @@ class JournalSearcher(Searcher):
         control = self._control(point) if self._config.controls else None
         if control is None:
             return
-        first = self._journal[point_id]
-        first.control = dict(control)
-        self._journal.write(first)
+        self._journal.set_control(point_id, control)
         if to_key(control) not in self._controls:
             self._controls.add(to_key(control))
             self._journal.enter_point(control, repeats=self._config.repeats, control_of=point_id)
@@ -221,19 +214,23 @@ def sample_points(space: Space, count: int, *, seed: int) -> list[dict[str, Any]
     return points
 
 
-def _explain_failure(record: TrialRecord, result: Mapping[str, Any], error: bool) -> str | None:
+def _explain_failure(
+    record: TrialRecord, last: TrialReport, result: Mapping[str, Any], error: bool
+) -> str | None:
     if "failed" in result:
         return str(result["failed"])
     if error:
         return record.reason or "the trial's process ended with an error"
-    return None if record.result else "it ended without a result"
+    measured = record.result if last.metrics is None else last.metrics
+    return None if measured else "it ended without a result"
 
 
-def _copy_result(record: TrialRecord, result: Mapping[str, Any]) -> None:
-    """The step and the metrics of Tune's result, which holds much else; NaN and infinity are no metrics."""
-    record.step = int(result.get("step", record.step))
+def _read_report(record: TrialRecord, result: Mapping[str, Any]) -> TrialReport:
+    """Pick step and metrics out of Tune's result, which holds much else; NaN and infinity are no metrics."""
     metrics = {
-        name: value for name, value in result.items() if name.startswith("eval/") and isinstance(value, Real)
+        name: float(value)
+        for name, value in result.items()
+        if name.startswith("eval/") and isinstance(value, Real)
     }
-    if metrics:
-        record.result = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return TrialReport(int(result.get("step", record.step)), finite if metrics else None)

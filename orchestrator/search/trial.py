@@ -7,23 +7,18 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ray
-
-from models.config import ModelConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import METRICS
 from orchestrator.config.sweep import Point, SweepConfig, build_trial_run
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.search.journal import read_trial
 from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
-from orchestrator.worker.rewards import RewardScorer
-
-if TYPE_CHECKING:
-    from orchestrator.worker.setup import WorkerSetup
+from orchestrator.worker.result import WorkerResult
+from orchestrator.worker.setup import WorkerSetup
 
 Tell = Callable[..., None]
 """Gets a report's metrics, and the checkpoint written with it."""
@@ -38,33 +33,15 @@ class TrialSetup:
 
     Attributes:
         sweep: the sweep file.
-        base: its run file with paths resolved, every reference served.
-        policy: the policy's start, pinned.
-        train, held_out: object references to the tokenised rows.
-        routers: of all references, by name.
-        identity: fingerprints and digests that a checkpoint must share to be resumed.
-        start_is: the reference that equals the policy's start, if one does.
-        tracking_uri: the MLflow server.
-        judge: what rewards sampled responses, if a reward is set.
-        secrets: environment of the trials' processes.
-        bundle: what each of a trial's workers asks for.
-        neighbours: trials that run side by side on a machine.
+        worker: of the run file that all trials start from, with paths resolved and every reference served; a
+            trial replaces what depends on its point.
+        secrets: environment variables of the trials' processes.
         total: optimizer steps of a trial.
     """
 
     sweep: SweepConfig
-    base: RunConfig
-    policy: ModelConfig
-    train: ray.ObjectRef
-    eval: ray.ObjectRef
-    routers: Mapping[str, Any]
-    identity: dict[str, Any]
-    initial_policy_reference: str | None
-    tracking_uri: str
-    reward_scorer: RewardScorer | None
+    worker: WorkerSetup
     secrets: dict[str, str]
-    bundle: Mapping[str, float]
-    trials_per_node: int
     total: int
 
 
@@ -123,43 +100,36 @@ def run_trial(config: dict[str, Any], shared: TrialSetup) -> None:
         if setup.config.parallel.workers == 1
         else _run_worker_group(setup, shared, tell)
     )
-    if result["status"] != "done":
-        tune.report({"failed": result["reason"]})
-    elif told.get("step") != result["step"] or setup.config.evaluation.keep == "best":
+    if result.status != "done":
+        tune.report({"failed": result.reason})
+    elif told.get("step") != result.step or setup.config.evaluation.keep == "best":
         # A trial that was killed after its last step; or whose best was before the start that told the last.
-        tell({"step": result["step"], "total": result["step"], **result["metrics"]})
+        tell({"step": result.step, "total": result.step, **result.metrics})
 
 
-def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> "WorkerSetup":
-    from orchestrator.worker.setup import WorkerSetup
-
+def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> WorkerSetup:
     point = {field: value for field, value in config.items() if "." in field}
     name = f"{config[NUMBER]:04d}"
-    record = read_trial(find_trials_folder(shared.sweep, shared.base) / name)
-    run = build_trial_config(shared.sweep, shared.base, point, repeat=record.repeat, name=name)
+    worker = shared.worker
+    record = read_trial(find_trials_folder(shared.sweep, worker.config) / name)
+    run = build_trial_config(shared.sweep, worker.config, point, repeat=record.repeat, name=name)
     used = run.references.ordered
-    references = {name: shared.identity["references"][name] for name in used}
-    return WorkerSetup(
+    initial = worker.initial_policy_reference
+    return replace(
+        worker,
         config=run,
-        policy=shared.policy,
-        train=shared.train,
-        eval=shared.eval,
-        routers={name: shared.routers[name] for name in used},
-        identity={**shared.identity, "references": references},
-        initial_policy_reference=shared.initial_policy_reference
-        if shared.initial_policy_reference in used
-        else None,
-        bundle=shared.bundle,
+        routers={name: worker.routers[name] for name in used},
+        identity={
+            **worker.identity,
+            "references": {name: worker.identity["references"][name] for name in used},
+        },
+        initial_policy_reference=initial if initial in used else None,
         folder=str(run.folder),
-        tracking_uri=shared.tracking_uri,
         tracking_run=str(record.mlflow_run),
-        reward_scorer=shared.reward_scorer,
-        export=False,
-        trials_per_node=shared.trials_per_node,
     )
 
 
-def _run_in_process(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dict[str, Any]:
+def _run_in_process(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> WorkerResult:
     """The trial's only worker is this process."""
     import torch
     from ray import tune
@@ -169,7 +139,7 @@ def _run_in_process(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dic
 
     session = LocalSession(
         Path(setup.folder),
-        device=torch.device("cuda", 0) if shared.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
+        device=torch.device("cuda", 0) if setup.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
         keep_last=setup.config.training.keep_last,
         tell=tell,
     )
@@ -179,7 +149,7 @@ def _run_in_process(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dic
     return train_worker(setup, session)
 
 
-def _run_worker_group(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> dict[str, Any]:
+def _run_worker_group(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> WorkerResult:
     """A group of workers; their evaluations are read from the file that rank 0 writes.
 
     Tune's own callback for this passes reports through a queue of one place from Train's controller, and a
@@ -207,4 +177,4 @@ def _run_worker_group(setup: "WorkerSetup", shared: TrialSetup, tell: Tell) -> d
         try:
             return running.result()
         except RunFailed as error:  # Train has tried it again already
-            return {"status": "failed", "reason": str(error)}
+            return WorkerResult(status="failed", reason=str(error))

@@ -90,7 +90,7 @@ def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = F
             refuse_unshared(base.storage_path)
             search = searching(ClusterProfile.from_nodes(list_node_resources()).device_type)
             if retry_failed:
-                _retry_failed(search.trials)
+                _retry_failed(search.journal)
             return search.run_search(slots, _count_trials_per_node(sweep, space, slots))
 
 
@@ -138,7 +138,6 @@ def _serve_all_references(sweep: SweepConfig) -> RunConfig:
     if base.evaluation.sampling is not None:  # a served reference must be there for samples
         references |= {"mode": "live"}
     base = base.model_copy(update={"references": base.references.model_copy(update=references)})
-    base._preset = sweep.base.preset
     return base
 
 
@@ -260,8 +259,7 @@ def _open_record(
 def _retry_failed(trials: Journal) -> None:
     for trial in trials:
         if trial.status == "failed":
-            trial.status, trial.reason = "pending", None
-            trials.write(trial)
+            trials.put_back(trial.number)
 
 
 def _build_space_table(space: Space) -> Table:

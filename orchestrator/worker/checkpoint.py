@@ -8,7 +8,7 @@ more than its share of it.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.parallel import Parallel
+from orchestrator.files import dump_record, load_record, replace_file
 from orchestrator.storage.mirror import Mirror
 
 PROGRESS = "progress.json"
+VERSION = 1
+"""Of the fields in `progress.json`, and of the best evaluation beside its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def save_checkpoint(folder: str | Path, parallel: Parallel, progress: TrainingPr
     folder = Path(folder)
     save_file(mine, folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors")
     if parallel.rank == 0:
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+        (folder / PROGRESS).write_text(dump_record(progress, version=VERSION))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +87,8 @@ def save_best(file: Path, parallel: Parallel, best: BestEvaluation) -> None:
             weights[name] = state["weight"].cpu().contiguous()
     if parallel.rank != 0:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    save_file(weights, part, {"best": json.dumps(asdict(best))})
-    part.replace(file)
+    with replace_file(file) as part:
+        save_file(weights, part, {"best": dump_record(best, version=VERSION)})
 
 
 def read_best(file: Path, metric: str) -> BestEvaluation | None:
@@ -95,7 +96,7 @@ def read_best(file: Path, metric: str) -> BestEvaluation | None:
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as weights:
-        best = BestEvaluation(**json.loads(weights.metadata()["best"]))
+        best = load_record(BestEvaluation, weights.metadata()["best"], version=VERSION)
     return best if best.metric == metric else None
 
 
@@ -154,7 +155,7 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
         RuntimeError: the checkpoint belongs to other references or data than `identity`.
     """
     folder = Path(folder)
-    progress = TrainingProgress(**json.loads((folder / PROGRESS).read_text()))
+    progress = load_record(TrainingProgress, (folder / PROGRESS).read_text(), version=VERSION)
     if progress.identity != identity:
         changed = sorted(
             k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)

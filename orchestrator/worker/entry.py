@@ -4,10 +4,13 @@ The controller has no use for torch, and importing it there would delay every st
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.worker.result import WorkerResult
 
 
-def run_worker(settings: dict[str, Any]) -> dict[str, Any]:
+def run_worker(settings: dict[str, Any]) -> "WorkerResult":
     """`train_loop_per_worker`: load environment and setup, and run `loop.train_worker`."""
     import ray
 

@@ -18,11 +18,12 @@ from orchestrator.storage.object_store import ray_storage_arguments
 from orchestrator.storage.paths import is_uri
 from orchestrator.worker.checkpoint import quarantine_corrupt_index
 from orchestrator.worker.entry import run_worker
+from orchestrator.worker.result import WorkerResult
 from orchestrator.worker.session import CHECKPOINTS
 from orchestrator.worker.setup import WorkerSetup
 
 
-def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> WorkerResult:
     """What `train_worker` returned; Ray Train restarts workers from the last checkpoint when one is lost.
 
     Raises:

@@ -10,7 +10,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import ray
@@ -40,6 +39,7 @@ from orchestrator.worker.metrics import (
     find_best_within,
 )
 from orchestrator.worker.policy import Policy, export_policy, open_policy
+from orchestrator.worker.result import WorkerResult
 from orchestrator.worker.session import Session
 from orchestrator.worker.setup import BEST_FILE, EXPORT_FOLDER, METRIC_FILES, WorkerSetup, count_total_steps
 from orchestrator.worker.start import (
@@ -59,7 +59,7 @@ BATCHES_AHEAD = 2
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
+def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     """Train until the last step and export the policy.
 
     Returns:
@@ -78,16 +78,16 @@ def train_worker(setup: WorkerSetup, session: Session) -> dict[str, Any]:
         with mirror.push_periodically(*METRIC_FILES) if writes else nullcontext():
             return _run_training(setup, session, mirror)
     except ModelError as error:  # the same on every rank, see `together`
-        return {"status": "refused", "reason": str(error)}
+        return WorkerResult(status="refused", reason=str(error))
     except RunFailed as error:
         if session.world_size > 1:
             raise
-        return {"status": "failed", "reason": str(error)}
+        return WorkerResult(status="failed", reason=str(error))
     finally:
         mirror.discard_copy()
 
 
-def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[str, Any]:
+def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> WorkerResult:
     config, rank, world_size = setup.config, session.rank, session.world_size
     sharing = session.local_workers * setup.trials_per_node
     policy = open_policy(config, setup.policy, device=session.device, local_workers=sharing)
@@ -123,7 +123,7 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[
             run.train_step(step, learning_rate=schedule.get_last_lr()[0])
         except NonFiniteLoss as failure:
             run.close()
-            return {"status": "diverged", "reason": run.describe_failure(failure, step)}
+            return WorkerResult(status="diverged", reason=run.describe_failure(failure, step))
         schedule.step()
 
         taken, last = step + 1, step + 1 == total
@@ -152,14 +152,14 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> dict[
         export_policy(policy, mirror.folder / EXPORT_FOLDER, probes=probes)
         if rank == 0:
             mirror.push(EXPORT_FOLDER)
-    return {
-        "status": "done",
-        "step": total,
-        "exported_step": total if run.best is None else run.best.step,
-        "metrics": run.exported_metrics(progress),
-        "phi_star": progress.phi_star,
-        "sharing_refused": policy.plain_rows_reason,
-    }
+    return WorkerResult(
+        status="done",
+        step=total,
+        exported_step=total if run.best is None else run.best.step,
+        metrics=run.exported_metrics(progress),
+        phi_star=progress.phi_star,
+        plain_rows_reason=policy.plain_rows_reason,
+    )
 
 
 class _TrainingRun:

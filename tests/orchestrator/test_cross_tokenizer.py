@@ -246,6 +246,6 @@ def test_a_run_of_a_real_model_against_itself_begins_at_log_2(tmp_path: Path) ->
     config = config.model_copy(update={"training": training})
     record = train_run(config)
     assert read_metrics(config.folder)[-1]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert record.result["scores"]["other"]["scored"] == 4
+    assert record.reference_counts["other"]["scored"] == 4
     model = AutoModelForCausalLM.from_pretrained(config.folder / "export" / "model", dtype="auto")
     assert model.dtype == torch.float32

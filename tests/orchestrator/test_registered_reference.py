@@ -98,8 +98,8 @@ def test_a_registered_model_is_the_next_runs_reference(
     folder = after().folder
     assert pin(record.pins) == "models:/movie/1"
     assert record.registered == "models:/films/1"
-    assert record.result["scores"]["movie"]["scored"] > 0
-    assert record.result["scores"]["movie"]["replicas_started"] == 1
+    assert record.reference_counts["movie"]["scored"] > 0
+    assert record.reference_counts["movie"]["replicas_started"] == 1
 
     storage = str(folder.parent)
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
@@ -155,7 +155,7 @@ def assert_listed_and_shown(
     assert lines["base_model"] == record.pins["policy"]
     assert lines["loss.preset"] == "mrpo"
     assert lines["data.digest"] == record.identity["data"]["train"]
-    assert float(lines["eval/accuracy"]) == pytest.approx(record.result["metrics"]["eval/accuracy"], abs=1e-3)
+    assert float(lines["eval/accuracy"]) == pytest.approx(record.result.metrics["eval/accuracy"], abs=1e-3)
 
 
 def assert_pinned_where_the_alias_moves(after: Callable[..., RunConfig], uri: str) -> None:

@@ -64,11 +64,11 @@ class Dying(Journal):
         super().__init__(folder)
         self.writes = writes
 
-    def write(self, record: TrialRecord) -> None:
+    def _write(self, record: TrialRecord) -> None:
         if not self.writes:
             raise Killed
         self.writes -= 1
-        super().write(record)
+        super()._write(record)
 
 
 def control(point: Point) -> Point | None:

@@ -94,7 +94,7 @@ def test_all_weights_in_zero_3_shards_with_the_best_kept_and_references_first(
     one, two = run_of("one", **sections), run_of("two", parallel=ZERO, **sections)
     first, second = train_run(one), train_run(two)
     assert losses(two.folder) == pytest.approx(losses(one.folder), abs=1e-4)
-    assert second.result["exported_step"] == first.result["exported_step"]
+    assert second.result.exported_step == first.result.exported_step
     assert_same_weights(exported(two.folder), exported(one.folder))
     assert_loads_with_the_logits_in_hand(two.folder)
 

@@ -30,7 +30,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def counts(record: RunRecord, key: str) -> dict[str, int]:
-    return {name: stats[key] for name, stats in record.result["scores"].items()}
+    return {name: stats[key] for name, stats in record.reference_counts.items()}
 
 
 def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any) -> None:
@@ -74,7 +74,7 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
     assert counts(record, "scored") == {"base": 0, "other": 0}
     assert counts(record, "replicas_started") == {"base": 0, "other": 0}
     tags = MlflowClient(f"sqlite:///{second.folder.parent}/mlflow.db").get_run(record.mlflow_run).data.tags
-    assert float(tags["loss.dispersion.phi_star"]) == pytest.approx(record.result["phi_star"], rel=1e-5)
+    assert float(tags["loss.dispersion.phi_star"]) == pytest.approx(record.result.phi_star, rel=1e-5)
     assert tags["scores.base.scored"] == "0"
     scales = json.loads((second.folder / "dispersion.json").read_text())
     assert np.mean(scales) == pytest.approx(1, abs=0.05)
@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(run_of
     assert (run.folder / "metrics.jsonl").read_text() == before
     with pytest.raises(UsageError, match=r"loss.beta: 0.1 -> 0.3.*--fresh"):
         train_run(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
-    assert train_run(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result["step"] == 2
+    assert train_run(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result.step == 2
     assert (run.folder / "metrics.jsonl").read_text() != before
 
 

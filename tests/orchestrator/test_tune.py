@@ -43,7 +43,7 @@ def trials_of(sweep: SweepConfig) -> list[TrialRecord]:
 
 
 def scored(record: RunRecord, key: str = "scored") -> dict[str, int]:
-    return {name: counts[key] for name, counts in record.result["scores"].items()}
+    return {name: counts[key] for name, counts in record.reference_counts.items()}
 
 
 def left_behind() -> list[str]:
@@ -83,13 +83,13 @@ def test_a_search_scores_each_response_once_and_the_next_one_none(run_of: Any) -
 
     best = max((t for t in trials if t.control_of is None), key=lambda t: t.result["eval/accuracy"])
     assert record.registered == "models:/found/1"
-    assert trials[record.result["best"] - 1].result["eval/accuracy"] == best.result["eval/accuracy"]
+    assert trials[record.best_trial - 1].result["eval/accuracy"] == best.result["eval/accuracy"]
     client = MlflowClient(f"sqlite:///{run.storage_path}/mlflow.db")
     version = client.get_model_version_by_alias("found", "best")
     assert version.tags["search"] == "first"
-    assert version.tags["search.trial"] == str(record.result["best"])
+    assert version.tags["search.trial"] == str(record.best_trial)
     AutoModelForCausalLM.from_pretrained(
-        folder_of(sweep) / "trials" / trials[record.result["best"] - 1].name / "export" / "model"
+        folder_of(sweep) / "trials" / trials[record.best_trial - 1].name / "export" / "model"
     )
     experiment = client.get_experiment_by_name("polyref").experiment_id
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{record.mlflow_run}'")

@@ -1,6 +1,5 @@
 """Searches that are killed or stopped: the same command goes on, and no finished trial is repeated."""
 
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from driver import Driver
 from mlflow import MlflowClient
 
-from orchestrator.search.journal import Journal, TrialRecord
+from orchestrator.search.journal import Journal, TrialRecord, read_trial
 from orchestrator.tracking.metrics_file import read_metrics
 
 pytestmark = pytest.mark.long
@@ -65,7 +64,7 @@ def started(sweep_file: Path) -> Iterator[Callable[[], Driver]]:
 
 def trial(folder: Path, number: int) -> TrialRecord | None:
     path = folder / f"{number:04d}" / "trial.json"
-    return TrialRecord(**json.loads(path.read_text())) if path.exists() else None
+    return read_trial(path.parent) if path.exists() else None
 
 
 def saved(folder: Path, number: int) -> int:
