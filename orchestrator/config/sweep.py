@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    InstanceOf,
     ValidationError,
     model_validator,
 )
@@ -132,10 +130,8 @@ class SweepFile(Section):
 class SweepConfig(SweepFile):
     """A sweep file with the run file that its trials start from and its domains parsed."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
     base: RunConfig = Field(exclude=True, description="the run file without any drawn field")
-    domains: Mapping[str, InstanceOf[Domain]] = Field(exclude=True, description="the fields under space")
+    domains: Mapping[str, Domain] = Field(exclude=True, description="the fields under space")
 
 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:

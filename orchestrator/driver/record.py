@@ -96,7 +96,10 @@ def read_record(kept: Kept) -> RunRecord | None:
         return load_record(RunRecord, path.read_text(), version=VERSION, convert=_convert_fields)
     except RecordError as error:
         place = mirror.describe_path(RECORD)
-        raise UsageError(f"{place} cannot be read: {error}; or give the run another name") from None
+        raise UsageError(
+            f"{place}: is not a run's record that can be read: {error}. Give the run another name, or start "
+            "over with --fresh, which removes its checkpoints"
+        ) from None
 
 
 def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,10 @@ def read_trial(folder: Path) -> TrialRecord:
     try:
         return load_record(TrialRecord, path.read_text(), version=VERSION, convert=_convert_fields)
     except RecordError as error:
-        raise UsageError(f"{path} cannot be read: {error}; or start over with --fresh") from None
+        raise UsageError(
+            f"{path}: is not a trial's record that can be read: {error}. Give the search another name, or "
+            "start over with --fresh"
+        ) from None
 
 
 def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.parallel import Parallel
-from orchestrator.files import dump_record, load_record, replace_file
+from orchestrator.errors import RunFailed
+from orchestrator.files import RecordError, dump_record, load_record, replace_file
 from orchestrator.storage.mirror import Mirror
 
 PROGRESS = "progress.json"
@@ -153,9 +154,13 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
 
     Raises:
         RuntimeError: the checkpoint belongs to other references or data than `identity`.
+        RunFailed: another version of polyref wrote it, in a way that this one does not read.
     """
     folder = Path(folder)
-    progress = load_record(TrainingProgress, (folder / PROGRESS).read_text(), version=VERSION)
+    try:
+        progress = load_record(TrainingProgress, (folder / PROGRESS).read_text(), version=VERSION)
+    except RecordError as error:
+        raise RunFailed(f"the checkpoint in {folder} cannot be read: {error}") from error
     if progress.identity != identity:
         changed = sorted(
             k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what was saved, and torn ones are passed over."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare
 from models.rows import Prompted, build_rows
+from orchestrator.errors import RunFailed
 from orchestrator.worker.checkpoint import (
     TrainingProgress,
     find_newest,
@@ -58,6 +60,20 @@ def test_a_checkpoint_of_other_references_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "one")
     with pytest.raises(RuntimeError, match="another references"):
         load_checkpoint(tmp_path / "one", policy(), identity=IDENTITY | {"references": {"base": "c"}})
+
+
+def test_a_checkpoint_of_before_versions_is_read_and_one_of_after_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "one")
+    file = tmp_path / "one" / "progress.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("version") == 1
+    file.write_text(json.dumps(fields))
+    assert load_checkpoint(tmp_path / "one", policy(), identity=IDENTITY).step == fields["step"]
+    file.write_text(json.dumps(fields | {"version": 2}))
+    with pytest.raises(
+        RunFailed, match="one cannot be read: it has version 2 and this polyref reads up to 1"
+    ):
+        load_checkpoint(tmp_path / "one", policy(), identity=IDENTITY)
 
 
 def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run's record: which changes are refused, what stays pinned, and who may hold the folder."""
 
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from orchestrator.driver.record import RunRecord, find_pin, lock_run, open_record, read_record
 from orchestrator.errors import UsageError
+from orchestrator.worker.result import WorkerResult
 
 
 def record(**config: Any) -> RunRecord:
@@ -51,6 +53,54 @@ def test_a_pin_holds_for_the_name_it_was_made_for() -> None:
     assert find_pin(record(), field, "models:/m@x") == "models:/m/3"
     assert find_pin(record(), field, "models:/m@y") is None
     assert find_pin(None, field, "models:/m@x") is None
+
+
+def test_a_record_without_a_version_is_read_with_its_old_names(tmp_path: Path) -> None:
+    now = record()
+    now.write(tmp_path)
+    old = json.loads((tmp_path / "run.json").read_text())
+    for name in ("version", "reference_counts", "best_trial"):
+        del old[name]
+    old["counts"] = {"train": {"pairs": 3, "turned_round": 1, "skipped": {}}}
+    old["result"] = {
+        "status": "done",
+        "step": 4,
+        "exported_step": 3,
+        "metrics": {"eval/loss": 0.5},
+        "phi_star": None,
+        "sharing_refused": "it is off",
+        "scores": {"base": {"scored": 7}},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    found = read_record(tmp_path)
+    assert found is not None
+    assert found.counts == {"train": {"pairs": 3, "swapped": 1, "skipped": {}}}
+    assert found.result == WorkerResult(
+        status="done", step=4, exported_step=3, metrics={"eval/loss": 0.5}, plain_rows_reason="it is off"
+    )
+    assert found.reference_counts == {"base": {"scored": 7}}
+    found.write(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["version"] == 2
+    assert read_record(tmp_path) == found
+
+
+def test_a_search_that_is_on_its_way_has_no_result_in_an_old_record(tmp_path: Path) -> None:
+    record().write(tmp_path)
+    old = json.loads((tmp_path / "run.json").read_text())
+    del old["version"], old["reference_counts"], old["best_trial"]
+    old |= {"counts": {}, "result": {"scores": {"base": {"scored": 7}}, "best": 5}}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    found = read_record(tmp_path)
+    assert found is not None
+    assert (found.result, found.best_trial, found.reference_counts) == (None, 5, {"base": {"scored": 7}})
+
+
+def test_a_record_of_a_newer_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    record().write(tmp_path)
+    newer = json.loads((tmp_path / "run.json").read_text()) | {"version": 3, "more": 1}
+    (tmp_path / "run.json").write_text(json.dumps(newer))
+    with pytest.raises(UsageError, match="has version 3 and this polyref reads up to 2: use the polyref"):
+        read_record(tmp_path)
 
 
 def test_a_torn_record_is_not_mistaken_for_none(tmp_path: Path) -> None:

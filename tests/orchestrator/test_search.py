@@ -16,6 +16,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from orchestrator.config.sweep import Objective, SearchConfig
+from orchestrator.errors import UsageError
 from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.search.searcher import JournalSearcher, sample_points
 from tune_spaces.spaces import SPACES, Space, SpaceError, Suggester, parse_domain
@@ -402,3 +403,16 @@ def test_points_can_be_sampled_without_a_journal() -> None:
     points = sample_points(space, 6, seed=1)
     assert points == sample_points(space, 6, seed=1) != sample_points(space, 6, seed=2)
     assert Counter(point["loss.preset"] for point in points) == {"dpo": 3, "ipo": 3}
+
+
+def test_a_trial_of_before_versions_is_read_and_one_of_after_is_refused(tmp_path: Path) -> None:
+    (record,) = Journal(tmp_path).enter_point({"loss.preset": "dpo"})
+    file = tmp_path / record.name / "trial.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("version") == 2
+    old = {"told" if name == "end_reported" else name: value for name, value in fields.items()}
+    file.write_text(json.dumps(old | {"told": True}))
+    assert Journal(tmp_path)[1].end_reported
+    file.write_text(json.dumps(fields | {"version": 3}))
+    with pytest.raises(UsageError, match="trial.json: is not a trial's record .* it has version 3"):
+        Journal(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from losses.presets import preset
 from orchestrator.config.sweep import (
     SweepConfig,
+    SweepFile,
     build_sweep_schema,
     build_trial_run,
     load_sweep,
@@ -193,7 +194,7 @@ def test_an_objective_has_a_direction_of_its_own() -> None:
 
 def test_the_schema_has_the_fields_of_the_file() -> None:
     schema = build_sweep_schema()
-    assert set(schema["properties"]) == set(SweepConfig.model_fields)
+    assert set(schema["properties"]) == set(SweepFile.model_fields)
     assert {"type": "string"} in schema["properties"]["run"]["anyOf"]
 
 

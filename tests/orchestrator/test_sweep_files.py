@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from losses.presets import PRESETS
-from orchestrator.config.sweep import SweepConfig, build_trial_run, load_sweep, parse_sweep
+from orchestrator.config.sweep import SweepConfig, SweepFile, build_trial_run, load_sweep, parse_sweep
 from orchestrator.search.searcher import sample_points
 from tune_spaces.losses import FAMILIES
 from tune_spaces.schedulers import AshaConfig, PbtConfig, build_scheduler
@@ -120,7 +120,7 @@ def test_every_field_of_a_sweep_file_is_explained_with_its_default() -> None:
         {"name": "page", "run": RUN, "spaces": ["losses"], "search": {"trials": 1}}, source="page"
     )
     search = {f"search.{name}": getattr(sweep.search, name) for name in type(sweep.search).model_fields}
-    others = {name: getattr(sweep, name) for name in type(sweep).model_fields if name != "search"}
+    others = {name: getattr(sweep, name) for name in SweepFile.model_fields if name != "search"}
     own = {
         "name": "required",
         "run": "required",
