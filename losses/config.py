@@ -174,8 +174,23 @@ class DiscopopLink(FrozenSettings):
     temperature: Annotated[float, Bounds(0.05, above=0, at_most=1)] = 0.05
 
 
+class FunctionLink(FrozenSettings):
+    """A Python function of the user's own, of h, or with `two_sided` of u_chosen and u_rejected."""
+
+    type: Literal["function"]
+    function: str = Field(min_length=1, description="package.module:function, elementwise, keyword beta")
+    two_sided: bool = False
+
+
 LinkConfig = Annotated[
-    DifferenceLink | TwoSidedLink | RobustLink | RopoLink | MallowsPhiLink | ExoLink | DiscopopLink,
+    DifferenceLink
+    | TwoSidedLink
+    | RobustLink
+    | RopoLink
+    | MallowsPhiLink
+    | ExoLink
+    | DiscopopLink
+    | FunctionLink,
     Field(discriminator="type"),
 ]
 

@@ -1,5 +1,5 @@
-"""`python -m orchestrator` is `polyref`."""
+"""`python -m orchestrator` is the console command `polyref`."""
 
-from orchestrator.cli.main import main
+from polyref.__main__ import main
 
 main()

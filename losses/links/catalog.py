@@ -6,12 +6,13 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from losses.config import LinkConfig
+from losses.config import FunctionLink, LinkConfig
 from losses.links.apo_down import apo_down
 from losses.links.apo_zero import apo_zero
 from losses.links.bco_pair import bco_pair
 from losses.links.discopop import discopop
 from losses.links.exo import exo
+from losses.links.function import find_link_function
 from losses.links.hinge import hinge
 from losses.links.ipo import ipo
 from losses.links.mallows_phi import mallows_phi
@@ -39,6 +40,8 @@ def build_link(config: LinkConfig, *, beta: float, neg_log_dispersion: Tensor) -
         beta: inverse temperature.
         neg_log_dispersion: broadcastable to the arguments; only mallows_phi reads it.
     """
+    if isinstance(config, FunctionLink):
+        return partial(find_link_function(config.function, two_sided=config.two_sided), beta=beta)
     parameters = config.model_dump(exclude={"type"})
     if config.type == "mallows_phi":
         parameters["neg_log_dispersion"] = neg_log_dispersion

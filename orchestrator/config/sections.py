@@ -188,6 +188,8 @@ METRICS: Mapping[str, Literal["max", "min"]] = {
     "eval/reward_at_kl": "max",
 }
 """What a run can be judged by, and which way is better."""
+KL = "eval/kl/"
+"""Prefix of the divergence from a reference, which follows; measured where the policy is sampled."""
 
 
 class EvaluationConfig(Section):

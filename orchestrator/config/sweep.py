@@ -19,10 +19,9 @@ from pydantic import (
 from losses.config import LossConfig
 from orchestrator.config.problems import explain_validation_error
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.config.sections import METRICS, EvaluationConfig, Section
+from orchestrator.config.sections import KL, METRICS, EvaluationConfig, Section
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
-from orchestrator.search.report.labels import KL
 from tune_spaces.schedulers import FifoConfig, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, apply_point, parse_domain
 
