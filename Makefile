@@ -49,6 +49,7 @@ check: lint types floors  ## everything that reads the code without running it
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: install
 	$(BIN)/mypy

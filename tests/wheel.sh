@@ -12,8 +12,8 @@ cd "$work"
 # -P and -I would hide PYTHONPATH; the target folder comes first, so the editable source is not what runs.
 export PYTHONPATH="$work/site"
 "$python" - <<'PY'
-import losses, models, orchestrator, preferences, tune_spaces
-for package in (losses, models, orchestrator, preferences, tune_spaces):
+import losses, models, orchestrator, polyref, preferences, tune_spaces
+for package in (losses, models, orchestrator, polyref, preferences, tune_spaces):
     assert "/site/" in package.__file__, package.__file__
 PY
 "$python" -m orchestrator --version
