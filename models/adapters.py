@@ -1,4 +1,4 @@
-"""LoRA adapters: put one on, look past it, melt it in."""
+"""LoRA adapters: add, disable, merge and find them."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,13 +13,16 @@ from models.config import LoraSettings, ModelError
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -> PeftModel:
-    """Freeze `model` and put a trainable LoRA adapter on it, in place.
+    """Freeze `model` and add a trainable LoRA adapter to it, in place.
 
     Adapter weights are float32 whatever the base's dtype; A is drawn from `seed` alone and B is zero, so the
-    policy starts as exactly its base. Raises ModelError where no module matches `target_modules`.
+    policy starts as exactly its base. Raises ModelError where the model has an adapter already, and where no
+    module matches `target_modules`.
     """
     if isinstance(model, PeftModel):
-        raise ModelError("the model already carries an adapter; merge it first (models.adapters.merge)")
+        raise ModelError(
+            "the model already carries an adapter; merge it first (models.adapters.merge_adapter)"
+        )
     targets = settings.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -30,7 +33,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -
         use_rslora=settings.rslora,
         use_dora=settings.dora,
     )
-    with torch.random.fork_rng(), known_warnings_off():
+    with torch.random.fork_rng(), silence_known_warnings():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
@@ -46,11 +49,11 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Let `model` (a PeftModel, or anything that holds one: a Scorer, a DDP wrapper) be its frozen base.
+    """Run `model` (a PeftModel, or a module that contains one: a Scorer, a DDP wrapper) as its frozen base.
 
-    Inside, dropout is off as well and no gradient is recorded; modes are put back after. Only under the same
-    weights is this "the policy's own start": with no adapter there is nothing to switch off, and ModelError
-    says so.
+    Inside the context dropout is off as well and no gradient is recorded; modes are restored afterwards.
+    The frozen base is the policy's start; a model without adapter has nothing to disable and raises
+    ModelError.
     """
     peft = find_adapter(model)
     if peft is None:
@@ -69,13 +72,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Add the adapter's product to the weights, in place; a model without adapter stays as it is."""
+    """Add the adapter's product to the weights, in place; return a model without adapter unchanged."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
 @contextmanager
-def known_warnings_off() -> Iterator[None]:
-    """Silence what PEFT says about its own code and about GPT-2's layers, which it handles itself."""
+def silence_known_warnings() -> Iterator[None]:
+    """Silence PEFT's warnings about its own code and about GPT-2's layers, which it handles itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
@@ -83,5 +86,5 @@ def known_warnings_off() -> Iterator[None]:
 
 
 def find_adapter(model: nn.Module) -> PeftModel | None:
-    """The PeftModel that `model` is or holds."""
+    """Return the PeftModel that `model` is or contains; None if there is no adapter."""
     return next((m for m in model.modules() if isinstance(m, PeftModel)), None)

@@ -10,7 +10,7 @@ Attention = Literal["auto", "sdpa", "eager", "flex"]
 
 
 class ModelError(ValueError):
-    """The user's model cannot be used as asked; the message is complete and says the remedy."""
+    """The user's model cannot be used as configured; the message is complete and names the remedy."""
 
 
 class ModelConfig(BaseModel):
@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
     gguf_file: str | None = None
     """The file to read inside a hub repository or folder that holds GGUF files."""
     base: str | None = None
-    """For an adapter folder: the base model, where it is not at the place adapter_config.json names."""
+    """For an adapter folder: the base model, if it is not where adapter_config.json says."""
     dtype: DTypeName = "auto"
     """auto: float32 on a CPU unless quantised, else bfloat16."""
     quantization: Quantization = "none"
@@ -36,19 +36,19 @@ class ModelConfig(BaseModel):
     attention: Attention = "auto"
     """auto: sdpa, or eager where the architecture has no sdpa."""
     chat_template: str | None = None
-    """A file, or the template itself, instead of the tokenizer's own."""
+    """A template file, or the template itself, that replaces the tokenizer's own."""
     prefix_sharing: Literal["auto", "off"] = "auto"
-    """auto: compute a prompt once for all its responses wherever that is exact."""
+    """auto: compute a prompt once for all its responses if that is exact for the model."""
 
     @field_validator("model", "base", "gguf_file", "revision")
     @classmethod
-    def _not_blank(cls, value: str | None) -> str | None:
+    def _refuse_blank(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("must not be empty; give a hub id or a path, or leave the field out")
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.model.startswith("models:/") and self.revision is not None:
             raise ValueError(
                 "revision is for hub models; a registry model is pinned by its version: "
@@ -66,7 +66,7 @@ class ModelConfig(BaseModel):
         return self
 
     def dtype_on(self, device_type: str) -> str:
-        """The dtype the weights have on a device of that type (`cpu`, `cuda`)."""
+        """Return the dtype of the weights on a device of that type (`cpu`, `cuda`)."""
         if self.dtype != "auto":
             return self.dtype
         return "float32" if device_type == "cpu" and self.quantization == "none" else "bfloat16"
@@ -94,20 +94,20 @@ class LoraSettings(BaseModel):
 
     @field_validator("target_modules")
     @classmethod
-    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def _check_targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
             raise ValueError("must name at least one module; try all-linear or [q_proj, v_proj]")
         return value
 
 
 class PolicyConfig(ModelConfig):
-    """The model that is trained: wholly, or through a LoRA adapter."""
+    """The model that is trained: all its weights, or a LoRA adapter."""
 
     adapter: LoraSettings | None = None
     """None trains every weight."""
 
     @model_validator(mode="after")
-    def _trainable(self) -> Self:
+    def _check_trainable(self) -> Self:
         if self.quantization != "none" and self.adapter is None:
             raise ValueError(
                 "a quantised policy trains only through an adapter; add adapter: {r: 16} or set "

@@ -1,4 +1,4 @@
-"""What a frozen model is: equal for a copy, another once anything that decides its scores changes."""
+"""Identity of a frozen model: equal for copies, different once anything that decides its scores changes."""
 
 import hashlib
 import json
@@ -15,53 +15,61 @@ from models.config import ModelConfig, ModelError
 from models.load import Located
 
 SCORING_VERSION = 1
-"""Raised when a change to rows or log-probs changes scores: stored ones are then not used again."""
+"""Raise it when a change to rows or log-probs changes scores, so that stored scores are not used again."""
 
-# Where a file came from and who wrote it, not what it computes.
-_VOLATILE = frozenset(
+# Keys that say where a file came from and who wrote it, not what it computes.
+_IGNORED_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision"}
 )
-_SETS = frozenset({"target_modules", "modules_to_save", "exclude_modules"})  # PEFT writes them in any order
+_UNORDERED_KEYS = frozenset(
+    {"target_modules", "modules_to_save", "exclude_modules"}
+)  # PEFT writes them in any order
 _digests: dict[tuple[str, int, int], str] = {}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """digest: 64 hex digits; parts: what it is made of, to say which one changed."""
+    """Identity of a model's scores.
+
+    digest: 64 hex digits.
+    parts:  what the digest is computed from, by name, to say which part changed.
+    """
 
     digest: str
     parts: dict[str, Any]
 
-    def changed(self, other: "Fingerprint") -> list[str]:
-        """Names of the parts in which two fingerprints differ."""
+    def list_changed_parts(self, other: "Fingerprint") -> list[str]:
+        """Return the names of the parts in which two fingerprints differ."""
         names = self.parts.keys() | other.parts.keys()
         return sorted(n for n in names if self.parts.get(n) != other.parts.get(n))
 
 
 def fingerprint(
-    located: Located,
+    files: Located,
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
     device_type: str = "cpu",
 ) -> Fingerprint:
-    """Identity of the scores that the located model gives.
+    """Compute the identity of the scores that a model gives.
 
-    Weights, config, adapter, tokenizer, chat template and its arguments, BOS/EOS rule, dtype (`auto` resolved
-    for `device_type`), quantisation and the version of the scoring code. Folder names and timestamps do not
-    count.
+    It covers weights, config, adapter, tokenizer, chat template and its arguments, BOS/EOS rule, dtype
+    (`auto` resolved for `device_type`), quantisation and the version of the scoring code. Folder names and
+    timestamps do not count.
     """
-    model = located.base_path if located.kind == "adapter" else located.path
+    model = files.base_path if files.kind == "adapter" else files.path
     assert model is not None
     parts: dict[str, Any] = {
-        "weights": _weights(model),
-        "config": _config(model / "config.json") if model.is_dir() else None,
-        "code": _files(sorted(model.glob("*.py"))) if config.trust_remote_code and model.is_dir() else None,
-        "adapter": _adapter(located.path) if located.kind == "adapter" else None,
-        "tokenizer": _tokenizer(tokenizer),
-        "chat_template": _text(_json(tokenizer.chat_template)),
-        "template_kwargs": json.loads(_json(dict(template_kwargs or {}))),
+        "weights": _hash_weights(model),
+        "config": _hash_config(model / "config.json") if model.is_dir() else None,
+        "code": _hash_files(sorted(model.glob("*.py")))
+        if config.trust_remote_code and model.is_dir()
+        else None,
+        "adapter": _hash_adapter(files.path) if files.kind == "adapter" else None,
+        "tokenizer": _hash_tokenizer(tokenizer),
+        "chat_template": _hash_text(_to_json(tokenizer.chat_template)),
+        "template_kwargs": json.loads(_to_json(dict(template_kwargs or {}))),
         "bos_eos": {
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
@@ -72,12 +80,12 @@ def fingerprint(
         "quantization": config.quantization,
         "scoring": SCORING_VERSION,
     }
-    return Fingerprint(_text(_json(parts)), parts)
+    return Fingerprint(_hash_text(_to_json(parts)), parts)
 
 
-def _weights(model: Path) -> str:
+def _hash_weights(model: Path) -> str:
     if model.is_file():
-        return _text(_file(model))
+        return _hash_text(_hash_file(model))
     index = model / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -88,45 +96,47 @@ def _weights(model: Path) -> str:
     for shard in shards:
         if not shard.exists():
             raise ModelError(f"{shard} is named by {index.name} but missing; download the model again")
-    return _files(shards)
+    return _hash_files(shards)
 
 
-def _adapter(folder: Path) -> dict[str, str]:
+def _hash_adapter(folder: Path) -> dict[str, str]:
     return {
-        "weights": _files([folder / "adapter_model.safetensors"]),
-        "config": _config(folder / "adapter_config.json"),
+        "weights": _hash_files([folder / "adapter_model.safetensors"]),
+        "config": _hash_config(folder / "adapter_config.json"),
     }
 
 
-def _config(file: Path) -> str:
+def _hash_config(file: Path) -> str:
     settings = json.loads(file.read_text(encoding="utf-8"))
-    stable = {key: value for key, value in settings.items() if key not in _VOLATILE}
-    for key in _SETS & stable.keys():
+    stable = {key: value for key, value in settings.items() if key not in _IGNORED_KEYS}
+    for key in _UNORDERED_KEYS & stable.keys():
         if isinstance(stable[key], list):
             stable[key] = sorted(stable[key])
-    return _text(_json(stable))
+    return _hash_text(_to_json(stable))
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:
         rules = json.loads(backend.to_str())
-        # Left behind by the last call, not part of the tokenizer.
+        # State of the last call, not part of the tokenizer.
         rules["truncation"] = rules["padding"] = None
-    return _text(_json([rules, tokenizer.special_tokens_map]))
+    return _hash_text(_to_json([rules, tokenizer.special_tokens_map]))
 
 
-def _files(files: Iterable[Path]) -> str:
-    """One digest of several files' names and contents."""
+def _hash_files(files: Iterable[Path]) -> str:
+    """Return one digest of several files' names and contents."""
     files = list(files)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return _text(_json([[f.name, d] for f, d in zip(files, pool.map(_file, files), strict=True)]))
+        return _hash_text(
+            _to_json([[f.name, d] for f, d in zip(files, pool.map(_hash_file, files), strict=True)])
+        )
 
 
-def _file(path: Path) -> str:
-    """SHA-256 of a file's content, read once per process as long as size and time stay."""
+def _hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, read once per process while size and mtime are unchanged."""
     place = os.path.realpath(path)
     status = os.stat(place)
     key = (place, status.st_size, status.st_mtime_ns)
@@ -136,9 +146,9 @@ def _file(path: Path) -> str:
     return _digests[key]
 
 
-def _json(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _text(value: str) -> str:
+def _hash_text(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()

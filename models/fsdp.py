@@ -15,15 +15,15 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.logprobs import Scorer, causal_model
-from models.replicated import Ranks, State, step_count, trained_weights
+from models.replicated import DistributedParallel, WeightState, place_step_count, trained_weights
 
 
-class Sharded(Ranks):
-    """Every rank holds its part of each weight, gradient and moment.
+class ShardedParallel(DistributedParallel):
+    """FSDP: every rank has one shard of each weight, gradient and moment.
 
-    Weights are put together a decoder layer at a time. The scorer is the root: embeddings, last norm and lm
+    Weights are gathered one decoder layer at a time. The scorer is the root: embeddings, last norm and lm
     head are whole while its forward and backward pass run, so the chunked head reads a plain weight. Each
-    micro-batch's gradients are reduced at once, because whole gradients are what does not fit.
+    micro-batch's gradients are reduced at once, because whole gradients do not fit into memory.
     """
 
     sharded = True
@@ -34,7 +34,7 @@ class Sharded(Ranks):
 
     def clip(self, max_norm: float | None) -> Tensor:
         """See `Parallel`."""
-        gradients = [_local(w.grad) for w in self._weights.values() if w.grad is not None]
+        gradients = [_to_local(w.grad) for w in self._weights.values() if w.grad is not None]
         squares = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
         norm = self.all_reduce_sum(squares).sqrt()
         if max_norm is not None:
@@ -46,23 +46,23 @@ class Sharded(Ranks):
     def _trained(self) -> dict[str, nn.Parameter]:
         return self._weights
 
-    def _whole(self, weight: nn.Parameter, moments: bool) -> State:
-        state = super()._whole(weight, moments)
-        return {what: _gathered(value, self.device) for what, value in state.items()}
+    def _gather_state(self, weight: nn.Parameter, moments: bool) -> WeightState:
+        state = super()._gather_state(weight, moments)
+        return {key: _gather_full_tensor(value, self.device) for key, value in state.items()}
 
-    def _put_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        self._share(weight, state["weight"])
+    def _restore_weight(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        self._copy_shard(weight, state["weight"])
         if "step" in state:
             self.optimizer.state[weight] = moments = {
-                "step": step_count(self.optimizer, state, self.device),
+                "step": place_step_count(self.optimizer, state, self.device),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
-            self._share(moments["exp_avg"], state["exp_avg"])
-            self._share(moments["exp_avg_sq"], state["exp_avg_sq"])
+            self._copy_shard(moments["exp_avg"], state["exp_avg"])
+            self._copy_shard(moments["exp_avg_sq"], state["exp_avg_sq"])
 
-    def _share(self, shard: Tensor, whole: Tensor) -> None:
-        """Copy this rank's part of a whole tensor."""
+    def _copy_shard(self, shard: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of the whole tensor into its shard."""
         assert isinstance(shard, DTensor)
         part = distribute_tensor(
             whole.to(self.device), shard.device_mesh, shard.placements, src_data_rank=None
@@ -70,38 +70,38 @@ class Sharded(Ranks):
         shard.to_local().copy_(part.to_local())
 
 
-def shard(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
-    """Split the scorer's weights over the default process group, in place, and bring the parts to `device`.
+def shard_scorer(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
+    """Shard the scorer's weights over the default process group, in place, and move the shards to `device`.
 
-    Whole weights pass through `device` one decoder layer at a time. With `offload` the parts stay in main
+    Whole weights pass through `device` one decoder layer at a time. With `offload` the shards stay in main
     memory, and AdamW steps there.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    layers = list(_layers(causal_model(scorer.model)))
+    layers = list(_iterate_layers(causal_model(scorer.model)))
     for module in (*layers, scorer):
-        # The root, too, is in parts between passes: a LoRA adapter that is switched off and on there, and
-        # weights that are put back, must meet the parts.
+        # The root is resharded between passes too: a LoRA adapter that is disabled and enabled there, and
+        # weights that are restored, must find shards.
         fully_shard(module, mesh=mesh, offload_policy=policy, reshard_after_forward=True)
-    for method in ("logits", "generate"):
-        register_fsdp_forward_method(scorer, method)
+    for method in (Scorer.logits, Scorer.generate):
+        register_fsdp_forward_method(scorer, method.__name__)
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The decoder's layers: what lies in the uppermost lists of modules."""
+def _iterate_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the decoder's layers: the entries of the outermost module lists."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _layers(child)
+            yield from _iterate_layers(child)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
-    """The whole of a sharded tensor, on `device`: shards in main memory have no collectives of their own."""
+def _gather_full_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """Gather a sharded tensor on `device`, because there are no collectives over shards in main memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     there = DTensor.from_local(

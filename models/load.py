@@ -1,7 +1,7 @@
-"""From a `ModelConfig` to a model and a tokenizer on a device, and from a model to a folder.
+"""Load the model and the tokenizer of a `ModelConfig`, and write a model to a folder.
 
-`locate` finds (or downloads) the files and refuses what cannot work before any weight is read; the others
-load from what it found. Weights are read from safetensors or GGUF alone.
+`locate_model` finds (or downloads) the files and refuses models that cannot work before any weight is read;
+the other functions load the files that it found. Weights are read only from safetensors or GGUF.
 """
 
 import os
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.adapters import add_lora, known_warnings_off, merge
+from models.adapters import add_lora, merge, silence_known_warnings
 from models.config import ModelConfig, ModelError, PolicyConfig
 from models.locate import Located, first_line, locate
 
@@ -33,10 +33,10 @@ __all__ = ["Located", "export", "load_model", "load_tokenizer", "locate"]
 _ATTENTION = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
 
 
-def load_tokenizer(located: Located, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer (an adapter's own, else its base's), with `config.chat_template` where given."""
-    places = [p for p in (located.path, located.base_path) if p is not None]
-    if located.kind == "adapter" and not any(located.path.glob("tokenizer*")):
+def load_tokenizer(files: Located, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer (an adapter's own, else its base's), with `config.chat_template` if set."""
+    places = [p for p in (files.path, files.base_path) if p is not None]
+    if files.kind == "adapter" and not any(files.path.glob("tokenizer*")):
         places.pop(0)
     place = places[0]
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -46,16 +46,16 @@ def load_tokenizer(located: Located, config: ModelConfig) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
-            f"{config.model}: no tokenizer could be loaded from {place} ({first_line(error)}); put its files "
-            "(tokenizer.json, tokenizer_config.json) beside the weights"
+            f"{config.model}: no tokenizer could be loaded from {place} ({first_line(error)}); "
+            "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
         ) from error
     if config.chat_template is not None:
-        tokenizer.chat_template = _template(config.chat_template)
+        tokenizer.chat_template = _read_chat_template(config.chat_template)
     return tokenizer
 
 
 def load_model(
-    located: Located,
+    files: Located,
     config: ModelConfig,
     *,
     device: torch.device | str,
@@ -63,37 +63,38 @@ def load_model(
     seed: int = 0,
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """Load onto `device`.
+    """Load the model onto `device`.
 
-    Frozen: no gradients, eval mode, the dtype of `config.dtype_on`; an adapter folder gives a PeftModel.
+    Frozen: no gradients, eval mode, the dtype that `config` gives for the device; an adapter folder gives a
+    PeftModel.
 
     Trainable: train mode, the model's own dropout off (the policy must start as its own reference). With
     `PolicyConfig.adapter` the base is frozen in its dtype behind a new float32 LoRA drawn from `seed`;
     without, every weight is a float32 master (run the step under autocast for bfloat16). An adapter folder is
-    merged first: the policy's start is base and adapter. `activation_checkpointing` trades time for memory.
+    merged first: the policy starts as base plus adapter. `activation_checkpointing` trades time for memory.
 
-    Raises ModelError for weights missing from the files, and where quantisation does not run on this machine.
+    Raises ModelError for weights missing from the files, and if quantisation does not run on this machine.
     """
     device = torch.device(device)
     lora = config.adapter if trainable and isinstance(config, PolicyConfig) else None
-    whole = trainable and lora is None
+    full_training = trainable and lora is None
     _check_device(config, device, trainable)
-    dtype = torch.float32 if whole else getattr(torch, config.dtype_on(device.type))
-    model: PreTrainedModel | PeftModel = _load_base(located, config, device, dtype)
-    if located.kind == "adapter":
-        model = _with_adapter(model, located, config)
+    dtype = torch.float32 if full_training else getattr(torch, config.dtype_on(device.type))
+    model: PreTrainedModel | PeftModel = _load_base(files, config, device, dtype)
+    if files.kind == "adapter":
+        model = _load_adapter(model, files, config)
     if not trainable:
         return model.requires_grad_(False).eval()
-    if located.kind == "adapter":
+    if files.kind == "adapter":
         if config.quantization != "none":
             raise ModelError(
                 f"{config.model}: an adapter cannot be merged into a quantised base without loss before "
                 "training; set quantization: none, or export base and adapter as one model first"
             )
         model = merge(model)
-    _dropout_off(model)
+    _disable_dropout(model)
     if activation_checkpointing:
-        _checkpoint_activations(model)
+        _enable_activation_checkpointing(model)
     if lora is not None:
         return add_lora(model, lora, seed=seed).train()
     return model.requires_grad_(True).train()
@@ -102,9 +103,9 @@ def load_model(
 def export(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
 ) -> Path:
-    """Write a model (or an adapter alone) with its tokenizer as safetensors and JSON; returns the folder.
+    """Write a model (or an adapter alone) with its tokenizer as safetensors and JSON; return the folder.
 
-    Files appear under their final names only when whole; weights of an earlier export there are replaced.
+    Files appear under their final names only when complete; weights of an earlier export there are replaced.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,8 @@ def export(
 def _check_device(config: ModelConfig, device: torch.device, trainable: bool) -> None:
     if device.type != "cpu":
         return
-    # With a GPU here, the model may be on its way there in shards; `models.parallel.prepare` looks again.
+    # With a GPU, the model may be here only to be sharded onto it; `models.parallel.prepare_parallel` checks
+    # again.
     if config.attention == "flex" and not torch.cuda.is_available():
         raise ModelError(
             f"{config.model}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on "
@@ -141,9 +143,9 @@ def _check_device(config: ModelConfig, device: torch.device, trainable: bool) ->
 
 
 def _load_base(
-    located: Located, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    files: Located, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    path = located.base_path if located.kind == "adapter" else located.path
+    path = files.base_path if files.kind == "adapter" else files.path
     assert path is not None
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -153,12 +155,12 @@ def _load_base(
     if _ATTENTION[config.attention] is not None:
         arguments["attn_implementation"] = _ATTENTION[config.attention]
     if config.quantization != "none":
-        arguments["quantization_config"] = _bitsandbytes(config, dtype)
+        arguments["quantization_config"] = _build_quantization_config(config, dtype)
     if path.suffix == ".gguf":
         arguments["gguf_file"], source = path.name, path.parent
     else:
         arguments["use_safetensors"], source = True, path
-        # Straight onto the device: a large model may not fit into main memory, a quantised one cannot be
+        # Load directly onto the device: a large model may not fit into main memory, a quantised one cannot be
         # moved.
         if device.type != "cpu" or config.quantization != "none":
             arguments["device_map"] = {"": device}
@@ -175,7 +177,7 @@ def _load_base(
             "they would be random. Give a complete model (an adapter must be merged before it is saved whole)"
         )
     if path.suffix == ".gguf":
-        model = _without_gguf(model, dtype)
+        model = _copy_without_gguf(model, dtype)
     if config.quantization == "none":
         return model.to(device)
     _check_quantized(model, config)
@@ -183,7 +185,7 @@ def _load_base(
 
 
 def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Run three tokens: whether the kernels suit this device and these shapes shows only when they run."""
+    """Run three tokens: only a run shows whether the kernels support this device and these shapes."""
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 3, dtype=torch.long, device=model.device))
@@ -194,8 +196,8 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
         ) from error
 
 
-def _without_gguf(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same weights in a model that can be saved: transformers writes none that was read from GGUF."""
+def _copy_without_gguf(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Copy the weights into a model that can be saved: transformers saves no model read from GGUF."""
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     config = type(model.config).from_dict(settings)
@@ -208,7 +210,7 @@ def _without_gguf(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     return plain
 
 
-def _bitsandbytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _build_quantization_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     try:
         import bitsandbytes  # noqa: F401  (transformers' own message comes late and hides the reason)
     except (ImportError, RuntimeError, OSError) as error:
@@ -226,28 +228,28 @@ def _bitsandbytes(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig
     )
 
 
-def _with_adapter(base: PreTrainedModel, located: Located, config: ModelConfig) -> PeftModel:
+def _load_adapter(base: PreTrainedModel, files: Located, config: ModelConfig) -> PeftModel:
     try:
-        with known_warnings_off(), warnings.catch_warnings():
+        with silence_known_warnings(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
-            model = PeftModel.from_pretrained(base, str(located.path), torch_device=str(base.device))
+            model = PeftModel.from_pretrained(base, str(files.path), torch_device=str(base.device))
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"adapter {config.model} does not fit its base {located.base_path}: {first_line(error)}; "
+            f"adapter {config.model} does not fit its base {files.base_path}: {first_line(error)}; "
             "give the base it was trained on as base: <model>"
         ) from error
-    with safe_open(located.path / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(files.path / "adapter_model.safetensors", framework="pt") as file:
         missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(file.keys())
     if missing:
         raise ModelError(
-            f"adapter {config.model} lacks {len(missing)} weights its config asks for, such as "
+            f"adapter {config.model} lacks {len(missing)} weights that its config requires, such as "
             f"{min(missing)}; save the adapter again, or give the base it was trained on as base: <model>"
         )
     return model
 
 
-def _dropout_off(model: nn.Module) -> None:
-    """Set every dropout rate of the model to 0; its config keeps what it says."""
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of the model to 0; its config is not changed."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -256,14 +258,14 @@ def _dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers renamed this in the course of version 5.
+def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    # transformers renamed this during version 5.
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _template(given: str) -> str:
-    """The text of a chat template given as a file or as itself."""
+def _read_chat_template(given: str) -> str:
+    """Return the text of a chat template that is given as a file or as the text."""
     if "{" in given:
         return given
     file = Path(given).expanduser()
@@ -272,22 +274,24 @@ def _template(given: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def max_positions(located: Located, config: ModelConfig) -> int | None:
-    """The longest row the model has positions for, as its config says; None where it names no limit.
+def max_positions(files: Located, config: ModelConfig) -> int | None:
+    """Read from the model's config the longest row that it has positions for; None if it names no limit.
 
-    Raises ModelError for an architecture that transformers does not have, or that brings code of its own.
+    Raises ModelError for an architecture that transformers does not have, or that comes with its own code.
     """
-    place = located.base_path or located.path
+    place = files.base_path or files.path
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if place.suffix == ".gguf":
         place, arguments["gguf_file"] = place.parent, place.name
     try:
         settings = AutoConfig.from_pretrained(place, **arguments).get_text_config()
     except (OSError, ValueError, KeyError) as error:
-        own = "auto_map" in (place / "config.json").read_text(encoding="utf-8") if place.is_dir() else False
+        custom_code = (
+            "auto_map" in (place / "config.json").read_text(encoding="utf-8") if place.is_dir() else False
+        )
         remedy = (
             "it brings code of its own: read it, then set trust_remote_code: true if you trust it"
-            if own and not config.trust_remote_code
+            if custom_code and not config.trust_remote_code
             else "use a causal language model that the installed transformers knows"
         )
         raise ModelError(

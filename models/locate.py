@@ -1,4 +1,4 @@
-"""Where a model's files lie: a local folder, a file, or the hub's cache; what cannot work is refused here."""
+"""Find a model's files: a local folder, a file, or the hub's cache; models that cannot work are refused."""
 
 import json
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from huggingface_hub.errors import (
 
 from models.config import ModelConfig, ModelError
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model")
-_UNWANTED = ("onnx/*", "original/*", "*/*.safetensors")
+_ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model")
+_IGNORE_PATTERNS = ("onnx/*", "original/*", "*/*.safetensors")
 _PROMPT_ADAPTERS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"})
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model's files lie.
+    """The location of a model's files.
 
     path:      model folder, .gguf file or adapter folder.
-    base_path: for an adapter, where its base lies (a folder or .gguf file).
+    base_path: for an adapter, the path of its base (a folder or .gguf file).
     kind:      which of the three `path` is.
-    revision:  the hub commit, where it came from the hub; pins it in the run's record.
+    revision:  the commit of a hub model; pins it in the run's record.
     """
 
     path: Path
@@ -45,7 +45,7 @@ def locate(config: ModelConfig) -> Located:
     reachable nor cached, a folder that holds no model, weights in a pickle only, or an architecture that is
     not a causal LM.
     """
-    path, revision = _fetch(config)
+    path, revision = _fetch_files(config)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
@@ -54,28 +54,31 @@ def locate(config: ModelConfig) -> Located:
         return Located(path, None, "gguf", revision)
     if (path / "adapter_config.json").exists():
         return _locate_adapter(config, path, revision)
-    gguf = _gguf_in(config, path)
+    gguf = _find_gguf(config, path)
     if gguf is not None:
         return Located(gguf, None, "gguf", revision)
     _check_folder(config, path)
     return Located(path, None, "folder", revision)
 
 
-def _fetch(config: ModelConfig) -> tuple[Path, str | None]:
-    """The local path of what `config.model` names, and its hub commit."""
+def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
+    """Return the local path of the model, downloaded if it is on the hub, and its hub commit."""
     local = Path(config.model).expanduser()
     if local.exists():
         return local.resolve(), None
-    if _looks_local(config.model):
+    if _is_local_path(config.model):
         raise ModelError(
             f"model {config.model}: there is no such file or folder; correct the path, or give a hub id"
         )
-    wanted = [config.gguf_file, *_WANTED] if config.gguf_file else list(_WANTED)
-    wanted += ["*.py"] if config.trust_remote_code else []
+    patterns = [config.gguf_file, *_ALLOW_PATTERNS] if config.gguf_file else list(_ALLOW_PATTERNS)
+    patterns += ["*.py"] if config.trust_remote_code else []
     try:
         snapshot = Path(
             snapshot_download(
-                config.model, revision=config.revision, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)
+                config.model,
+                revision=config.revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_IGNORE_PATTERNS),
             )
         )
     except GatedRepoError as error:
@@ -103,12 +106,12 @@ def _fetch(config: ModelConfig) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def _looks_local(name: str) -> bool:
+def _is_local_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
 def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Located:
-    settings = _json(path / "adapter_config.json")
+    settings = _read_json(path / "adapter_config.json")
     if settings.get("peft_type") in _PROMPT_ADAPTERS:
         raise ModelError(
             f"{config.model}: {settings['peft_type']} adapters add virtual tokens and cannot be scored "
@@ -142,7 +145,7 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Lo
     return Located(path, found.path, "adapter", revision)
 
 
-def _gguf_in(config: ModelConfig, path: Path) -> Path | None:
+def _find_gguf(config: ModelConfig, path: Path) -> Path | None:
     if config.gguf_file is not None:
         file = path / config.gguf_file
         if not file.is_file():
@@ -173,7 +176,7 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
             else "copy them there"
         )
         raise ModelError(f"{config.model} ({path}) has no *.safetensors weights; {remedy}")
-    settings = _json(path / "config.json")
+    settings = _read_json(path / "config.json")
     if settings.get("is_encoder_decoder"):
         raise ModelError(
             f"{config.model} ({settings.get('model_type')}) is an encoder-decoder; use a decoder-only "
@@ -181,7 +184,7 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
         )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -194,5 +197,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages some libraries add."""
+    """Return the first line of an error's message, without the pages that some libraries add."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__

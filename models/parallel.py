@@ -1,9 +1,10 @@
-"""One small interface to an optimizer step, whatever number of processes takes it and however they share it.
+"""One small interface to an optimizer step, for any number of processes and every parallel strategy.
 
-The training step is the same text for all: `with parallel.accumulate(last): ...; parallel.backward(loss)` per
-micro-batch, then `clip`, `step`, `zero_grad`. Gradients are averaged over ranks, so a loss that is a sum over
-the global batch is multiplied by `world_size` first. Autocast, float32 masters and AdamW are the same for all
-strategies, and so are the steps; what one strategy `saved`, another can `restore`.
+The training step is the same code for all: `with parallel.accumulate(last): ...; parallel.backward(loss)` per
+micro-batch, then gradient clipping, `step` and `zero_grad`. Gradients are averaged over ranks, so a loss that
+is a sum over the global batch is multiplied by `world_size` first. Autocast, float32 masters and AdamW are
+the same for all strategies, and so are the steps; state saved under one strategy can be restored under
+another.
 """
 
 from collections.abc import Mapping
@@ -14,17 +15,23 @@ import torch.distributed as dist
 from torch import nn
 
 from models.config import ModelError
-from models.fsdp import Sharded, shard
+from models.fsdp import ShardedParallel, shard_scorer
 from models.logprobs import Scorer, causal_model
-from models.replicated import Parallel, Replicated, group_of_one, together, trained_weights
-from models.zero import Zero
+from models.replicated import (
+    Parallel,
+    ReplicatedParallel,
+    ensure_process_group,
+    together,
+    trained_weights,
+)
+from models.zero import ZeroParallel
 
 __all__ = [
     "Parallel",
-    "Replicated",
-    "Sharded",
+    "ReplicatedParallel",
+    "ShardedParallel",
     "Strategy",
-    "Zero",
+    "ZeroParallel",
     "prepare",
     "shards",
     "together",
@@ -52,49 +59,51 @@ def prepare(
     AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); biases and norms are not decayed.
 
     Args:
-        scorer: already on `device`, or on the CPU where `shards` says so.
+        scorer: already on `device`, or on the CPU if `has_sharded_weights`.
         strategy: ddp; fsdp (torch's `fully_shard`); deepspeed (ZeRO), also for one process.
         zero_stage: of deepspeed, 1 to 3.
-        offload: with fsdp and deepspeed, keep what is split in main memory and step there.
-        precision: dtype that callers run the scorer under with autocast; float32 for none.
-        device: what this process computes on.
+        offload: with fsdp and deepspeed, keep what is sharded in main memory and step there.
+        precision: dtype of the autocast that callers run the scorer under; float32 for no autocast.
+        device: the device that this process computes on.
 
     Raises:
-        ModelError: there is nothing to train, or the model cannot be trained so.
+        ModelError: there is nothing to train, or the model cannot be trained with these settings.
     """
     trained = trained_weights(scorer)
     if not trained:
         raise ModelError("the policy has no weight to train; load it with trainable=True")
-    _refuse_attention(scorer, device)
+    _refuse_flex_on_cpu(scorer, device)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if strategy == "deepspeed":
         _refuse_quantized(scorer, split=zero_stage == 3)
-        group_of_one(device)
-        groups = _groups(trained, weight_decay)
-        return Zero(scorer, groups, settings, device, stage=zero_stage, offload=offload, precision=precision)
+        ensure_process_group(device)
+        groups = _build_parameter_groups(trained, weight_decay)
+        return ZeroParallel(
+            scorer, groups, settings, device, stage=zero_stage, offload=offload, precision=precision
+        )
     split = strategy == "fsdp" and (several or offload)
     if split:
         _refuse_quantized(scorer, split=True)
-        group_of_one(device)
-        shard(scorer, device=device, offload=offload)
+        ensure_process_group(device)
+        shard_scorer(scorer, device=device, offload=offload)
         trained = trained_weights(scorer)
     fused = (device.type == "cuda" and not (split and offload)) or None
-    optimizer = torch.optim.AdamW(_groups(trained, weight_decay), **settings, fused=fused)
+    optimizer = torch.optim.AdamW(_build_parameter_groups(trained, weight_decay), **settings, fused=fused)
     if split:
-        return Sharded(scorer, optimizer, device)
-    return (Replicated if several else Parallel)(scorer, optimizer, device)
+        return ShardedParallel(scorer, optimizer, device)
+    return (ReplicatedParallel if several else Parallel)(scorer, optimizer, device)
 
 
 def shards(strategy: Strategy, zero_stage: int, *, workers: int, offload: bool = False) -> bool:
-    """Whether weights are split or kept in main memory, and so are read there first."""
+    """Return whether weights are sharded or offloaded, and so must be loaded into main memory first."""
     if strategy == "deepspeed":
         return zero_stage == 3
     return strategy == "fsdp" and (workers > 1 or offload)
 
 
-def _groups(trained: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices decay, biases and norms do not."""
+def _build_parameter_groups(trained: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Build AdamW's parameter groups: matrices decay, biases and norms do not."""
     groups: list[dict[str, Any]] = [
         {"params": [w for w in trained.values() if w.dim() >= 2], "weight_decay": weight_decay},
         {"params": [w for w in trained.values() if w.dim() < 2], "weight_decay": 0.0},
@@ -110,7 +119,7 @@ def _refuse_quantized(scorer: Scorer, *, split: bool) -> None:
         )
 
 
-def _refuse_attention(scorer: Scorer, device: torch.device) -> None:
+def _refuse_flex_on_cpu(scorer: Scorer, device: torch.device) -> None:
     if device.type == "cpu" and causal_model(scorer.model).config._attn_implementation == "flex_attention":
         raise ModelError(
             "attention: flex has no backward pass on a CPU; set attention: sdpa, or train on a GPU"

@@ -1,7 +1,8 @@
-"""What a training step is taken with, where every process holds the whole model.
+"""Parallel strategies in which every process has the whole model.
 
-`Parallel` is one process and the interface of all strategies, `Replicated` is DDP. `models.fsdp` and
-`models.zero` have those that split the model; `models.parallel.prepare` chooses.
+`Parallel` is a single process and the interface of all strategies, `ReplicatedParallel` is DDP. The
+strategies that shard the model are in `models.fsdp` and `models.zero`; `models.parallel.prepare_parallel`
+chooses.
 """
 
 import atexit
@@ -18,16 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from models.config import ModelError
 from models.logprobs import Scorer
 
-State = dict[str, Tensor]
-"""Of one trained weight: `weight` and, once AdamW has stepped, `exp_avg`, `exp_avg_sq` and `step`."""
+WeightState = dict[str, Tensor]
+"""State of one trained weight: `weight` and, once AdamW has stepped, `exp_avg`, `exp_avg_sq` and `step`."""
 
 
 class Parallel:
-    """One process: the scorer, its AdamW, no communication.
+    """A single process: the scorer and its AdamW, without communication.
 
     module:    call it with rows for log-probs with gradient.
-    sharded:   a forward pass is a collective of all ranks, and no rank holds whole weights.
-    unwrapped: the scorer itself, for scoring without gradient and for `models.adapters.adapter_off`.
+    sharded:   whether a forward pass is a collective of all ranks and no rank has whole weights.
+    unwrapped: the scorer itself, for scoring without gradient and for disabling its adapter.
     """
 
     sharded = False
@@ -40,17 +41,17 @@ class Parallel:
 
     @property
     def rank(self) -> int:
-        """This process's number, 0..world_size-1."""
+        """Rank of this process, 0..world_size-1."""
         return 0
 
     @property
     def world_size(self) -> int:
-        """How many processes share a step."""
+        """Number of processes that share a step."""
         return 1
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch; `last` marks the step's last one."""
+        """Context for forward and backward of a micro-batch; `last` marks the step's last one."""
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -58,23 +59,23 @@ class Parallel:
         loss.backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Have gradients scaled to a global norm of at most `max_norm` (None: left as they are).
+        """Scale the gradients to a global norm of at most `max_norm` (None: no scaling).
 
-        Returns the whole gradient's norm before that; no weight is touched yet.
+        Returns the whole gradient's norm before scaling; no weight is changed yet.
         """
         bound = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_(list(self._trained().values()), bound)
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Clear all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, value: float) -> None:
-        """Use `value` from the next step on."""
+        """Use learning rate `value` from the next step on."""
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
@@ -83,83 +84,88 @@ class Parallel:
         return tensor
 
     def on_any_rank(self, flag: bool) -> bool:
-        """Whether a forward pass must be run here because `flag` is set on some rank.
+        """Return whether this rank must run a forward pass because `flag` is set on some rank.
 
-        Only sharded weights need the ranks in step; elsewhere each decides for itself.
+        Only sharded weights need all ranks in the same forward passes; otherwise each rank decides by its own
+        flag.
         """
         if not self.sharded:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)))
 
-    def saved(self, *, moments: bool = True) -> Iterator[tuple[str, State]]:
-        """Each trained weight (the adapter's alone where there is one) in turn, whole, with AdamW's moments.
+    def saved(self, *, moments: bool = True) -> Iterator[tuple[str, WeightState]]:
+        """Yield name and full state of each trained weight (only the adapter's if there is one).
 
-        `{"weight", "exp_avg", "exp_avg_sq", "step"}`, detached, on whatever device, the moments where there
-        are any yet. A tied weight comes once. Every rank iterates to the end: shards are put together on the
-        way, one weight at a time. The same whatever the strategy and the number of ranks.
+        The state is `{"weight", "exp_avg", "exp_avg_sq", "step"}`, detached, on any device; before the first
+        step, and without `moments`, only the weight. A tied weight is yielded once. Every rank must iterate
+        to the end: shards are gathered on the way, one weight at a time. The state is the same for all
+        strategies and numbers of ranks.
         """
         for name, weight in self._trained().items():
-            yield name, self._whole(weight, moments)
+            yield name, self._gather_state(weight, moments)
 
     def restore(self, read: Callable[[str], Mapping[str, Tensor]], names: Collection[str]) -> None:
-        """Put back what `saved` gave, on every rank; without moments, the weights alone.
+        """Restore the state that `iterate_full_state` yielded, on every rank; without moments, only weights.
 
-        `read` gives a weight's whole tensors by its name, `names` are all that it knows. Raises ModelError
-        where names or shapes differ.
+        `read` returns a weight's full tensors by its name, `names` are all names that it knows. Raises
+        ModelError if names or shapes differ.
         """
         trained = self._trained()
         _check_names(trained, names)
         with torch.no_grad():
             for name, weight in trained.items():
                 state = read(name)
-                _check_shape(name, self._shape(weight), state["weight"])
-                self._put_back(weight, state)
+                _check_shape(name, self._get_full_shape(weight), state["weight"])
+                self._restore_weight(weight, state)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return trained_weights(self.unwrapped)
 
-    def _shape(self, weight: nn.Parameter) -> torch.Size:
+    def _get_full_shape(self, weight: nn.Parameter) -> torch.Size:
         return weight.shape
 
-    def _whole(self, weight: nn.Parameter, moments: bool) -> State:
+    def _gather_state(self, weight: nn.Parameter, moments: bool) -> WeightState:
         state = self.optimizer.state.get(weight, {}) if moments else {}
-        return {"weight": weight.detach()} | {what: value.detach() for what, value in state.items()}
+        return {"weight": weight.detach()} | {key: value.detach() for key, value in state.items()}
 
-    def _put_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+    def _restore_weight(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         weight.copy_(state["weight"])
         if "step" in state:
-            moments = {what: state[what].to(weight, copy=True) for what in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[weight] = {"step": step_count(self.optimizer, state, self.device)} | moments
+            moments = {key: state[key].to(weight, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {
+                "step": place_step_count(self.optimizer, state, self.device)
+            } | moments
 
 
-_LONGEST_PROBLEM = 2048  # bytes
+_MAX_MESSAGE_BYTES = 2048
 
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """Around what each rank does for itself: a ModelError of one is raised by all, and none is left waiting.
+    """Context for work that each rank does on its own: a ModelError of one rank is raised on all of them.
 
-    Every rank of the default process group enters; without one it is the error itself.
+    No rank is then left waiting in a collective. Every rank of the default process group must enter; without
+    a group the error is raised again.
     """
-    problem = ""
+    message = ""
     try:
         yield
     except ModelError as error:
-        problem = str(error)
+        message = str(error)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        mine = torch.zeros(_LONGEST_PROBLEM, dtype=torch.uint8)
-        said = problem.encode()[:_LONGEST_PROBLEM]
-        mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
-        all_said = [torch.zeros_like(mine, device=device) for _ in range(dist.get_world_size())]
-        dist.all_gather(all_said, mine.to(device))
-        texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in all_said]
-        problem = next(filter(None, texts), "")
-    if problem:
-        raise ModelError(problem)
+        buffer = torch.zeros(_MAX_MESSAGE_BYTES, dtype=torch.uint8)
+        encoded = message.encode()[:_MAX_MESSAGE_BYTES]
+        buffer[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else 0
+        gathered = [torch.zeros_like(buffer, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, buffer.to(device))
+        messages = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
+        message = next(filter(None, messages), "")
+    if message:
+        raise ModelError(message)
 
 
-class Ranks(Parallel):
-    """Several processes of the default process group."""
+class DistributedParallel(Parallel):
+    """A strategy of several processes: the ranks of the default process group."""
 
     @property
     def rank(self) -> int:
@@ -177,12 +183,12 @@ class Ranks(Parallel):
         return tensor
 
 
-class Replicated(Ranks):
-    """DDP (Li et al. 2020, arXiv:2006.15704): every rank holds the model, gradients are averaged."""
+class ReplicatedParallel(DistributedParallel):
+    """DDP (Li et al. 2020, arXiv:2006.15704): every rank has the whole model, gradients are averaged."""
 
     def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         super().__init__(scorer, optimizer, device)
-        # Buffers (rotary frequencies) never change; torch renamed the switch in version 2.13.
+        # Buffers (rotary frequencies) never change; torch renamed this option in version 2.13.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
@@ -191,7 +197,7 @@ class Replicated(Ranks):
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """See `Parallel`; only the last micro-batch's backward exchanges gradients."""
+        """See `Parallel`; only the last micro-batch's backward reduces gradients."""
         if last:
             yield
         else:
@@ -200,24 +206,26 @@ class Replicated(Ranks):
 
 
 def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights with gradient by name; a tied weight once, under its first name."""
+    """Return the weights with gradient by name; a tied weight once, under its first name."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def step_count(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """A saved step count where AdamW keeps it: on the CPU, or with the weights in its fused form."""
+def place_step_count(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], device: torch.device
+) -> Tensor:
+    """Copy a saved step count to where AdamW keeps it: the CPU, or `device` in its fused form."""
     return state["step"].to(device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
-def group_of_one(device: torch.device) -> None:
-    """Make the default process group of this process alone, unless there is one; it lasts as long as that."""
+def ensure_process_group(device: torch.device) -> None:
+    """Create a default process group of this process alone unless a group exists; it is destroyed at exit."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(_leave_group)
+        atexit.register(_destroy_process_group)
 
 
-def _leave_group() -> None:
+def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

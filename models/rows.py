@@ -1,11 +1,11 @@
-"""Token ids -> the rectangular tensors one forward pass takes.
+"""Token ids -> the rectangular tensors of one forward pass.
 
-Two layouts, with equal log-probs:
+Two layouts with equal log-probs:
 
 plain   one row per (prompt, response), padded on the right:           P P P a a a .
-shared  one row per prompt, its responses behind it, each of which
-        sees the prompt and itself only, at positions that start over
-        after the prompt:                                              P P P a a a b b
+shared  one row per prompt followed by its responses, each of which
+        attends only to the prompt and itself, at positions that
+        restart after the prompt:                                      P P P a a a b b
 
 The last token of a response predicts nothing, so it is a target and never an input.
 """
@@ -24,7 +24,7 @@ Ids = Sequence[int] | np.ndarray
 
 
 class Prompted(NamedTuple):
-    """One prompt and the 1..n responses to score behind it."""
+    """One prompt and its 1..n responses to score."""
 
     prompt: Ids
     responses: Sequence[Ids]
@@ -32,18 +32,18 @@ class Prompted(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of width T that hold S response sequences with N response tokens in all.
+    """R rows of width T that contain S response sequences with N response tokens in all.
 
-    input_ids:    (R, T) int64.
-    position_ids: (R, T) int64; 0 on padding.
-    segments:     (R, T) int32; 0 = prompt, j = j-th response of the row, -1 = padding.
-    predictors:   (N,) int64; index into the flattened R * T positions of the state that predicts a token.
-    targets:      (N,) int64; the token it predicts.
-    sequences:    (N,) int64; the sequence, 0..S-1, that the token belongs to.
-    lengths:      (S,) int64; response tokens per sequence.
-    shared:       whether a row may hold several responses.
-    tokens:       input tokens that are not padding.
-    attended:     (query, key) pairs the attention mask allows, for counting operations.
+    input_ids:      (R, T) int64.
+    position_ids:   (R, T) int64; 0 on padding.
+    segments:       (R, T) int32; 0 = prompt, j = j-th response of the row, -1 = padding.
+    predictors:     (N,) int64; index into the flattened R * T positions of the state that predicts a token.
+    targets:        (N,) int64; the predicted token.
+    sequences:      (N,) int64; the sequence, 0..S-1, that the token belongs to.
+    lengths:        (S,) int64; response tokens per sequence.
+    shared:         whether a row may contain several responses.
+    tokens:         input tokens that are not padding.
+    attended_pairs: (query, key) pairs that the attention mask allows, for counting operations.
     """
 
     input_ids: Tensor
@@ -55,7 +55,7 @@ class Rows:
     lengths: Tensor
     shared: bool
     tokens: int
-    attended: int
+    attended_pairs: int
 
     @property
     def padding(self) -> float:
@@ -68,14 +68,14 @@ class Rows:
         return self.targets.numel()
 
     def to(self, device: torch.device | str) -> "Rows":
-        """The same rows on `device`."""
+        """Copy the rows to `device`."""
         names = ("input_ids", "position_ids", "segments", "predictors", "targets", "sequences", "lengths")
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
 
-    def mask(self) -> Tensor:
-        """(R, 1, T, T) bool, True where a query may look at a key; built on the rows' device.
+    def build_mask(self) -> Tensor:
+        """Build the (R, 1, T, T) bool mask on the rows' device, True where a query may attend to a key.
 
-        Every position sees itself, padding too, so that no softmax runs over nothing.
+        Every position attends to itself, padding too, so that no softmax is over an empty set.
         """
         place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         query, key = self.segments[:, None, :, None], self.segments[:, None, None, :]
@@ -83,42 +83,42 @@ class Rows:
 
 
 def build_rows(groups: Sequence[Prompted], *, shared: bool, pad_id: int) -> Rows:
-    """Lay out `groups`; sequences are numbered group by group, response by response.
+    """Build the rows of `groups`; sequences are numbered group by group, response by response.
 
-    No groups give one row of padding without any sequence: a rank with nothing to do still takes part in
-    collectives. Raises ModelError for an empty prompt (nothing would predict the first response token: the
-    tokenizer must add BOS) and for an empty response.
+    Without groups the result is one row of padding and no sequence, so that a rank with nothing to do still
+    takes part in collectives. Raises ModelError for an empty prompt (nothing would predict the first response
+    token: the tokenizer must add BOS) and for an empty response.
     """
-    cells = [
+    layouts = [
         _Row(np.asarray(group.prompt, dtype=np.int64), [np.asarray(r, dtype=np.int64) for r in part])
         for number, group in enumerate(groups)
-        for part in _parts(number, group, shared)
+        for part in _split_into_rows(number, group, shared)
     ]
-    width = max((row.width for row in cells), default=1)
-    ids = np.full((max(len(cells), 1), width), pad_id, dtype=np.int64)
+    width = max((row.width for row in layouts), default=1)
+    ids = np.full((max(len(layouts), 1), width), pad_id, dtype=np.int64)
     positions = np.zeros_like(ids)
     segments = np.full(ids.shape, -1, dtype=np.int32)
     predictors: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    for number, row in enumerate(cells):
-        for start, segment, tokens, first_position in row.pieces():
+    for number, row in enumerate(layouts):
+        for start, segment, tokens, first_position in row.split_segments():
             span = slice(start, start + len(tokens))
             ids[number, span], segments[number, span] = tokens, segment
             positions[number, span] = np.arange(first_position, first_position + len(tokens))
-        predictors += [number * width + p for p in row.predictors()]
+        predictors += [number * width + p for p in row.find_predictors()]
         targets += row.responses
     lengths = np.array([len(t) for t in targets], dtype=np.int64)
     return Rows(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         segments=torch.from_numpy(segments),
-        predictors=torch.from_numpy(_joined(predictors)),
-        targets=torch.from_numpy(_joined(targets)),
+        predictors=torch.from_numpy(_concatenate_ids(predictors)),
+        targets=torch.from_numpy(_concatenate_ids(targets)),
         sequences=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         lengths=torch.from_numpy(lengths),
         shared=shared,
-        tokens=sum(row.width for row in cells),
-        attended=sum(row.attended() for row in cells),
+        tokens=sum(row.width for row in layouts),
+        attended_pairs=sum(row.count_attended_pairs() for row in layouts),
     )
 
 
@@ -131,30 +131,32 @@ class _Row:
     def width(self) -> int:
         return len(self.prompt) + sum(len(r) - 1 for r in self.responses)
 
-    def pieces(self) -> list[tuple[int, int, np.ndarray, int]]:
-        """(first column, segment, tokens, first position) of the prompt and of each response."""
-        pieces = [(0, 0, self.prompt, 0)]
+    def split_segments(self) -> list[tuple[int, int, np.ndarray, int]]:
+        """Return (first column, segment, tokens, first position) of the prompt and of each response."""
+        segments = [(0, 0, self.prompt, 0)]
         column = len(self.prompt)
         for number, response in enumerate(self.responses, start=1):
-            pieces.append((column, number, response[:-1], len(self.prompt)))
+            segments.append((column, number, response[:-1], len(self.prompt)))
             column += len(response) - 1
-        return pieces
+        return segments
 
-    def predictors(self) -> list[np.ndarray]:
-        """Per response the columns that predict its tokens: the prompt's last one, then its own."""
+    def find_predictors(self) -> list[np.ndarray]:
+        """Return per response the columns that predict its tokens: the prompt's last one, then its own."""
         last = len(self.prompt) - 1
         return [
-            np.r_[last, start : start + len(tokens)] for start, segment, tokens, _ in self.pieces() if segment
+            np.r_[last, start : start + len(tokens)]
+            for start, segment, tokens, _ in self.split_segments()
+            if segment
         ]
 
-    def attended(self) -> int:
+    def count_attended_pairs(self) -> int:
         prompt = len(self.prompt)
         pairs = prompt * (prompt + 1) // 2
         return pairs + sum((n := len(r) - 1) * prompt + n * (n + 1) // 2 for r in self.responses)
 
 
-def _parts(number: int, group: Prompted, shared: bool) -> list[list[Ids]]:
-    """The responses of a group, row by row."""
+def _split_into_rows(number: int, group: Prompted, shared: bool) -> list[list[Ids]]:
+    """Return the responses of each row of a group; refuse a group without tokens to score."""
     if len(group.prompt) == 0:
         raise ModelError(
             f"prompt {number} of the batch has no tokens, so nothing predicts its responses' first token; "
@@ -168,5 +170,5 @@ def _parts(number: int, group: Prompted, shared: bool) -> list[list[Ids]]:
     return [list(group.responses)] if shared else [[r] for r in group.responses]
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
+def _concatenate_ids(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)

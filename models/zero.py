@@ -1,7 +1,7 @@
 """ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) through DeepSpeed's engine.
 
 Stage 1 splits the moments over the ranks, stage 2 the gradients too, stage 3 the weights as well. DeepSpeed
-is imported when a `Zero` is made.
+is imported when a `ZeroParallel` is created.
 """
 
 import logging
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 
 from models.config import ModelError
 from models.logprobs import Scorer
-from models.replicated import Ranks, State, step_count, trained_weights
+from models.replicated import DistributedParallel, WeightState, place_step_count, trained_weights
 
 # Elements of a gradient bucket: 200 MB, where DeepSpeed's own 2 GB would crowd a small device.
-_BUCKET = 50_000_000
-# Elements up to which stage 3 keeps a weight whole on every rank, once it is there.
-PERSISTENT = 100_000
+_BUCKET_ELEMENTS = 50_000_000
+# Elements up to which stage 3 keeps a weight whole on every rank, once it is gathered.
+PERSISTENCE_THRESHOLD = 100_000
 
 
-class Zero(Ranks):
-    """A DeepSpeed engine behind the verbs of all strategies.
+class ZeroParallel(DistributedParallel):
+    """A DeepSpeed engine behind the interface of all strategies.
 
-    The step is AdamW's on float32 masters, and autocast is DeepSpeed's own in `precision` with everything
-    communicated in float32, so that numbers are those of the other strategies. Frozen weights keep their
+    The step is AdamW's on float32 masters, and autocast is DeepSpeed's own in `precision` with all
+    communication in float32, so that results equal those of the other strategies. Frozen weights keep their
     dtype.
 
     Args:
         groups: AdamW's parameter groups.
         settings: AdamW's lr, betas and eps.
         stage: 1, 2 or 3.
-        offload: keep moments in main memory and step there (in stage 3 the weights' parts, too).
+        offload: keep moments in main memory and step there (in stage 3 the weights' partitions too).
     """
 
     def __init__(
@@ -50,27 +50,27 @@ class Zero(Ranks):
         offload: bool,
         precision: torch.dtype,
     ) -> None:
-        deepspeed = _deepspeed(device)
+        deepspeed = _import_deepspeed(device)
         self.stage, self.sharded = stage, stage == 3
-        config = _config(stage, offload=offload, precision=precision, device=device)
+        config = _build_config(stage, offload=offload, precision=precision, device=device)
         if stage == 3:
-            _partition(deepspeed, scorer, device, config)
+            _partition_weights(deepspeed, scorer, device, config)
         if offload and device.type == "cuda":
-            optimizer = _cpu_adam(deepspeed, groups, settings)
+            optimizer = _build_cpu_adam(deepspeed, groups, settings)
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda" or None)
         super().__init__(scorer, optimizer, device)
         self._weights = trained_weights(scorer)
         self._engine = deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
         if stage == 3:
-            # Gathered once for the whole of the scorer's pass: no module's own gathers what the chunked head
-            # reads.
+            # Gathered once for the scorer's whole pass: no submodule's forward gathers the weights that the
+            # chunked head reads.
             for weight in scorer.head_weights:
                 deepspeed.zero.register_external_parameter(scorer, weight)
-            scorer.keep_in_step(self._most)
+            scorer.synchronize_chunk_counts(self._reduce_max)
         self._zero = self._engine.optimizer
         self.module = self._engine
-        self._start_moments()
+        self._initialize_moments()
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -91,7 +91,7 @@ class Zero(Ranks):
             parts = torch.stack([safe_get_local_grad(w).norm() for w in self._weights.values()])
             return self.all_reduce_sum(parts.square().sum()).sqrt()
         norm = torch.as_tensor(self._zero.scaled_global_norm(), dtype=torch.float32, device=self.device)
-        # DeepSpeed says -1 for a norm that is not finite.
+        # DeepSpeed reports -1 for a norm that is not finite.
         return torch.where(norm >= 0, norm, float("inf"))
 
     def step(self) -> None:
@@ -105,20 +105,20 @@ class Zero(Ranks):
     def _trained(self) -> dict[str, nn.Parameter]:
         return self._weights
 
-    def _shape(self, weight: nn.Parameter) -> torch.Size:
+    def _get_full_shape(self, weight: nn.Parameter) -> torch.Size:
         return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
-    def _whole(self, weight: nn.Parameter, moments: bool) -> State:
+    def _gather_state(self, weight: nn.Parameter, moments: bool) -> WeightState:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {"weight": safe_get_full_fp32_param(weight)}
-        taken = self.optimizer.state[self._partitions[0]]["step"]
-        if moments and taken:
+        steps = self.optimizer.state[self._partitions[0]]["step"]
+        if moments and steps:
             state |= {m: safe_get_full_optimizer_state(weight, m) for m in ("exp_avg", "exp_avg_sq")}
-            state["step"] = torch.tensor(float(taken))
-        return {what: value.detach() for what, value in state.items()}
+            state["step"] = torch.tensor(float(steps))
+        return {key: value.detach() for key, value in state.items()}
 
-    def _put_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+    def _restore_weight(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         from deepspeed import zero
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -126,58 +126,60 @@ class Zero(Ranks):
             with zero.GatheredParameters([weight], modifier_rank=0):
                 if self.rank == 0:
                     weight.copy_(state["weight"])
-            safe_set_local_fp32_param(weight, self._part(weight, state["weight"]))
+            safe_set_local_fp32_param(weight, self._slice_partition(weight, state["weight"]))
         else:
             weight.copy_(state["weight"])
             safe_set_full_fp32_param(weight, state["weight"])
         if "step" in state:
-            self._put_moments_back(weight, state)
+            self._restore_moments(weight, state)
 
-    def _put_moments_back(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+    def _restore_moments(self, weight: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for partition in self._partitions:  # one count for all weights
             moments = self.optimizer.state[partition]
             plain = isinstance(moments["step"], Tensor)
-            moments["step"] = step_count(self.optimizer, state, self.device) if plain else int(state["step"])
+            moments["step"] = (
+                place_step_count(self.optimizer, state, self.device) if plain else int(state["step"])
+            )
         for moment in ("exp_avg", "exp_avg_sq"):
             if self.stage == 3:
-                safe_set_local_optimizer_state(weight, self._part(weight, state[moment]), moment)
+                safe_set_local_optimizer_state(weight, self._slice_partition(weight, state[moment]), moment)
             else:
                 safe_set_full_optimizer_state(weight, state[moment], moment)
 
-    def _most(self, count: int) -> int:
-        """The largest of the ranks' counts."""
-        most = torch.tensor(count, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
+    def _reduce_max(self, count: int) -> int:
+        """Return the largest of the ranks' counts."""
+        largest = torch.tensor(count, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     @property
     def _partitions(self) -> list[Tensor]:
-        """The flat float32 masters that AdamW steps: one for each parameter group, or several in stage 3."""
+        """The flat float32 masters that AdamW steps: one per parameter group, or several in stage 3."""
         zero = self._zero
         found: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         )
         return found
 
-    def _start_moments(self) -> None:
-        """Have moments of zero and tell each weight where its own lie.
+    def _initialize_moments(self) -> None:
+        """Create moments of zero and link each weight to its own.
 
-        DeepSpeed does so behind the first step, but then for the first parameter group alone.
+        DeepSpeed does so after the first step, but then only for the first parameter group.
         """
         plain = isinstance(self.optimizer, torch.optim.AdamW)
         for partition in self._partitions:
             state = self.optimizer.state[partition]
             state["step"] = (
-                step_count(self.optimizer, {"step": torch.tensor(0.0)}, self.device) if plain else 0
+                place_step_count(self.optimizer, {"step": torch.tensor(0.0)}, self.device) if plain else 0
             )
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
         if self.stage != 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _part(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, as stage 3 cuts it: flat, the last one padded."""
+    def _slice_partition(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor as stage 3 partitions it: flat, the last one padded."""
         size = weight.ds_tensor.numel()  # type: ignore[attr-defined]
         part = whole.new_zeros(size)
         mine = whole.flatten()[self.rank * size : (self.rank + 1) * size]
@@ -185,47 +187,49 @@ class Zero(Ranks):
         return part
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The library, told which device to use and to keep quiet."""
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed, set the device that it uses and silence its log."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Which of this process's visible devices is its own.
+    # DeepSpeed reads here which of the visible devices this process uses.
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)
-    # DeepSpeed calls torch by names that torch has newer ones for.
+    # DeepSpeed calls functions that torch has deprecated.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
 
     logger.setLevel(logging.ERROR)
     if device.type == "cpu":
-        # Shared memory between the ranks of a machine: faster, but compiled on the spot, for a minute.
+        # Shared memory between the ranks of a machine is faster, but is compiled at first use, for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def _cpu_adam(
+def _build_cpu_adam(
     deepspeed: Any, groups: list[dict[str, Any]], settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
     try:
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **settings)
     except (RuntimeError, OSError, ImportError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"offload with deepspeed compiles its CPU Adam, which failed here ({said}); install g++ and "
+            f"offload with deepspeed compiles its CPU Adam, which failed here ({reason}); install g++ and "
             "Python's headers on the nodes, or use strategy: fsdp, which compiles nothing"
         ) from error
     return optimizer
 
 
-def _config(stage: int, *, offload: bool, precision: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _build_config(
+    stage: int, *, offload: bool, precision: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
     split: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
-        "stage3_param_persistence_threshold": PERSISTENT,
-        # It would put another function in place of torch's own linear, for the whole process.
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        # It would replace torch's own linear function for the whole process.
         "memory_efficient_linear": False,
     }
     if offload:
@@ -245,8 +249,8 @@ def _config(stage: int, *, offload: bool, precision: torch.dtype, device: torch.
     }
 
 
-def _partition(deepspeed: Any, scorer: Scorer, device: torch.device, config: dict[str, Any]) -> None:
-    """Split the weights for stage 3; whole, they pass through `device` one at a time."""
+def _partition_weights(deepspeed: Any, scorer: Scorer, device: torch.device, config: dict[str, Any]) -> None:
+    """Partition the weights for stage 3; whole weights pass through `device` one at a time."""
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     deepspeed.zero.Init(module=scorer, config_dict_or_path=config)
     for module in scorer.modules():

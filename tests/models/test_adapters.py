@@ -1,4 +1,4 @@
-"""LoRA on, off, merged."""
+"""LoRA enabled, disabled and merged."""
 
 import pytest
 import tiny
@@ -13,8 +13,8 @@ from models.rows import build_rows
 ROWS = build_rows(GROUPS, shared=True, pad_id=0)
 
 
-def moved(seed: int = 0, **settings: object) -> torch.nn.Module:
-    """A LoRA policy whose adapter is no longer zero."""
+def build_nonzero_lora(seed: int = 0, **settings: object) -> torch.nn.Module:
+    """Build a LoRA policy whose adapter is not zero."""
     model = add_lora(tiny.llama(), LoraSettings(r=2, **settings), seed=seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -48,9 +48,9 @@ def test_adapter_weights_are_float32_on_a_bfloat16_base() -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapter_off_is_the_base_and_puts_everything_back(dora: bool) -> None:
+def test_a_disabled_adapter_gives_the_base_and_everything_is_restored(dora: bool) -> None:
     base = Scorer(tiny.llama())(ROWS).logps
-    model = moved(dora=dora, dropout=0.5).train()
+    model = build_nonzero_lora(dora=dora, dropout=0.5).train()
     scorer = Scorer(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     with adapter_off(scorer):
@@ -67,8 +67,8 @@ def test_adapter_off_is_the_base_and_puts_everything_back(dora: bool) -> None:
     assert not torch.allclose(scorer(ROWS).logps, base)
 
 
-def test_adapter_off_between_forward_and_backward_does_not_disturb_the_gradient() -> None:
-    model = moved()
+def test_disabling_the_adapter_between_forward_and_backward_keeps_the_gradient() -> None:
+    model = build_nonzero_lora()
     scorer = Scorer(model)
     scorer(ROWS).logps.sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +81,7 @@ def test_adapter_off_between_forward_and_backward_does_not_disturb_the_gradient(
 
 
 def test_merge_keeps_the_scores() -> None:
-    model = moved()
+    model = build_nonzero_lora()
     before = Scorer(model)(ROWS).logps
     merged = merge(model)
     assert find_adapter(merged) is None
@@ -89,13 +89,13 @@ def test_merge_keeps_the_scores() -> None:
     assert merge(merged) is merged
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_adapter_operations_are_refused() -> None:
     with pytest.raises(
         ModelError, match=r"target_modules \('nope',\) does not fit llama.*down_proj.*all-linear"
     ):
         add_lora(tiny.llama(), LoraSettings(target_modules=("nope",)))
     with pytest.raises(ModelError, match="already carries an adapter; merge it first"):
-        add_lora(moved(), LoraSettings())
+        add_lora(build_nonzero_lora(), LoraSettings())
     with (
         pytest.raises(ModelError, match=r"model: policy .* this policy has none; add policy.adapter"),
         adapter_off(tiny.llama()),

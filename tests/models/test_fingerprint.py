@@ -1,4 +1,4 @@
-"""Equal for a copy; another as soon as anything that decides a score changes."""
+"""Fingerprints are equal for copies and differ as soon as anything that decides a score changes."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from models.fingerprint import Fingerprint, fingerprint
 from models.load import export, load_tokenizer, locate
 
 
-def of(folder: Path, **settings: Any) -> Fingerprint:
+def fingerprint_folder(folder: Path, **settings: Any) -> Fingerprint:
     arguments = {k: settings.pop(k) for k in ("template_kwargs", "device_type") if k in settings}
     config = ModelConfig(model=str(folder), **settings)
-    located = locate(config)
-    return fingerprint(located, config, load_tokenizer(located, config), **arguments)
+    files = locate(config)
+    return fingerprint(files, config, load_tokenizer(files, config), **arguments)
 
 
 @pytest.fixture
@@ -30,28 +30,28 @@ def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama_folder, tmp_path / "copy"))
 
 
-def edit(file: Path, **changes: Any) -> None:
+def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_copy_is_the_same_whoever_wrote_it(tiny_llama_folder: Path, folder: Path) -> None:
-    first = of(tiny_llama_folder)
+def test_copies_have_equal_fingerprints_whatever_wrote_them(tiny_llama_folder: Path, folder: Path) -> None:
+    first = fingerprint_folder(tiny_llama_folder)
     assert len(first.digest) == 64
-    edit(folder / "config.json", transformers_version="9.9", _name_or_path="elsewhere")
+    edit_json(folder / "config.json", transformers_version="9.9", _name_or_path="elsewhere")
     (folder / "README.md").write_text("new")
     os.utime(folder / "model.safetensors", (1, 1))
-    assert of(folder) == first
+    assert fingerprint_folder(folder) == first
     config = ModelConfig(model=str(folder))
     tokenizer = load_tokenizer(locate(config), config)
-    tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)  # leaves traces in the tokenizer
+    tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)  # changes the tokenizer's state
     assert fingerprint(locate(config), config, tokenizer) == first
 
 
-def weights(folder: Path) -> None:
+def replace_weights(folder: Path) -> None:
     tiny.llama(seed=9).save_pretrained(folder)
 
 
-def tokenizer(folder: Path) -> None:
+def swap_two_tokens(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -59,22 +59,22 @@ def tokenizer(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
-    "weights": (weights, {"weights"}),
-    "config": (lambda f: edit(f / "config.json", rms_norm_eps=1e-5), {"config"}),
+    "weights": (replace_weights, {"weights"}),
+    "config": (lambda f: edit_json(f / "config.json", rms_norm_eps=1e-5), {"config"}),
     "template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), {"chat_template"}),
-    "tokenizer": (tokenizer, {"tokenizer"}),
-    "eos": (lambda f: edit(f / "tokenizer_config.json", eos_token="<eos>"), {"tokenizer", "bos_eos"}),
+    "tokenizer": (swap_two_tokens, {"tokenizer"}),
+    "eos": (lambda f: edit_json(f / "tokenizer_config.json", eos_token="<eos>"), {"tokenizer", "bos_eos"}),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_file_changes_it(name: str, folder: Path) -> None:
-    before = of(folder)
+def test_a_changed_file_changes_the_fingerprint(name: str, folder: Path) -> None:
+    before = fingerprint_folder(folder)
     change, parts = CHANGES[name]
     change(folder)
-    after = of(folder)
+    after = fingerprint_folder(folder)
     assert after.digest != before.digest
-    assert set(after.changed(before)) == parts
+    assert set(after.list_changed_parts(before)) == parts
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,20 @@ def test_a_changed_file_changes_it(name: str, folder: Path) -> None:
         ({"quantization": "8bit", "device_type": "cuda", "dtype": "bfloat16"}, "quantization"),
     ],
 )
-def test_a_changed_setting_changes_it(settings: dict[str, Any], part: str, tiny_llama_folder: Path) -> None:
-    assert part in of(tiny_llama_folder, **settings).changed(of(tiny_llama_folder))
+def test_a_changed_setting_changes_the_fingerprint(
+    settings: dict[str, Any], part: str, tiny_llama_folder: Path
+) -> None:
+    assert part in fingerprint_folder(tiny_llama_folder, **settings).list_changed_parts(
+        fingerprint_folder(tiny_llama_folder)
+    )
 
 
 def test_the_version_of_the_scoring_code_counts(
     tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = of(tiny_llama_folder)
+    before = fingerprint_folder(tiny_llama_folder)
     monkeypatch.setattr(module, "SCORING_VERSION", module.SCORING_VERSION + 1)
-    assert of(tiny_llama_folder).changed(before) == ["scoring"]
+    assert fingerprint_folder(tiny_llama_folder).list_changed_parts(before) == ["scoring"]
 
 
 def test_an_adapter_counts_with_its_base(folder: Path, tmp_path: Path) -> None:
@@ -104,39 +108,41 @@ def test_an_adapter_counts_with_its_base(folder: Path, tmp_path: Path) -> None:
     model = add_lora(tiny.llama(), LoraSettings(r=2))
     model.peft_config["default"].base_model_name_or_path = str(folder)
     adapter = export(model, load_tokenizer(locate(config), config), tmp_path / "adapter")
-    first, base = of(adapter), of(folder)
-    assert first.changed(base) == ["adapter"]
+    first, base = fingerprint_folder(adapter), fingerprint_folder(folder)
+    assert first.list_changed_parts(base) == ["adapter"]
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
-    assert of(adapter, base=str(moved)) == first
+    assert fingerprint_folder(adapter, base=str(moved)) == first
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    edit(adapter / "adapter_config.json", target_modules=sorted(settings["target_modules"], reverse=True))
-    assert of(adapter) == first
-    edit(adapter / "adapter_config.json", lora_alpha=99)
-    assert of(adapter).changed(first) == ["adapter"]
-    weights(folder)
-    assert "weights" in of(adapter).changed(first)
+    edit_json(
+        adapter / "adapter_config.json", target_modules=sorted(settings["target_modules"], reverse=True)
+    )
+    assert fingerprint_folder(adapter) == first
+    edit_json(adapter / "adapter_config.json", lora_alpha=99)
+    assert fingerprint_folder(adapter).list_changed_parts(first) == ["adapter"]
+    replace_weights(folder)
+    assert "weights" in fingerprint_folder(adapter).list_changed_parts(first)
 
 
-def test_a_gguf_file_has_one(tiny_gguf_file: Path) -> None:
-    assert of(tiny_gguf_file).parts["config"] is None
+def test_a_gguf_file_has_a_fingerprint(tiny_gguf_file: Path) -> None:
+    assert fingerprint_folder(tiny_gguf_file).parts["config"] is None
 
 
-def test_shards_count_and_must_be_there(folder: Path) -> None:
+def test_all_shards_count_and_none_may_be_missing(folder: Path) -> None:
     tiny.llama().save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink()
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
-    before = of(folder)
+    before = fingerprint_folder(folder)
     data = bytearray(shards[-1].read_bytes())
     data[-1] ^= 1
     shards[-1].write_bytes(data)
-    assert of(folder).changed(before) == ["weights"]
+    assert fingerprint_folder(folder).list_changed_parts(before) == ["weights"]
     shards[-1].unlink()
     with pytest.raises(ModelError, match=r"is named by model.safetensors.index.json but missing"):
-        of(folder)
+        fingerprint_folder(folder)
 
 
 def test_parts_can_be_written_as_json(tiny_llama_folder: Path) -> None:
-    parts = of(tiny_llama_folder, template_kwargs={"a": [1]}).parts
+    parts = fingerprint_folder(tiny_llama_folder, template_kwargs={"a": [1]}).parts
     assert json.loads(json.dumps(parts)) == parts
     assert torch.float32 not in parts.values()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: FlexAttention's masks, bfloat16 kernels, fused AdamW."""
+"""Tests that need a GPU: FlexAttention's masks, bfloat16 kernels, fused AdamW, offloading."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-def scored(model: PreTrainedModel, *, shared: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def score_groups(model: PreTrainedModel, *, shared: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     scorer = Scorer(model, chunk_tokens=8)
     assert scorer.sharing_refusal is None
     logps = scorer(build_rows(GROUPS, shared=shared, pad_id=0).to(model.device)).logps
@@ -31,20 +31,20 @@ def scored(model: PreTrainedModel, *, shared: bool) -> tuple[torch.Tensor, dict[
 
 @pytest.mark.parametrize("make", [tiny.llama_config, tiny.qwen_config, tiny.gpt2_config])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_a_gpu_gives_what_a_cpu_gives(make: Callable[..., object], attention: str) -> None:
-    # FlexAttention's kernels want heads of at least 16 channels.
+def test_scores_on_a_gpu_equal_those_on_a_cpu(make: Callable[..., object], attention: str) -> None:
+    # FlexAttention's kernels need heads of at least 16 channels.
     width = {"n_embd": 64} if make is tiny.gpt2_config else {"hidden_size": 64, "head_dim": 16}
-    expected, gradient = scored(tiny.build(make(**width)), shared=False)
+    expected, gradient = score_groups(tiny.build(make(**width)), shared=False)
     model = tiny.build(make(**width), attention=attention).to("cuda")
     for shared in (True, False):
-        logps, found = scored(model, shared=shared)
+        logps, found = score_groups(model, shared=shared)
         torch.testing.assert_close(logps, expected, rtol=1e-3, atol=0.0)
         assert_equal_gradients(found, gradient, 1e-2)
 
 
 def test_bfloat16_on_a_gpu_stays_near_float32() -> None:
-    expected, _ = scored(tiny.llama(), shared=True)
-    logps, _ = scored(tiny.llama().to("cuda", torch.bfloat16), shared=True)
+    expected, _ = score_groups(tiny.llama(), shared=True)
+    logps, _ = score_groups(tiny.llama().to("cuda", torch.bfloat16), shared=True)
     torch.testing.assert_close(logps, expected, rtol=2e-2, atol=0.5)
 
 
@@ -62,11 +62,11 @@ def test_fused_adamw_steps_as_the_plain_one() -> None:
     assert drift.abs().mean() < 1e-4
 
 
-def steps(**strategy: Any) -> list[float]:
-    """What three steps of one process in shards, or with the optimizer in main memory, lower the sum by."""
+def take_steps(**strategy: Any) -> list[float]:
+    """Return the losses of three steps of one process, sharded or offloaded as `strategy` says."""
     stage, offload = strategy.get("zero_stage", 2), strategy.get("offload", False)
-    early = shards(strategy.get("strategy", "ddp"), stage, workers=1, offload=offload)
-    model = tiny.llama().to("cpu" if early else "cuda").train()
+    load_on_cpu = shards(strategy.get("strategy", "ddp"), stage, workers=1, offload=offload)
+    model = tiny.llama().to("cpu" if load_on_cpu else "cuda").train()
     parallel = prepare(Scorer(model), device=torch.device("cuda", 0), learning_rate=1e-2, **strategy)
     rows, sums = build_rows(GROUPS, shared=True, pad_id=0).to("cuda"), []
     for _ in range(3):
@@ -79,21 +79,21 @@ def steps(**strategy: Any) -> list[float]:
         sums.append(float(loss.detach()))
     assert all(torch.isfinite(state["weight"]).all() for _, state in parallel.saved())
     parallel.unwrapped.eval()
-    written = parallel.unwrapped.generate(rows.input_ids[:1, :4], max_new_tokens=2, pad_token_id=0)
-    assert written.shape[1] > 4
+    generated = parallel.unwrapped.generate(rows.input_ids[:1, :4], max_new_tokens=2, pad_token_id=0)
+    assert generated.shape[1] > 4
     return sums
 
 
-def _strategies(_: int, file: str) -> None:
+def _run_strategies(_: int, file: str) -> None:
     zero = [
         {"strategy": "deepspeed", "zero_stage": s, "offload": o} for s in (1, 2, 3) for o in (False, True)
     ]
-    found = [steps(**strategy) for strategy in ({}, {"strategy": "fsdp", "offload": True}, *zero)]
+    found = [take_steps(**strategy) for strategy in ({}, {"strategy": "fsdp", "offload": True}, *zero)]
     Path(file).write_text(json.dumps(found))
 
 
-def test_split_and_offloaded_policies_step_as_a_whole_one(tmp_path: Path) -> None:
-    mp.spawn(_strategies, args=(str(tmp_path / "sums.json"),), nprocs=1)
+def test_sharded_and_offloaded_policies_step_as_a_replicated_one(tmp_path: Path) -> None:
+    mp.spawn(_run_strategies, args=(str(tmp_path / "sums.json"),), nprocs=1)
     plain, *others = json.loads((tmp_path / "sums.json").read_text())
     assert plain[-1] < plain[0]
     for other in others:

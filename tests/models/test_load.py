@@ -1,4 +1,4 @@
-"""Locating, loading and exporting models; what cannot work is refused with its remedy."""
+"""Locating, loading and exporting models; models that cannot work are refused with a remedy."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from models import locate as locating
-from models.adapters import find_adapter, known_warnings_off
+from models.adapters import find_adapter, silence_known_warnings
 from models.config import LoraSettings, ModelConfig, ModelError, PolicyConfig
 from models.load import export, load_model, load_tokenizer, locate
 from models.logprobs import Scorer
@@ -23,12 +23,12 @@ from models.rows import build_rows
 ROWS = build_rows(GROUPS, shared=True, pad_id=0)
 
 
-def scores(model: torch.nn.Module) -> torch.Tensor:
+def compute_scores(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return Scorer(model)(ROWS).logps
 
 
-def loaded(config: ModelConfig, *, trainable: bool = False, seed: int = 0) -> torch.nn.Module:
+def locate_and_load(config: ModelConfig, *, trainable: bool = False, seed: int = 0) -> torch.nn.Module:
     return load_model(locate(config), config, device="cpu", trainable=trainable, seed=seed)
 
 
@@ -36,7 +36,7 @@ def loaded(config: ModelConfig, *, trainable: bool = False, seed: int = 0) -> to
 def adapter_folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
     """A LoRA adapter that is not zero, with its tokenizer."""
     config = PolicyConfig(model=str(tiny_llama_folder), adapter=LoraSettings(r=2))
-    model = loaded(config, trainable=True)
+    model = locate_and_load(config, trainable=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -46,38 +46,39 @@ def adapter_folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_frozen_folder(tiny_gpt2_folder: Path) -> None:
     config = ModelConfig(model=str(tiny_gpt2_folder))
-    located = locate(config)
-    assert (located.path, located.kind, located.base_path, located.revision) == (
+    files = locate(config)
+    assert (files.path, files.kind, files.base_path, files.revision) == (
         tiny_gpt2_folder, "folder", None, None,
     )  # fmt: skip
-    model = loaded(config)
+    model = locate_and_load(config)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert torch.equal(scores(model), scores(tiny.gpt2()))
+    assert torch.equal(compute_scores(model), compute_scores(tiny.gpt2()))
     assert {
-        p.dtype for p in loaded(ModelConfig(model=str(tiny_gpt2_folder), dtype="bfloat16")).parameters()
+        p.dtype
+        for p in locate_and_load(ModelConfig(model=str(tiny_gpt2_folder), dtype="bfloat16")).parameters()
     } == {torch.bfloat16}
 
 
-def test_a_policy_trained_whole_is_float32_and_without_dropout(tiny_gpt2_folder: Path) -> None:
-    model = loaded(PolicyConfig(model=str(tiny_gpt2_folder), dtype="bfloat16"), trainable=True)
+def test_a_fully_trained_policy_is_float32_and_without_dropout(tiny_gpt2_folder: Path) -> None:
+    model = locate_and_load(PolicyConfig(model=str(tiny_gpt2_folder), dtype="bfloat16"), trainable=True)
     assert model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(scores(model), Scorer(model)(ROWS).logps.detach())
-    assert model.config.attn_pdrop == 0.1  # what is exported says what the model was
+    assert torch.equal(compute_scores(model), Scorer(model)(ROWS).logps.detach())
+    assert model.config.attn_pdrop == 0.1  # exports keep the original config
 
 
 def test_a_lora_policy_keeps_its_base_in_its_dtype(tiny_llama_folder: Path) -> None:
     config = PolicyConfig(
         model=str(tiny_llama_folder), dtype="bfloat16", adapter=LoraSettings(r=2, dropout=0.5)
     )
-    model = loaded(config, trainable=True, seed=4)
+    model = locate_and_load(config, trainable=True, seed=4)
     assert model.training
     assert {p.requires_grad: p.dtype for p in model.parameters()} == {
         True: torch.float32,
         False: torch.bfloat16,
     }
-    again = loaded(config, trainable=True, seed=4)
+    again = locate_and_load(config, trainable=True, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -89,19 +90,21 @@ def test_activation_checkpointing_is_switched_on(tiny_llama_folder: Path) -> Non
 
 def test_an_adapter_folder(adapter_folder: Path, tiny_llama_folder: Path) -> None:
     config = ModelConfig(model=str(adapter_folder))
-    located = locate(config)
-    assert (located.kind, located.path, located.base_path) == ("adapter", adapter_folder, tiny_llama_folder)
-    model = loaded(config)
+    files = locate(config)
+    assert (files.kind, files.path, files.base_path) == ("adapter", adapter_folder, tiny_llama_folder)
+    model = locate_and_load(config)
     assert isinstance(model, PeftModel)
     assert not any(p.requires_grad for p in model.parameters())
-    assert not torch.allclose(scores(model), scores(tiny.llama()))
-    assert load_tokenizer(located, config).chat_template == tiny.CHATML
-    # Trained on, it is merged: its own start is what the reference is.
-    policy = loaded(PolicyConfig(model=str(adapter_folder)), trainable=True)
+    assert not torch.allclose(compute_scores(model), compute_scores(tiny.llama()))
+    assert load_tokenizer(files, config).chat_template == tiny.CHATML
+    # As a policy it is merged, so that the policy starts as its own reference.
+    policy = locate_and_load(PolicyConfig(model=str(adapter_folder)), trainable=True)
     assert find_adapter(policy) is None
-    torch.testing.assert_close(scores(policy), scores(model), rtol=1e-5, atol=0.0)
-    policy = loaded(PolicyConfig(model=str(adapter_folder), adapter=LoraSettings(r=2)), trainable=True)
-    torch.testing.assert_close(scores(policy), scores(model), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(compute_scores(policy), compute_scores(model), rtol=1e-5, atol=0.0)
+    policy = locate_and_load(
+        PolicyConfig(model=str(adapter_folder), adapter=LoraSettings(r=2)), trainable=True
+    )
+    torch.testing.assert_close(compute_scores(policy), compute_scores(model), rtol=1e-5, atol=0.0)
 
 
 def test_an_adapter_whose_base_moved(adapter_folder: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -113,25 +116,25 @@ def test_an_adapter_whose_base_moved(adapter_folder: Path, tiny_llama_folder: Pa
     ):
         locate(ModelConfig(model=str(adapter_folder)))
     moved = ModelConfig(model=str(adapter_folder), base=str(tiny_llama_folder))
-    assert not torch.allclose(scores(loaded(moved)), scores(tiny.llama()))
+    assert not torch.allclose(compute_scores(locate_and_load(moved)), compute_scores(tiny.llama()))
 
 
 def test_an_adapter_without_a_weight_or_on_another_base(adapter_folder: Path, tiny_gpt2_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"does not fit its base .*give the base it was trained on"):
-        loaded(ModelConfig(model=str(adapter_folder), base=str(tiny_gpt2_folder)))
+        locate_and_load(ModelConfig(model=str(adapter_folder), base=str(tiny_gpt2_folder)))
     weights = load_file(adapter_folder / "adapter_model.safetensors")
     gone = sorted(weights)[0]
     weights.pop(gone)
     save_file(weights, adapter_folder / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"lacks 1 weights its config asks for"):
-        loaded(ModelConfig(model=str(adapter_folder)))
+    with pytest.raises(ModelError, match=r"lacks 1 weights that its config requires"):
+        locate_and_load(ModelConfig(model=str(adapter_folder)))
     (adapter_folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors; pickled weights"):
         locate(ModelConfig(model=str(adapter_folder)))
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
-    with known_warnings_off():
+    with silence_known_warnings():
         model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="PROMPT_TUNING adapters add virtual tokens"):
@@ -140,19 +143,19 @@ def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
 
 def test_a_gguf_file_gives_the_same_model_and_can_be_exported(tiny_gguf_file: Path, tmp_path: Path) -> None:
     config = ModelConfig(model=str(tiny_gguf_file))
-    located = locate(config)
-    assert (located.kind, located.path) == ("gguf", tiny_gguf_file)
-    assert locate(ModelConfig(model=str(tiny_gguf_file.parent))) == located
-    assert locate(ModelConfig(model=str(tiny_gguf_file.parent), gguf_file=tiny_gguf_file.name)) == located
-    model, tokenizer = loaded(config), load_tokenizer(located, config)
-    assert torch.equal(scores(model), scores(tiny.llama()))
+    files = locate(config)
+    assert (files.kind, files.path) == ("gguf", tiny_gguf_file)
+    assert locate(ModelConfig(model=str(tiny_gguf_file.parent))) == files
+    assert locate(ModelConfig(model=str(tiny_gguf_file.parent), gguf_file=tiny_gguf_file.name)) == files
+    model, tokenizer = locate_and_load(config), load_tokenizer(files, config)
+    assert torch.equal(compute_scores(model), compute_scores(tiny.llama()))
     assert tokenizer("hello")["input_ids"] == tiny.byte_tokenizer()("hello")["input_ids"]
     assert tokenizer.chat_template == tiny.CHATML
     folder = export(model, tokenizer, tmp_path / "plain")
-    assert torch.equal(scores(loaded(ModelConfig(model=str(folder)))), scores(model))
+    assert torch.equal(compute_scores(locate_and_load(ModelConfig(model=str(folder)))), compute_scores(model))
 
 
-def test_gguf_files_must_be_named_apart(tiny_gguf_file: Path, tmp_path: Path) -> None:
+def test_one_of_several_gguf_files_must_be_chosen(tiny_gguf_file: Path, tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         shutil.copy(tiny_gguf_file, tmp_path / name)
     with pytest.raises(ModelError, match=r"several GGUF files; choose one as gguf_file: a.gguf \| b.gguf"):
@@ -161,7 +164,7 @@ def test_gguf_files_must_be_named_apart(tiny_gguf_file: Path, tmp_path: Path) ->
         locate(ModelConfig(model=str(tmp_path), gguf_file="c.gguf"))
 
 
-def test_export_replaces_an_earlier_one_whole(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_an_export_replaces_an_earlier_one_completely(tiny_llama_folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(model=str(tiny_llama_folder))
     folder, tokenizer = tmp_path / "out", load_tokenizer(locate(config), config)
     export(tiny.llama(seed=1), tokenizer, folder)
@@ -170,7 +173,9 @@ def test_export_replaces_an_earlier_one_whole(tiny_llama_folder: Path, tmp_path:
     export(tiny.llama(), tokenizer, folder)
     assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert (folder / "notes.txt").exists()
-    assert torch.equal(scores(loaded(ModelConfig(model=str(folder)))), scores(tiny.llama()))
+    assert torch.equal(
+        compute_scores(locate_and_load(ModelConfig(model=str(folder)))), compute_scores(tiny.llama())
+    )
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -184,7 +189,7 @@ def test_a_tokenizer_with_another_template(tiny_gpt2_folder: Path, tmp_path: Pat
         load_tokenizer(locate(config), config)
 
 
-def test_paths_that_hold_no_model(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_paths_without_a_model_are_refused(tmp_path: Path, tiny_llama_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"/nope: there is no such file or folder; correct the path"):
         locate(ModelConfig(model=str(tmp_path / "nope")))
     with pytest.raises(ModelError, match=r"is not a model folder: it has no config.json"):
@@ -213,7 +218,7 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
         locate(ModelConfig(model=str(tmp_path)))
 
 
-def test_missing_weights_are_not_made_up(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     shutil.copytree(tiny_llama_folder, folder)
     weights = load_file(folder / "model.safetensors")
@@ -222,10 +227,10 @@ def test_missing_weights_are_not_made_up(tiny_llama_folder: Path, tmp_path: Path
     with pytest.raises(
         ModelError, match=r"1 weights are missing from .*model.norm.weight; they would be random"
     ):
-        loaded(ModelConfig(model=str(folder)))
+        locate_and_load(ModelConfig(model=str(folder)))
     (folder / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match=r"could not be loaded from"):
-        loaded(ModelConfig(model=str(folder)))
+        locate_and_load(ModelConfig(model=str(folder)))
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
@@ -256,8 +261,8 @@ def test_hub_models_are_pinned_and_their_absence_explained(
         return str(snapshot)
 
     monkeypatch.setattr(locating, "snapshot_download", download)
-    located = locate(ModelConfig(model="org/name", revision="main"))
-    assert (located.path, located.revision, asked["repository"]) == (snapshot, "0123abcd", "org/name")
+    files = locate(ModelConfig(model="org/name", revision="main"))
+    assert (files.path, files.revision, asked["repository"]) == (snapshot, "0123abcd", "org/name")
     assert "*.py" not in asked["allow_patterns"]
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
     with pytest.raises(ModelError, match="nothing cached"):
@@ -266,21 +271,21 @@ def test_hub_models_are_pinned_and_their_absence_explained(
 
 def test_flex_and_unsuitable_quantisation_are_refused(tiny_llama_folder: Path) -> None:
     with pytest.raises(ModelError, match="attention: flex has no backward pass on a CPU"):
-        loaded(ModelConfig(model=str(tiny_llama_folder), attention="flex"))
+        locate_and_load(ModelConfig(model=str(tiny_llama_folder), attention="flex"))
     # Rows of 32 weights are shorter than one block of 4-bit ones.
     with pytest.raises(
         ModelError, match=r"quantization 4bit does not run on cpu here .*set quantization: none"
     ):
-        loaded(ModelConfig(model=str(tiny_llama_folder), quantization="4bit"))
+        locate_and_load(ModelConfig(model=str(tiny_llama_folder), quantization="4bit"))
 
 
 def test_a_quantised_model_scores_nearly_the_same(tmp_path: Path) -> None:
     wide = tiny.llama(hidden_size=128, intermediate_size=128)
     tiny.save(tmp_path, wide, tiny.byte_tokenizer())
-    model = loaded(ModelConfig(model=str(tmp_path), quantization="4bit"))
-    exact, found = scores(wide), scores(model)
+    model = locate_and_load(ModelConfig(model=str(tmp_path), quantization="4bit"))
+    exact, found = compute_scores(wide), compute_scores(model)
     assert not torch.equal(found, exact)
     assert ((found - exact) / exact).abs().max() < 0.5
     policy = PolicyConfig(model=str(tmp_path), quantization="4bit", adapter=LoraSettings(r=2))
     with pytest.raises(ModelError, match="a quantised policy trains on a GPU only; set quantization: none"):
-        loaded(policy, trainable=True)
+        locate_and_load(policy, trainable=True)

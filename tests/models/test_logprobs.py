@@ -25,8 +25,8 @@ from transformers import (
 
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelError
-from models.head import LinearHead, ReplayedHead
-from models.logprobs import Scorer, causal_model, sharing_refusal
+from models.head import LinearHead, ModelForwardHead
+from models.logprobs import Scorer, causal_model, prefix_sharing_unavailable_reason
 from models.rows import Prompted, build_rows
 
 SMALL: dict[str, Any] = {
@@ -50,7 +50,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def rows(shared: bool) -> Any:
+def build_group_rows(shared: bool) -> Any:
     return build_rows(GROUPS, shared=shared, pad_id=0)
 
 
@@ -63,7 +63,7 @@ def test_rows_equal_plain_logits(name: str, shared: bool, dtype: torch.dtype, to
         tolerance = max(tolerance, 1e-6)
     scorer = Scorer(model, chunk_tokens=5)
     assert scorer.sharing_refusal is None
-    scores = scorer(rows(shared), entropy=True)
+    scores = scorer(build_group_rows(shared), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=tolerance, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=tolerance, atol=0.0)
@@ -80,14 +80,14 @@ def test_rows_equal_plain_logits(name: str, shared: bool, dtype: torch.dtype, to
 def test_chunks_do_not_matter(chunk_tokens: int, frozen_head: bool) -> None:
     model = tiny.gpt2(tie_word_embeddings=False).double()
     model.lm_head.weight.requires_grad_(not frozen_head)
-    scores = Scorer(model, chunk_tokens=chunk_tokens)(rows(True), entropy=True)
+    scores = Scorer(model, chunk_tokens=chunk_tokens)(build_group_rows(True), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-12, atol=0.0)
     assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-11)
 
 
-def cohere_like() -> PreTrainedModel:
+def build_cohere() -> PreTrainedModel:
     return tiny.build(CohereConfig(**SMALL, logit_scale=0.35))
 
 
@@ -101,7 +101,7 @@ TAILS: dict[str, tuple[Callable[[], PreTrainedModel], type]] = {
         ),
         LinearHead,
     ),
-    "scale": (cohere_like, LinearHead),
+    "scale": (build_cohere, LinearHead),
     "divisor": (lambda: tiny.build(GraniteConfig(**SMALL, logits_scaling=3.0)), LinearHead),
     "bias": (lambda: tiny.build(PhiConfig(**SMALL)), LinearHead),
 }
@@ -109,7 +109,7 @@ TAILS: dict[str, tuple[Callable[[], PreTrainedModel], type]] = {
 
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_what_follows_the_head_is_exact(name: str, frozen_head: bool) -> None:
+def test_logit_transforms_are_exact(name: str, frozen_head: bool) -> None:
     make, head = TAILS[name]
     model = make().double()
     if model.lm_head.bias is not None:
@@ -118,15 +118,15 @@ def test_what_follows_the_head_is_exact(name: str, frozen_head: bool) -> None:
         weight.requires_grad_(not frozen_head)
     scorer = Scorer(model, chunk_tokens=4)
     assert type(scorer._head) is head
-    scores = scorer(rows(scorer.sharing_refusal is None), entropy=True)
+    scores = scorer(build_group_rows(scorer.sharing_refusal is None), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-6, atol=0.0)
     assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-6)
 
 
-class OddLlama(LlamaForCausalLM):
-    """A head nobody knows: the logits are cubed a little."""
+class CubicLlama(LlamaForCausalLM):
+    """A model with an unknown head: it adds a little of the cubed logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -134,13 +134,13 @@ class OddLlama(LlamaForCausalLM):
         return output
 
 
-def odd_llama() -> PreTrainedModel:
+def build_cubic_llama() -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return OddLlama(tiny.llama_config()).eval()
+        return CubicLlama(tiny.llama_config()).eval()
 
 
-def lora_on_head() -> PreTrainedModel:
+def build_lora_on_head() -> PreTrainedModel:
     model = add_lora(tiny.llama(), LoraSettings(r=2, target_modules=("lm_head", "q_proj")))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -148,26 +148,28 @@ def lora_on_head() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("make", [odd_llama, lora_on_head])
+@pytest.mark.parametrize("make", [build_cubic_llama, build_lora_on_head])
 def test_other_heads_run_through_the_models_own_forward(
     make: Callable[[], PreTrainedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make().double()
     with caplog.at_level(logging.INFO, "models.logprobs"):
         scorer = Scorer(model, chunk_tokens=4)
-    assert isinstance(scorer._head, ReplayedHead)
+    assert isinstance(scorer._head, ModelForwardHead)
     assert "the lm head runs through the model's own forward" in caplog.text
-    scores = scorer(rows(True), entropy=True)
+    scores = scorer(build_group_rows(True), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-11, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-11, atol=0.0)
     assert_equal_gradients(gradients(model, weighted(scores.logps)), gradients(model, weighted(logps)), 1e-6)
     with torch.inference_mode():
-        torch.testing.assert_close(scorer(rows(False)).logps, logps.detach(), rtol=1e-11, atol=0.0)
+        torch.testing.assert_close(
+            scorer(build_group_rows(False)).logps, logps.detach(), rtol=1e-11, atol=0.0
+        )
 
 
 class LargestLogits(TorchDispatchMode):
-    """Notes the most elements of any tensor, made under it, that has a vocabulary-sized dimension."""
+    """Record the most rows of any tensor created in this mode whose last dimension is the vocabulary."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -181,7 +183,7 @@ class LargestLogits(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("make", [tiny.llama, odd_llama, lora_on_head])
+@pytest.mark.parametrize("make", [tiny.llama, build_cubic_llama, build_lora_on_head])
 def test_no_tensor_of_tokens_by_vocabulary_ever_exists(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     scorer = Scorer(model, chunk_tokens=40)  # above the width 32, whose weights have V columns too
@@ -197,7 +199,7 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists(make: Callable[[], PreTra
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_an_empty_microbatch_gives_zero_gradients_to_every_weight(shared: bool) -> None:
-    for model in (tiny.llama(), lora_on_head()):
+    for model in (tiny.llama(), build_lora_on_head()):
         scores = Scorer(model)(build_rows([], shared=shared, pad_id=0), entropy=True)
         assert scores.logps.shape == scores.entropy.shape == (0,)
         assert all(not g.any() for g in gradients(model, scores.logps.sum()).values())
@@ -216,8 +218,8 @@ def test_mode_and_random_state_are_left_alone() -> None:
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    exact = Scorer(tiny.llama())(rows(True), entropy=True)
-    half = Scorer(tiny.llama().to(torch.bfloat16))(rows(True), entropy=True)
+    exact = Scorer(tiny.llama())(build_group_rows(True), entropy=True)
+    half = Scorer(tiny.llama().to(torch.bfloat16))(build_group_rows(True), entropy=True)
     assert half.logps.dtype == half.entropy.dtype == torch.float32
     per_token = ((half.logps - exact.logps) / exact.lengths).abs().max()
     assert 1e-5 < per_token < 0.1
@@ -229,7 +231,7 @@ def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: boo
     model = tiny.llama()
     model.lm_head.weight.requires_grad_(not frozen_head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = Scorer(model, chunk_tokens=4)(rows(False))
+        scores = Scorer(model, chunk_tokens=4)(build_group_rows(False))
         logps, _ = plain_scores(model, GROUPS)
     assert scores.logps.dtype == torch.float32
     torch.testing.assert_close(scores.logps, logps, rtol=2e-3, atol=0.0)
@@ -238,12 +240,14 @@ def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: boo
     assert_equal_gradients(found, expected, 0.1)
 
 
-@pytest.mark.parametrize("make", [tiny.llama, lora_on_head])
+@pytest.mark.parametrize("make", [tiny.llama, build_lora_on_head])
 def test_activation_checkpointing_changes_nothing(make: Callable[[], PreTrainedModel]) -> None:
     model = make().train()
-    plain = gradients(model, weighted(Scorer(model)(rows(True)).logps))
+    plain = gradients(model, weighted(Scorer(model)(build_group_rows(True)).logps))
     causal_model(model).activation_checkpointing_enable({"use_reentrant": False})
-    assert_equal_gradients(gradients(model, weighted(Scorer(model)(rows(True)).logps)), plain, 1e-6)
+    assert_equal_gradients(
+        gradients(model, weighted(Scorer(model)(build_group_rows(True)).logps)), plain, 1e-6
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
@@ -288,22 +292,24 @@ def test_sharing_is_refused_where_it_is_not_exact(name: str, caplog: pytest.LogC
     make, reason = REFUSED[name]
     model = make()
     with caplog.at_level(logging.INFO, "models.logprobs"):
-        assert reason in str(sharing_refusal(model))
+        assert reason in str(prefix_sharing_unavailable_reason(model))
         scorer = Scorer(model)
     assert caplog.text.count("prompts are not shared") == 1
     with pytest.raises(ModelError, match="prefix sharing is not exact"):
-        scorer(rows(True))
-    # Plain rows are exact all the same, padding and all.
-    torch.testing.assert_close(scorer(rows(False)).logps, plain_scores(model, GROUPS)[0], rtol=1e-4, atol=0.0)
+        scorer(build_group_rows(True))
+    # Plain rows are still exact, padding included.
+    torch.testing.assert_close(
+        scorer(build_group_rows(False)).logps, plain_scores(model, GROUPS)[0], rtol=1e-4, atol=0.0
+    )
 
 
 def test_the_probe_finds_what_the_config_does_not_say() -> None:
     model = tiny.llama()
     decoder = model.get_decoder()
     own = decoder.forward
-    # A decoder that numbers positions by column, as some do whatever they are given.
+    # A decoder that numbers positions by column and ignores given positions, as some do.
     decoder.forward = lambda *a, position_ids=None, **k: own(*a, **k)
-    assert "other log-probs with a shared prompt" in str(sharing_refusal(model))
+    assert "other log-probs with a shared prompt" in str(prefix_sharing_unavailable_reason(model))
 
 
 def test_the_probe_finds_a_leak_in_bfloat16() -> None:
@@ -311,21 +317,21 @@ def test_the_probe_finds_a_leak_in_bfloat16() -> None:
     decoder = model.get_decoder()
     own = decoder.forward
     decoder.forward = lambda *a, attention_mask=None, **k: own(*a, **k)
-    assert sharing_refusal(model) is not None
-    assert sharing_refusal(tiny.llama().to(torch.bfloat16)) is None
+    assert prefix_sharing_unavailable_reason(model) is not None
+    assert prefix_sharing_unavailable_reason(tiny.llama().to(torch.bfloat16)) is None
 
 
-def test_a_window_that_is_switched_off_does_not_refuse() -> None:
-    assert sharing_refusal(tiny.qwen(sliding_window=4, use_sliding_window=False)) is None
+def test_a_disabled_window_allows_sharing() -> None:
+    assert prefix_sharing_unavailable_reason(tiny.qwen(sliding_window=4, use_sliding_window=False)) is None
 
 
 def test_logits_that_do_not_follow_from_the_decoder_are_refused() -> None:
-    class Doubled(LlamaForCausalLM):
+    class Flipped(LlamaForCausalLM):
         def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
             return super().forward(input_ids=input_ids.flip(-1), **kwargs)
 
     with pytest.raises(ModelError, match="differ from its logits"):
-        Scorer(Doubled(tiny.llama_config()).eval())
+        Scorer(Flipped(tiny.llama_config()).eval())
 
 
 def test_settings_are_checked() -> None:
@@ -349,4 +355,4 @@ def test_flops_by_hand() -> None:
     expected = 2 * (2 * 9216 * 6 + 32 * 261 * 5) + 4 * 64 * (6 + 4 + 9)
     assert Scorer(tiny.llama()).forward_flops(some) == expected
     assert Scorer(tiny.gpt2()).forward_flops(some) == 2 * (24576 * 6 + 32 * 261 * 5) + 4 * 64 * 19
-    assert SimpleNamespace(attended=some.attended) == SimpleNamespace(attended=19)
+    assert SimpleNamespace(attended=some.attended_pairs) == SimpleNamespace(attended=19)

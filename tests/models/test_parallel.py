@@ -1,4 +1,4 @@
-"""One process, two gloo ranks: the same step; and state that goes out and comes back."""
+"""One process and two gloo ranks take the same step; saved state is restored exactly."""
 
 import warnings
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from models.adapters import adapter_off, add_lora, find_adapter
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer, causal_model
-from models.parallel import Parallel, Replicated, prepare, shards, together
+from models.parallel import Parallel, ReplicatedParallel, prepare, shards, together
 from models.rows import Prompted, build_rows
 
 CPU = torch.device("cpu")
@@ -23,17 +23,17 @@ CPU = torch.device("cpu")
 SHARES = [[GROUPS[:1], GROUPS[1:2]], [GROUPS[2:], []]]
 
 
-def policy(lora: bool) -> Scorer:
+def build_policy(lora: bool) -> Scorer:
     model = tiny.llama()
     return Scorer((add_lora(model, LoraSettings(r=2), seed=3) if lora else model).train(), chunk_tokens=4)
 
 
-def prepared(lora: bool = False, **settings: Any) -> Parallel:
-    return prepare(policy(lora), device=CPU, learning_rate=1e-2, weight_decay=0.1, **settings)
+def prepare_policy(lora: bool = False, **settings: Any) -> Parallel:
+    return prepare(build_policy(lora), device=CPU, learning_rate=1e-2, weight_decay=0.1, **settings)
 
 
-def accumulated(parallel: Parallel, microbatches: list[list[Prompted]], *, count: int) -> float:
-    """Gradients of the sum over all ranks' sequences / count, and that sum over this rank's."""
+def accumulate_gradients(parallel: Parallel, microbatches: list[list[Prompted]], *, count: int) -> float:
+    """Accumulate gradients of the sum over all ranks' sequences / count; return this rank's sum."""
     total = 0.0
     for index, groups in enumerate(microbatches):
         rows = build_rows(groups, shared=True, pad_id=0)
@@ -47,18 +47,18 @@ def accumulated(parallel: Parallel, microbatches: list[list[Prompted]], *, count
     return total
 
 
-def weights(parallel: Parallel) -> dict[str, torch.Tensor]:
+def copy_weights(parallel: Parallel) -> dict[str, torch.Tensor]:
     return {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
 
 
-def saved(parallel: Parallel) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: {what: v.clone() for what, v in state.items()} for name, state in parallel.saved()}
+def copy_state(parallel: Parallel) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {key: v.clone() for key, v in state.items()} for name, state in parallel.saved()}
 
 
-def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torch.Tensor]:
+def take_two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torch.Tensor]:
     state = {}
     for step in range(2):
-        accumulated(parallel, share, count=7)
+        accumulate_gradients(parallel, share, count=7)
         state[f"norm{step}"] = parallel.clip(0.5)
         if step == 0:
             state |= {
@@ -68,39 +68,39 @@ def two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torc
             }
         parallel.step()
         parallel.zero_grad()
-    return state | {f"weight/{n}": p for n, p in weights(parallel).items()}
+    return state | {f"weight/{n}": p for n, p in copy_weights(parallel).items()}
 
 
-def fails_on_rank_1(rank: int) -> None:
+def raise_on_rank_1(rank: int) -> None:
     if rank == 1:
         raise ModelError(f"no such file ö on rank {rank}")
 
 
-def _rank(rank: int, rendezvous: str, out: str) -> None:
+def _run_rank(rank: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=FutureWarning)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         for lora in (False, True):
-            parallel = prepared(lora)
-            assert isinstance(parallel, Replicated)
+            parallel = prepare_policy(lora)
+            assert isinstance(parallel, ReplicatedParallel)
             assert (parallel.rank, parallel.world_size) == (rank, 2)
             numbers = torch.tensor([1.0, 10.0]) * (rank + 1)
             assert parallel.all_reduce_sum(numbers) is numbers
             assert numbers.tolist() == [3.0, 30.0]
             with pytest.raises(ModelError, match="no such file ö on rank 1"), together(CPU):
-                fails_on_rank_1(rank)
+                raise_on_rank_1(rank)
             with together(CPU):
                 pass
-            save_file(two_steps(parallel, SHARES[rank]), f"{out}/{lora}-{rank}.safetensors")
+            save_file(take_two_steps(parallel, SHARES[rank]), f"{out}/{lora}-{rank}.safetensors")
     finally:
         dist.destroy_process_group()
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    mp.spawn(_run_rank, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     for lora in (False, True):
-        expected = two_steps(prepared(lora), SHARES[0] + SHARES[1])
+        expected = take_two_steps(prepare_policy(lora), SHARES[0] + SHARES[1])
         for rank in (0, 1):
             found = load_file(tmp_path / f"{lora}-{rank}.safetensors")
             assert found.keys() == expected.keys()
@@ -111,7 +111,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
 
 
 def test_one_process_steps_as_plain_adamw() -> None:
-    parallel, model = prepared(), tiny.llama()
+    parallel, model = prepare_policy(), tiny.llama()
     assert (parallel.rank, parallel.world_size) == (0, 1)
     numbers = torch.tensor([1.0])
     assert parallel.all_reduce_sum(numbers) is numbers
@@ -132,14 +132,14 @@ def test_one_process_steps_as_plain_adamw() -> None:
         parallel.step()
         optimizer.zero_grad()
         parallel.zero_grad()
-    for name, weight in weights(parallel).items():
+    for name, weight in copy_weights(parallel).items():
         torch.testing.assert_close(
             weight, dict(scorer.named_parameters())[name].detach(), rtol=1e-6, atol=1e-7
         )
 
 
 def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
-    parallel = prepared()
+    parallel = prepare_policy()
     parallel.backward(parallel.module(build_rows(GROUPS, shared=True, pad_id=0)).logps.sum())
     before = {n: p.grad.clone() for n, p in parallel.unwrapped.named_parameters()}
     expected = torch.stack([g.norm() for g in before.values()]).norm()
@@ -148,59 +148,59 @@ def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
 
 
 def test_learning_rate_can_be_set() -> None:
-    parallel = prepared()
+    parallel = prepare_policy()
     parallel.set_learning_rate(0.0)
-    before = weights(parallel)
-    two_steps(parallel, SHARES[0])
-    assert all(torch.equal(w, before[n]) for n, w in weights(parallel).items())
+    before = copy_weights(parallel)
+    take_two_steps(parallel, SHARES[0])
+    assert all(torch.equal(w, before[n]) for n, w in copy_weights(parallel).items())
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_state_comes_back_bit_for_bit(lora: bool, tmp_path: Path) -> None:
-    first = prepared(lora)
-    two_steps(first, SHARES[0])
-    state = {f"{name}/{what}": v for name, parts in saved(first).items() for what, v in parts.items()}
+def test_state_is_restored_bit_for_bit(lora: bool, tmp_path: Path) -> None:
+    first = prepare_policy(lora)
+    take_two_steps(first, SHARES[0])
+    state = {f"{name}/{key}": v for name, parts in copy_state(first).items() for key, v in parts.items()}
     save_file(state, tmp_path / "state.safetensors")
     read = load_file(tmp_path / "state.safetensors")
 
-    second = prepared(lora)
-    two_steps(second, SHARES[1])
+    second = prepare_policy(lora)
+    take_two_steps(second, SHARES[1])
     parts = ("weight", "exp_avg", "exp_avg_sq", "step")
     second.restore(
         lambda name: {part: read[f"{name}/{part}"] for part in parts}, {k.rpartition("/")[0] for k in read}
     )
-    expected, found = two_steps(first, SHARES[1]), two_steps(second, SHARES[1])
+    expected, found = take_two_steps(first, SHARES[1]), take_two_steps(second, SHARES[1])
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
-def test_adapter_alone_is_kept_and_a_tied_weight_once() -> None:
-    assert all("lora_" in name for name in weights(prepared(lora=True)))
-    tied = weights(prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0))
+def test_state_has_only_the_adapter_and_a_tied_weight_once() -> None:
+    assert all("lora_" in name for name in copy_weights(prepare_policy(lora=True)))
+    tied = copy_weights(prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0))
     assert "model.model.embed_tokens.weight" in tied
     assert "model.lm_head.weight" not in tied
 
 
-def test_state_before_the_first_step_has_no_moments_and_comes_back() -> None:
-    parallel = prepared()
-    state = saved(parallel)
+def test_state_before_the_first_step_has_no_moments_and_is_restored() -> None:
+    parallel = prepare_policy()
+    state = copy_state(parallel)
     assert all(parts.keys() == {"weight"} for parts in state.values())
-    two_steps(parallel, SHARES[0])
-    assert all(parts["step"] == 2 for parts in saved(parallel).values())
+    take_two_steps(parallel, SHARES[0])
+    assert all(parts["step"] == 2 for parts in copy_state(parallel).values())
     parallel.restore(state.__getitem__, state.keys())
-    assert all(torch.equal(weight, state[name]["weight"]) for name, weight in weights(parallel).items())
+    assert all(torch.equal(weight, state[name]["weight"]) for name, weight in copy_weights(parallel).items())
 
 
-def test_anothers_state_is_refused() -> None:
-    state = saved(prepared())
+def test_the_state_of_another_policy_is_refused() -> None:
+    state = copy_state(prepare_policy())
     with pytest.raises(ModelError, match=r"belong to another policy .*resume with the model and adapter"):
-        prepared(lora=True).restore(state.__getitem__, state.keys())
+        prepare_policy(lora=True).restore(state.__getitem__, state.keys())
     wide = prepare(Scorer(tiny.llama(vocab_size=300)), device=CPU, learning_rate=1.0)
     with pytest.raises(ModelError, match=r"has shape \(261, 32\), the policy's has \(300, 32\)"):
         wide.restore(state.__getitem__, state.keys())
 
 
-def test_one_process_is_no_group_unless_it_splits_something() -> None:
-    assert type(prepared(strategy="fsdp")) is Parallel
+def test_one_process_has_no_group_unless_it_shards_or_offloads() -> None:
+    assert type(prepare_policy(strategy="fsdp")) is Parallel
     assert not dist.is_initialized()
     assert not shards("ddp", 2, workers=4)
     assert not shards("deepspeed", 2, workers=4, offload=True)
@@ -213,15 +213,15 @@ def test_one_process_is_no_group_unless_it_splits_something() -> None:
 @pytest.mark.parametrize(
     "split", [{"strategy": "fsdp", "offload": True}, {"strategy": "deepspeed", "zero_stage": 3}]
 )
-def test_quantised_weights_are_not_split(split: dict[str, Any]) -> None:
-    scorer = policy(lora=True)
-    causal_model(scorer.model).is_quantized = True  # what bitsandbytes leaves
+def test_quantised_weights_are_not_sharded(split: dict[str, Any]) -> None:
+    scorer = build_policy(lora=True)
+    causal_model(scorer.model).is_quantized = True  # as set by bitsandbytes
     with pytest.raises(ModelError, match="quantised weights cannot be split over workers; set quantization"):
         prepare(scorer, device=CPU, learning_rate=1.0, **split)
 
 
 def test_flex_attention_does_not_train_on_a_cpu() -> None:
-    scorer = policy(lora=False)
+    scorer = build_policy(lora=False)
     causal_model(scorer.model).config._attn_implementation = "flex_attention"
     with pytest.raises(ModelError, match="flex has no backward pass on a CPU; set attention: sdpa"):
         prepare(scorer, device=CPU, learning_rate=1.0)

@@ -40,7 +40,7 @@ def test_both_layouts_score_the_same_tokens(some: list[Prompted]) -> None:
     shared, plain = (build_rows(some, shared=s, pad_id=0) for s in (True, False))
     for name in ("targets", "sequences", "lengths"):
         assert torch.equal(getattr(shared, name), getattr(plain, name))
-    # What predicts a token is the token before it, at the position before it, in either layout.
+    # A token is predicted by the token before it, at the position before it, in either layout.
     for rows in (shared, plain):
         places = rows.position_ids.flatten()[rows.predictors]
         expected = [len(g.prompt) - 1 + i for g in some for r in g.responses for i in range(len(r))]
@@ -53,19 +53,19 @@ def test_both_layouts_score_the_same_tokens(some: list[Prompted]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(groups, st.booleans())
-def test_mask_lets_a_response_see_the_prompt_and_itself(some: list[Prompted], shared: bool) -> None:
+def test_the_mask_shows_a_response_the_prompt_and_itself(some: list[Prompted], shared: bool) -> None:
     rows = build_rows(some, shared=shared, pad_id=0)
-    mask, width = rows.mask()[:, 0], rows.input_ids.shape[1]
+    mask, width = rows.build_mask()[:, 0], rows.input_ids.shape[1]
     real = 0
     for row, segments in enumerate(rows.segments.tolist()):
         for query in range(width):
             visible = [k for k in range(query + 1) if segments[k] in (0, segments[query])]
             assert mask[row, query].nonzero().flatten().tolist() == visible
             real += len(visible) if segments[query] >= 0 else 0
-    assert rows.attended == real
+    assert rows.attended_pairs == real
 
 
-def test_no_groups_give_a_row_that_takes_part() -> None:
+def test_no_groups_give_one_row_of_padding() -> None:
     rows = build_rows([], shared=True, pad_id=7)
     assert rows.input_ids.tolist() == [[7]]
     assert rows.response_tokens == len(rows.lengths) == rows.tokens == 0

@@ -1,4 +1,4 @@
-"""A real language model: shared prompts and chunks are exact there too, ends of turn included."""
+"""Shared prompts and chunks are exact for a real language model too, end-of-turn tokens included."""
 
 from functools import cache
 from typing import Any
@@ -24,15 +24,15 @@ TEXTS = [
 
 
 @cache
-def folder() -> str:
+def find_model_folder() -> str:
     from orchestrator.demo.assets import fetch_smollm2
 
     return str(fetch_smollm2())
 
 
 @cache
-def groups() -> list[Prompted]:
-    config = ModelConfig(model=folder())
+def tokenize_groups() -> list[Prompted]:
+    config = ModelConfig(model=find_model_folder())
     tokenizer: Any = load_tokenizer(locate(config), config)
     # The pad token is the end-of-turn token: responses end in it and must be scored to the last token.
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -47,7 +47,9 @@ def groups() -> list[Prompted]:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_rows_equal_plain_logits(shared: bool) -> None:
-    config = PolicyConfig(model=folder(), adapter=LoraSettings(r=4, target_modules=("q_proj", "v_proj")))
+    config = PolicyConfig(
+        model=find_model_folder(), adapter=LoraSettings(r=4, target_modules=("q_proj", "v_proj"))
+    )
     model = load_model(locate(config), config, device="cpu", trainable=True)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -57,8 +59,8 @@ def test_rows_equal_plain_logits(shared: bool) -> None:
     scorer = Scorer(model, chunk_tokens=8)
     assert scorer.sharing_refusal is None
     pad = 2
-    scores = scorer(build_rows(groups(), shared=shared, pad_id=pad), entropy=True)
-    logps, entropies = plain_scores(model, groups())
+    scores = scorer(build_rows(tokenize_groups(), shared=shared, pad_id=pad), entropy=True)
+    logps, entropies = plain_scores(model, tokenize_groups())
     torch.testing.assert_close(scores.logps, logps, rtol=1e-4, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-4, atol=0.0)
     assert -8.0 < (scores.logps / scores.lengths).mean() < -1.0  # it is a language model

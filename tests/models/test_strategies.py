@@ -24,7 +24,7 @@ from losses.scores import ReferenceScores
 from models.adapters import adapter_off, add_lora
 from models.config import LoraSettings
 from models.logprobs import Scorer
-from models.parallel import Parallel, Replicated, Sharded, Zero, prepare
+from models.parallel import Parallel, ReplicatedParallel, ShardedParallel, ZeroParallel, prepare
 from models.rows import Prompted, build_rows
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, run_evaluation_pass, run_training_step
@@ -45,12 +45,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "deepspeed", "zero_stage": 2},
     "zero3": {"strategy": "deepspeed", "zero_stage": 3},
 }
-SPLIT = ("fsdp", "zero3")
+SHARDED_STRATEGIES = ("fsdp", "zero3")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, and how it is trained."""
+    """A policy and its training settings."""
 
     name: str
     lora: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Case:
     checkpointing: bool = False
     offload: bool = False
     steps: int = SHORT
-    strategies: tuple[str, ...] = SPLIT
+    strategies: tuple[str, ...] = SHARDED_STRATEGIES
     tolerance: float = 1e-4
 
     @property
@@ -76,7 +76,7 @@ CASES = [
     *LONG,
     Case("tied", tied=True),
     Case("frozen_head", lora=("q_proj", "down_proj"), checkpointing=True),
-    Case("replayed_head", lora=("q_proj", "lm_head")),
+    Case("model_forward_head", lora=("q_proj", "lm_head")),
     Case("checkpointing", checkpointing=True),
     Case("offload", offload=True, strategies=("fsdp", "zero1", "zero2", "zero3")),
     Case("autocast", precision="bfloat16", strategies=tuple(STRATEGIES), tolerance=2e-2),
@@ -92,8 +92,8 @@ CASES = [
 
 
 @dataclass
-class Course:
-    """What a run of a case did."""
+class RunRecord:
+    """Results of one run of a case."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -102,10 +102,10 @@ class Course:
     overflow: tuple[float, bool] = (0.0, False)
 
 
-def policy(case: Case) -> Scorer:
+def build_policy(case: Case) -> Scorer:
     model = tiny.llama(num_hidden_layers=1, tie_word_embeddings=case.tied).to(getattr(torch, case.base))
     if case.checkpointing:
-        # transformers renamed this in the course of version 5.
+        # transformers renamed this during version 5.
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if case.lora:
@@ -113,9 +113,9 @@ def policy(case: Case) -> Scorer:
     return Scorer(model.train(), chunk_tokens=4)
 
 
-def prepared(case: Case, **strategy: Any) -> Parallel:
+def prepare_case(case: Case, **strategy: Any) -> Parallel:
     return prepare(
-        policy(case),
+        build_policy(case),
         device=CPU,
         precision=case.dtype,
         learning_rate=3e-3,
@@ -125,7 +125,7 @@ def prepared(case: Case, **strategy: Any) -> Parallel:
     )
 
 
-def pairs() -> list[Prompted]:
+def build_pairs() -> list[Prompted]:
     generator = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> np.ndarray:
@@ -134,9 +134,9 @@ def pairs() -> list[Prompted]:
     return [Prompted(ids(3, 9), [ids(2, 8), ids(2, 8)]) for _ in range(PAIRS)]
 
 
-def reference(parallel: Parallel, case: Case) -> ReferenceScores:
-    """The policy's own start where it has an adapter to switch off, else another model."""
-    rows = build_rows(pairs(), shared=True, pad_id=0)
+def score_reference(parallel: Parallel, case: Case) -> ReferenceScores:
+    """Score the pairs by the policy's start if it has an adapter to disable, else by another model."""
+    rows = build_rows(build_pairs(), shared=True, pad_id=0)
     with torch.no_grad():
         if case.lora:
             with adapter_off(parallel.unwrapped.model):
@@ -148,14 +148,14 @@ def reference(parallel: Parallel, case: Case) -> ReferenceScores:
     return ReferenceScores(*(f[side::2] for f in columns for side in (0, 1)))
 
 
-def batches(against: ReferenceScores, share: list[list[int]]) -> list[MicroBatch]:
-    groups = pairs()
+def build_micro_batches(reference: ReferenceScores, share: list[list[int]]) -> list[MicroBatch]:
+    groups = build_pairs()
     return [
         MicroBatch(
             rows=build_rows([groups[i] for i in at], shared=True, pad_id=0),
             slots=torch.tensor(at, dtype=torch.long),
             soft_labels=torch.linspace(0.5, 1, PAIRS, dtype=torch.float64)[at],
-            references=(ReferenceScores(*(v[at] for v in vars(against).values())),),
+            references=(ReferenceScores(*(v[at] for v in vars(reference).values())),),
         )
         for at in share
     ]
@@ -170,67 +170,67 @@ def train(
     *,
     first: int = 0,
     rank: int | None = None,
-    at: Callable[[int, Any], None] = lambda step, schedule: None,
+    before_step: Callable[[int, Any], None] = lambda step, schedule: None,
     schedule_state: Mapping[str, Any] | None = None,
-) -> Course:
-    """Steps `first`..: the shares of a rank, or all pairs at once; `at` is called before each."""
-    against, course = reference(parallel, case), Course()
+) -> RunRecord:
+    """Train from step `first`: on the shares of a rank, or on all pairs at once."""
+    reference, record = score_reference(parallel, case), RunRecord()
     schedule = get_scheduler("cosine", parallel.optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     if schedule_state is not None:
         schedule.load_state_dict(dict(schedule_state))
         parallel.set_learning_rate(schedule.get_last_lr()[0])
     for step in range(first, case.steps):
-        at(step, schedule)
+        before_step(step, schedule)
         share = SHARES[step % 3][rank] if rank is not None else [list(range(PAIRS))]
         table, norm = run_training_step(
             parallel,
-            batches(against, share),
+            build_micro_batches(reference, share),
             loss=LOSS,
             table=StepTable(PAIRS, ["start"]),
             clip_norm=CLIP,
             precision=case.dtype,
         )
         schedule.step()
-        course.losses.append(float(table["loss"].mean()))
-        course.norms.append(norm)
+        record.losses.append(float(table["loss"].mean()))
+        record.norms.append(norm)
     share = SHARES[1][rank] if rank is not None else [list(range(PAIRS))]
     table = run_evaluation_pass(
         parallel,
-        batches(against, share),
+        build_micro_batches(reference, share),
         loss=LOSS,
         table=StepTable(PAIRS, ["start"]),
         precision=case.dtype,
     )
-    course.evaluated = table["loss"].tolist()
-    return course
+    record.evaluated = table["loss"].tolist()
+    return record
 
 
-def write(parallel: Parallel, file: Path) -> None:
-    """All of `saved`, from rank 0."""
-    state = {f"{n}/{what}": v.cpu().contiguous() for n, s in parallel.saved() for what, v in s.items()}
+def write_state(parallel: Parallel, file: Path) -> None:
+    """Write the full state to a file, on rank 0."""
+    state = {f"{n}/{key}": v.cpu().contiguous() for n, s in parallel.saved() for key, v in s.items()}
     if parallel.rank == 0:
         save_file(state, file)
 
 
-def read(file: Path) -> dict[str, dict[str, Tensor]]:
+def read_state(file: Path) -> dict[str, dict[str, Tensor]]:
     state: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118 (no dictionary)
-            name, _, what = key.rpartition("/")
-            state.setdefault(name, {})[what] = opened.get_tensor(key)
+        for entry in opened.keys():  # noqa: SIM118 (no dictionary)
+            name, _, key = entry.rpartition("/")
+            state.setdefault(name, {})[key] = opened.get_tensor(entry)
     return state
 
 
-def put_back(parallel: Parallel, file: Path) -> None:
-    state = read(file)
+def restore_state_from(parallel: Parallel, file: Path) -> None:
+    state = read_state(file)
     parallel.restore(state.__getitem__, state.keys())
 
 
-def written(parallel: Parallel, rank: int) -> dict[str, Tensor]:
-    """What `logits` and `generate` give; ranks ask for texts of different lengths."""
+def compute_outputs(parallel: Parallel, rank: int) -> dict[str, Tensor]:
+    """Compute logits and generated tokens; ranks generate texts of different lengths."""
     parallel.unwrapped.eval()
     ids = torch.arange(2 * (3 + rank)).reshape(2, -1)
-    given = {
+    outputs = {
         "logits": parallel.unwrapped.logits(ids),
         "ids": parallel.unwrapped.generate(
             ids,
@@ -242,103 +242,103 @@ def written(parallel: Parallel, rank: int) -> dict[str, Tensor]:
         ),
     }
     parallel.unwrapped.train()
-    return given
+    return outputs
 
 
-def run(case: Case, name: str, folder: Path, rank: int) -> None:
-    """One case under one strategy, saved in the middle and gone on with under the next strategy."""
-    parallel = prepared(case, **STRATEGIES[name], offload=case.offload)
-    assert isinstance(parallel, {"ddp": Replicated, "fsdp": Sharded}.get(name, Zero))
-    assert parallel.sharded == (name in SPLIT)
+def run_case(case: Case, name: str, folder: Path, rank: int) -> None:
+    """Run one case under one strategy, save in the middle and resume under the next strategy."""
+    parallel = prepare_case(case, **STRATEGIES[name], offload=case.offload)
+    assert isinstance(parallel, {"ddp": ReplicatedParallel, "fsdp": ShardedParallel}.get(name, ZeroParallel))
+    assert parallel.sharded == (name in SHARDED_STRATEGIES)
     assert (parallel.rank, parallel.world_size) == (rank, 2)
     assert parallel.on_any_rank(rank == 1) == (parallel.sharded or rank == 1)
     stem = folder / f"{case.name}-{name}"
 
     def save(step: int, schedule: Any) -> None:
         if step == SAVED_AT:
-            write(parallel, stem.with_suffix(".middle"))
+            write_state(parallel, stem.with_suffix(".middle"))
             stem.with_suffix(".schedule").write_text(json.dumps(schedule.state_dict()))
 
-    course = train(parallel, case, rank=rank, at=save)
-    write(parallel, stem.with_suffix(".end"))
-    save_file(written(parallel, rank), stem.with_suffix(f".written{rank}"))
+    record = train(parallel, case, rank=rank, before_step=save)
+    write_state(parallel, stem.with_suffix(".end"))
+    save_file(compute_outputs(parallel, rank), stem.with_suffix(f".written{rank}"))
     if case.steps > SAVED_AT:
         other = list(STRATEGIES)[(list(STRATEGIES).index(name) + 1) % len(STRATEGIES)]
-        resumed = prepared(case, **STRATEGIES[other])
-        train(resumed, Case(**{**vars(case), "steps": 1}), rank=rank)  # what restore must replace
-        course.resumed = go_on(resumed, case, stem, rank=rank)
-    course.overflow = overflow(parallel)
+        resumed = prepare_case(case, **STRATEGIES[other])
+        train(resumed, Case(**{**vars(case), "steps": 1}), rank=rank)  # state that the restore must replace
+        record.resumed = resume_training(resumed, case, stem, rank=rank)
+    record.overflow = measure_overflow(parallel)
     if rank == 0:
-        stem.with_suffix(".json").write_text(json.dumps(asdict(course)))
+        stem.with_suffix(".json").write_text(json.dumps(asdict(record)))
 
 
-def overflow(parallel: Parallel) -> tuple[float, bool]:
-    """The norm of a gradient that is not finite on rank 0, and whether weights were left as they were."""
+def measure_overflow(parallel: Parallel) -> tuple[float, bool]:
+    """Return the norm of a gradient that is not finite on rank 0, and whether weights are unchanged."""
     before = {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
     with parallel.accumulate(last=True):
-        scores = parallel.module(build_rows(pairs(), shared=True, pad_id=0))
+        scores = parallel.module(build_rows(build_pairs(), shared=True, pad_id=0))
         parallel.backward(scores.logps.sum() * (1e38 if parallel.rank == 0 else 1.0))
     norm = float(parallel.clip(CLIP))
     parallel.zero_grad()
     return norm, all(torch.equal(s["weight"], before[n]) for n, s in parallel.saved(moments=False))
 
 
-def go_on(parallel: Parallel, case: Case, stem: Path, *, rank: int | None) -> list[float]:
-    """The losses from the checkpoint in the middle on."""
-    put_back(parallel, stem.with_suffix(".middle"))
+def resume_training(parallel: Parallel, case: Case, stem: Path, *, rank: int | None) -> list[float]:
+    """Resume from the checkpoint in the middle; return the losses."""
+    restore_state_from(parallel, stem.with_suffix(".middle"))
     schedule = json.loads(stem.with_suffix(".schedule").read_text())
     return train(parallel, case, first=SAVED_AT, rank=rank, schedule_state=schedule).losses
 
 
-def _two_ranks(rank: int, folder: str) -> None:
+def _run_two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    models.zero.PERSISTENT = 0  # so that tiny weights are split, too
+    models.zero.PERSISTENCE_THRESHOLD = 0  # so that tiny weights are partitioned too
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for case in CASES:
         for name in case.strategies:
-            run(case, name, Path(folder), rank)
+            run_case(case, name, Path(folder), rank)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two ranks did, all cases in one group because starting it takes long."""
+    """A folder with the results of two ranks; one group runs all cases because it is slow to start."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    mp.spawn(_two_ranks, args=(str(folder),), nprocs=2)
+    mp.spawn(_run_two_ranks, args=(str(folder),), nprocs=2)
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by one process, for each case."""
-    folder = tmp_path_factory.mktemp("alone")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of one process for each case."""
+    folder = tmp_path_factory.mktemp("one_process")
     for case in CASES:
-        parallel, stem = prepared(case), folder / case.name
+        parallel, stem = prepare_case(case), folder / case.name
 
         def save(step: int, schedule: Any, parallel: Parallel = parallel, stem: Path = stem) -> None:
             if step == SAVED_AT:
-                write(parallel, stem.with_suffix(".middle"))
+                write_state(parallel, stem.with_suffix(".middle"))
 
-        course = train(parallel, case, at=save)
-        write(parallel, stem.with_suffix(".end"))
+        record = train(parallel, case, before_step=save)
+        write_state(parallel, stem.with_suffix(".end"))
         for rank in (0, 1):
-            save_file(written(parallel, rank), stem.with_suffix(f".written{rank}"))
-        stem.with_suffix(".json").write_text(json.dumps(asdict(course)))
+            save_file(compute_outputs(parallel, rank), stem.with_suffix(f".written{rank}"))
+        stem.with_suffix(".json").write_text(json.dumps(asdict(record)))
     return folder
 
 
-def course(file: Path) -> Course:
-    return Course(**json.loads(file.read_text()))
+def read_record(file: Path) -> RunRecord:
+    return RunRecord(**json.loads(file.read_text()))
 
 
 def assert_same_state(found: Path, expected: Path, *, rtol: float, atol: float) -> None:
-    one, other = read(found), read(expected)
+    one, other = read_state(found), read_state(expected)
     assert list(one) == list(other)
     for name, state in one.items():
         assert state.keys() == other[name].keys() == {"weight", "exp_avg", "exp_avg_sq", "step"}
-        for what, value in state.items():
+        for key, value in state.items():
             torch.testing.assert_close(
-                value, other[name][what], rtol=rtol, atol=atol, msg=lambda m, n=f"{name}/{what}": f"{n}: {m}"
+                value, other[name][key], rtol=rtol, atol=atol, msg=lambda m, n=f"{name}/{key}": f"{n}: {m}"
             )
 
 
@@ -346,8 +346,13 @@ COMBINED = [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES
 
 
 @pytest.mark.parametrize(("case", "name"), COMBINED)
-def test_two_ranks_take_the_steps_of_one_process(case: Case, name: str, two_ranks: Path, alone: Path) -> None:
-    found, expected = course(two_ranks / f"{case.name}-{name}.json"), course(alone / f"{case.name}.json")
+def test_two_ranks_take_the_steps_of_one_process(
+    case: Case, name: str, two_ranks: Path, one_process: Path
+) -> None:
+    found, expected = (
+        read_record(two_ranks / f"{case.name}-{name}.json"),
+        read_record(one_process / f"{case.name}.json"),
+    )
     assert len(found.losses) == case.steps
     assert found.losses == pytest.approx(expected.losses, abs=case.tolerance, rel=case.tolerance)
     assert found.evaluated == pytest.approx(expected.evaluated, abs=case.tolerance, rel=case.tolerance)
@@ -357,43 +362,50 @@ def test_two_ranks_take_the_steps_of_one_process(case: Case, name: str, two_rank
 
 
 @pytest.mark.parametrize(("case", "name"), COMBINED)
-def test_a_gradient_that_is_not_finite_is_told_before_any_weight_is_touched(
+def test_a_gradient_that_is_not_finite_is_reported_before_any_weight_changes(
     case: Case, name: str, two_ranks: Path
 ) -> None:
-    norm, untouched = course(two_ranks / f"{case.name}-{name}.json").overflow
+    norm, untouched = read_record(two_ranks / f"{case.name}-{name}.json").overflow
     assert not math.isfinite(norm)
     assert untouched
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_what_is_saved_is_the_same_whatever_the_strategy(
-    case: Case, name: str, two_ranks: Path, alone: Path
+def test_all_strategies_save_the_same_state(
+    case: Case, name: str, two_ranks: Path, one_process: Path
 ) -> None:
     for part in ("middle", "end"):
         assert_same_state(
-            two_ranks / f"{case.name}-{name}.{part}", alone / f"{case.name}.{part}", rtol=1e-3, atol=1e-5
+            two_ranks / f"{case.name}-{name}.{part}",
+            one_process / f"{case.name}.{part}",
+            rtol=1e-3,
+            atol=1e-5,
         )
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_another_strategy_and_one_process_go_on_from_there(case: Case, name: str, two_ranks: Path) -> None:
+def test_another_strategy_and_one_process_resume_from_the_checkpoint(
+    case: Case, name: str, two_ranks: Path
+) -> None:
     stem = two_ranks / f"{case.name}-{name}"
-    uninterrupted = course(stem.with_suffix(".json"))
+    uninterrupted = read_record(stem.with_suffix(".json"))
     assert uninterrupted.resumed == pytest.approx(uninterrupted.losses[SAVED_AT:], abs=1e-5)
-    assert go_on(prepared(case), case, stem, rank=None) == pytest.approx(uninterrupted.resumed, abs=1e-5)
+    assert resume_training(prepare_case(case), case, stem, rank=None) == pytest.approx(
+        uninterrupted.resumed, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.precision == "float32"], ids=lambda case: case.name)
-@pytest.mark.parametrize("name", SPLIT)
-def test_logits_and_texts_of_a_split_policy_are_those_of_a_whole_one(
-    case: Case, name: str, two_ranks: Path, alone: Path
+@pytest.mark.parametrize("name", SHARDED_STRATEGIES)
+def test_a_sharded_policy_gives_the_logits_and_texts_of_one_process(
+    case: Case, name: str, two_ranks: Path, one_process: Path
 ) -> None:
     for rank in (0, 1):
         with (
             safe_open(two_ranks / f"{case.name}-{name}.written{rank}", framework="pt") as found,
-            safe_open(alone / f"{case.name}.written{rank}", framework="pt") as expected,
+            safe_open(one_process / f"{case.name}.written{rank}", framework="pt") as expected,
         ):
             torch.testing.assert_close(
                 found.get_tensor("logits"), expected.get_tensor("logits"), rtol=1e-3, atol=1e-3
@@ -401,22 +413,22 @@ def test_logits_and_texts_of_a_split_policy_are_those_of_a_whole_one(
             assert torch.equal(found.get_tensor("ids"), expected.get_tensor("ids"))
 
 
-def _one_rank(_: int, folder: str) -> None:
+def _run_one_rank(_: int, folder: str) -> None:
     torch.set_num_threads(1)
     for case in LONG:
         for offload in (False, True):
-            parallel = prepared(case, strategy="deepspeed", zero_stage=3, offload=offload)
+            parallel = prepare_case(case, strategy="deepspeed", zero_stage=3, offload=offload)
             assert parallel.world_size == 1
-            losses = go_on(parallel, case, Path(folder) / f"{case.name}-zero3", rank=None)
+            losses = resume_training(parallel, case, Path(folder) / f"{case.name}-zero3", rank=None)
             (Path(folder) / f"{case.name}-{offload}.one").write_text(json.dumps(losses))
-    parallel = prepared(LONG[0], strategy="fsdp", offload=True)
-    assert isinstance(parallel, Sharded)
-    losses = go_on(parallel, LONG[0], Path(folder) / "full-zero3", rank=None)
+    parallel = prepare_case(LONG[0], strategy="fsdp", offload=True)
+    assert isinstance(parallel, ShardedParallel)
+    losses = resume_training(parallel, LONG[0], Path(folder) / "full-zero3", rank=None)
     (Path(folder) / "full-fsdp.one").write_text(json.dumps(losses))
 
 
-def test_a_split_policy_of_two_ranks_goes_on_split_on_one(two_ranks: Path) -> None:
-    mp.spawn(_one_rank, args=(str(two_ranks),), nprocs=1)
+def test_a_sharded_policy_of_two_ranks_resumes_sharded_on_one(two_ranks: Path) -> None:
+    mp.spawn(_run_one_rank, args=(str(two_ranks),), nprocs=1)
     for stem in ("full-False", "full-True", "full-fsdp", "lora-False", "lora-True"):
-        uninterrupted = course(two_ranks / f"{stem.partition('-')[0]}-zero3.json").losses[SAVED_AT:]
+        uninterrupted = read_record(two_ranks / f"{stem.partition('-')[0]}-zero3.json").losses[SAVED_AT:]
         assert json.loads((two_ranks / f"{stem}.one").read_text()) == pytest.approx(uninterrupted, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The tiny models and tokenizers the other tests stand on."""
+"""The tiny models and tokenizers that the other tests use."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def test_byte_tokenizer_round_trips_any_text() -> None:
     assert tokenizer.bos_token_id == 257
 
 
-def test_chat_template_only_where_asked() -> None:
+def test_a_chat_template_only_if_requested() -> None:
     messages = [{"role": "user", "content": "hi"}]
     rendered = tiny.byte_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
