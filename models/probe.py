@@ -1,4 +1,4 @@
-"""Logits of a model on a few token rows, to compare it with what is loaded back later."""
+"""Logits of a trained model on a few token rows, for comparison with the exported model when it is loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Probe:
     logits: Tensor
     """(R, T, V) float32."""
     dtype: torch.dtype
-    """What the model in hand computed in."""
+    """The dtype in which the trained model computed."""
 
     @classmethod
     def of(
@@ -30,11 +30,12 @@ class Probe:
         *,
         logits: Callable[[Tensor], Tensor] | None = None,
     ) -> "Probe":
-        """Run the model in hand (adapter on) over the first tokens of a few sequences.
+        """Run the trained model (adapter enabled) over the first tokens of a few sequences.
 
-        `logits` runs it where a plain call does not, as with a model in shards: (R, T) ids -> (R, T, V).
+        `logits` replaces a plain call of the model where that is not possible, as with sharded weights:
+        (R, T) ids -> (R, T, V).
 
-        Raises ValueError when all sequences are empty.
+        Raises ValueError if all sequences are empty.
         """
         chosen = [s for s in sequences if len(s) > 0][:_PROBE_ROWS]
         if not chosen:
@@ -54,7 +55,7 @@ class Probe:
 
     @classmethod
     def load(cls, path: Path) -> "Probe":
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
@@ -64,6 +65,7 @@ class Probe:
 
 
 def _logits(model: "torch.nn.Module", rows: Tensor) -> Tensor:
+    """(R, T) token ids -> (R, T, V) float32 logits on the CPU, in eval mode."""
     was_training = model.training
     model.eval()
     try:
