@@ -30,7 +30,7 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
 
     A connection that was there before is left as it is. Raises UsageError where RAY_ADDRESS does not answer.
     """
-    for name, value in (DRIVER_ENVIRONMENT | _start_timeout_variables(wait_minutes)).items():
+    for name, value in (DRIVER_ENVIRONMENT | _build_start_timeout(wait_minutes)).items():
         os.environ.setdefault(name, value)
     exclude_loopback_from_proxies()
     if ray.is_initialized():
@@ -49,7 +49,7 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
         runtime_env=None if local else {"env_vars": build_worker_environment(os.environ)},
     )
     try:
-        with _turn_sigterm_into_ctrl_c():
+        with _convert_sigterm_to_ctrl_c():
             yield
     finally:
         ray.shutdown()
@@ -98,7 +98,7 @@ def keep_ctrl_c_handler() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _turn_sigterm_into_ctrl_c() -> Iterator[None]:
+def _convert_sigterm_to_ctrl_c() -> Iterator[None]:
     """A job that is stopped gets SIGTERM: it ends as by Ctrl-C and leaves nothing behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -110,6 +110,6 @@ def _turn_sigterm_into_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start_timeout_variables(minutes: float) -> dict[str, str]:
+def _build_start_timeout(minutes: float) -> dict[str, str]:
     """A finite wait for workers that other jobs keep from starting."""
     return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(60 * minutes)}

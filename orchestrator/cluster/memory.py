@@ -12,26 +12,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from orchestrator.cluster.model_shape import Shape, bytes_per_weight, read_model_shape
+from orchestrator.cluster.model_shape import Shape, get_bytes_per_weight, read_model_shape
 from orchestrator.config.run import RunConfig
 
 if TYPE_CHECKING:
     from models.locate import Located
 
 GIB = 2**30
-DEVICES = (24, 40, 80, 141)
+DEVICE_SIZES_GIB = (24, 40, 80, 141)
 """Device memories in GiB that people have."""
-FITS = 0.9
+USABLE_SHARE = 0.9
 """Share of a device that may be planned for: CUDA's context and fragmentation take the rest."""
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 CHUNK_TOKENS = 1024
 """Response tokens whose logits exist at a time: `models.logprobs.Scorer`'s default."""
 REFERENCE_TOKENS = 16384
 """Tokens that a replica on a GPU scores at a time."""
-_MARGIN = 1.15  # architectures differ: norms on queries and keys, nonlinearities in several steps
+_ACTIVATION_MARGIN = 1.15  # architectures differ: norms on queries and keys, nonlinearities in several steps
 _BUCKET_BYTES = 4 * 50_000_000  # DeepSpeed's gradient bucket, see models.zero
 _LIVE_WEIGHTS = 1_000_000_000  # weights that stage 3 keeps whole for their next use: DeepSpeed's default
-_MASTER, _MOMENTS = 4, 8  # float32 bytes
+_MASTER_BYTES, _MOMENT_BYTES = 4, 8  # float32 bytes
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class PolicyWorkload:
         return self.shape.adapter == 0
 
     @property
-    def trained(self) -> int:
+    def trained_weights(self) -> int:
         """How many weights are trained."""
         return self.shape.parameters if self.trains_all_weights else self.shape.adapter
 
     @property
-    def frozen(self) -> float:
+    def frozen_weight_bytes(self) -> float:
         """Bytes of all frozen weights."""
         if self.trains_all_weights:
             return 0.0
@@ -79,13 +79,13 @@ class PolicyWorkload:
     def layer_bytes(self) -> float:
         """Bytes of the largest layer's weights, whole, with its part of the adapter."""
         if self.trains_all_weights:
-            return float(_MASTER * self.shape.layer)
-        return self.frozen_bytes * self.shape.layer + _MASTER * self.shape.adapter / self.shape.layers
+            return float(_MASTER_BYTES * self.shape.layer)
+        return self.frozen_bytes * self.shape.layer + _MASTER_BYTES * self.shape.adapter / self.shape.layers
 
     @property
     def root_bytes(self) -> float:
         """Bytes of the weights outside the layers, whole."""
-        return (_MASTER if self.trains_all_weights else self.outer_bytes) * self.shape.root
+        return (_MASTER_BYTES if self.trains_all_weights else self.outer_bytes) * self.shape.root
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class Memory:
 
     def fits_device(self, gib: float) -> bool:
         """Whether a device of that many GiB holds it, with room for CUDA itself."""
-        return self.device <= FITS * gib * GIB
+        return self.device <= USABLE_SHARE * gib * GIB
 
 
 def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: int) -> Memory:
     """What each of `workers` needs under the strategy."""
-    trained, frozen = load.trained, load.frozen
+    trained, frozen = load.trained_weights, load.frozen_weight_bytes
     weights, gradients, moments = (
-        _MASTER * trained + frozen,
-        float(_MASTER * trained),
-        float(_MOMENTS * trained),
+        _MASTER_BYTES * trained + frozen,
+        float(_MASTER_BYTES * trained),
+        float(_MOMENT_BYTES * trained),
     )
     whole = weights  # read into main memory where it is cut, before a device has any of it
     working, host = _count_head(load) + _count_casts(load), 0.0
@@ -155,7 +155,7 @@ def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: in
             weights, gradients, moments, host = 0.0, 0.0, 0.0, weights + gradients + moments
         host = max(host, whole)
     elif strategy.name == "deepspeed":
-        masters, moments = _MASTER * trained / workers, moments / workers
+        masters, moments = _MASTER_BYTES * trained / workers, moments / workers
         working += 2 * _BUCKET_BYTES
         if strategy.stage >= 2:
             gradients /= workers
@@ -177,10 +177,10 @@ def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: in
     return Memory(weights, gradients, moments, _count_activations(load), working, host)
 
 
-def fewest_workers(load: PolicyWorkload, strategy: Strategy, gib: float) -> int | None:
+def find_fewest_workers(load: PolicyWorkload, strategy: Strategy, gib: float) -> int | None:
     """The fewest workers (a power of two) whose devices of `gib` GiB hold the policy; None: not so."""
     count = 1
-    while count <= MOST_WORKERS:
+    while count <= MAX_WORKERS:
         if estimate_worker_memory(load, strategy, count).fits_device(gib):
             return count
         count *= 2
@@ -202,30 +202,30 @@ def _count_activations(load: PolicyWorkload) -> float:
     of the sum comes a margin for what other architectures keep.
     """
     shape, size = load.shape, load.compute_bytes
-    inputs = 5 if size < _MASTER else 2
+    inputs = 5 if size < _MASTER_BYTES else 2
     layer = (16 + inputs * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
-    residual = max(_MASTER if load.trains_all_weights else load.outer_bytes, size) * shape.hidden
+    residual = max(_MASTER_BYTES if load.trains_all_weights else load.outer_bytes, size) * shape.hidden
     layers = shape.layers * residual + layer if load.checkpointing else shape.layers * layer
-    ends = 4 * _MASTER * shape.hidden  # embeddings, the last norm, the states that meet the head
+    ends = 4 * _MASTER_BYTES * shape.hidden  # embeddings, the last norm, the states that meet the head
     mask = load.row_tokens * (1 + size)  # of rows that share their prompt: which token sees which
-    return float(_MARGIN * load.tokens * (layers + ends + mask))
+    return float(_ACTIVATION_MARGIN * load.tokens * (layers + ends + mask))
 
 
 def _count_head(load: PolicyWorkload) -> float:
     """A chunk's logits, log-probs, probabilities and gradient, and the head's own cast and gradient."""
     shape, size = load.shape, load.compute_bytes
-    chunk = min(CHUNK_TOKENS, load.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER)
+    chunk = min(CHUNK_TOKENS, load.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER_BYTES)
     matrix = shape.vocabulary * shape.hidden
-    cast = matrix * size if (_MASTER if load.trains_all_weights else load.outer_bytes) != size else 0
+    cast = matrix * size if (_MASTER_BYTES if load.trains_all_weights else load.outer_bytes) != size else 0
     gradient = (
-        matrix * (_MASTER + size) if load.trains_all_weights else 0
+        matrix * (_MASTER_BYTES + size) if load.trains_all_weights else 0
     )  # its sum and a chunk's part, before it is added
     return float(chunk + cast + gradient)
 
 
 def _count_casts(load: PolicyWorkload) -> float:
     """Half-precision copies of layers' weights that autocast makes and the backward pass needs."""
-    bytes_in_memory = _MASTER if load.trains_all_weights else load.frozen_bytes
+    bytes_in_memory = _MASTER_BYTES if load.trains_all_weights else load.frozen_bytes
     if bytes_in_memory <= load.compute_bytes:
         return 0.0
     return float(load.compute_bytes * (load.shape.layer if load.checkpointing else load.shape.body))
@@ -233,15 +233,19 @@ def _count_casts(load: PolicyWorkload) -> float:
 
 def _count_gathered_weights(load: PolicyWorkload) -> float:
     """FSDP: a layer and the next one, the weights outside the layers, and their gradients, whole."""
-    gradients = 2 * _MASTER * load.shape.layer + _MASTER * load.shape.root if load.trains_all_weights else 0
+    gradients = (
+        2 * _MASTER_BYTES * load.shape.layer + _MASTER_BYTES * load.shape.root
+        if load.trains_all_weights
+        else 0
+    )
     return 2 * load.layer_bytes + load.root_bytes + gradients
 
 
 def _count_live_weights(load: PolicyWorkload) -> float:
     """Stage 3: weights that DeepSpeed keeps whole for their next use, and a layer's gradients."""
     share = min(1.0, _LIVE_WEIGHTS / load.shape.parameters)
-    everything = _MASTER * load.trained + load.frozen
-    gradients = _MASTER * load.shape.layer if load.trains_all_weights else 0
+    everything = _MASTER_BYTES * load.trained_weights + load.frozen_weight_bytes
+    gradients = _MASTER_BYTES * load.shape.layer if load.trains_all_weights else 0
     return max(share * everything, 2 * load.layer_bytes + load.root_bytes) + gradients
 
 
@@ -249,10 +253,10 @@ def estimate_replica_memory(
     shape: Shape, weight_bytes: float, outer_bytes: float, *, tokens: int = REFERENCE_TOKENS
 ) -> Memory:
     """What one copy of a frozen reference needs: its weights, and the widest moment of a forward pass."""
-    size = 4 if outer_bytes == _MASTER else 2
-    weights = weight_bytes * shape.body + outer_bytes * shape.root + _MASTER * shape.adapter
-    widest = 2 * _MASTER * shape.hidden + size * (4 * shape.attention + 3 * shape.intermediate)
-    chunk = min(CHUNK_TOKENS, tokens) * shape.vocabulary * (2 * size + 2 * _MASTER)
+    size = 4 if outer_bytes == _MASTER_BYTES else 2
+    weights = weight_bytes * shape.body + outer_bytes * shape.root + _MASTER_BYTES * shape.adapter
+    widest = 2 * _MASTER_BYTES * shape.hidden + size * (4 * shape.attention + 3 * shape.intermediate)
+    chunk = min(CHUNK_TOKENS, tokens) * shape.vocabulary * (2 * size + 2 * _MASTER_BYTES)
     return Memory(weights, 0.0, 0.0, float(tokens * widest), float(chunk))
 
 
@@ -267,27 +271,27 @@ class Sizing:
         references: one replica of each reference that is served, by name.
     """
 
-    load: PolicyWorkload
-    own: Strategy
+    workload: PolicyWorkload
+    strategy: Strategy
     workers: int
     references: Mapping[str, Memory]
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """All that could train this policy, the run's own among them."""
-        every = STRATEGIES if self.own in STRATEGIES else (*STRATEGIES, self.own)
-        return tuple(s for s in every if can_train(self.load, s))
+        every = STRATEGIES if self.strategy in STRATEGIES else (*STRATEGIES, self.strategy)
+        return tuple(s for s in every if can_train(self.workload, s))
 
     @property
     def memory(self) -> Memory:
         """What each worker of the run needs."""
-        return estimate_worker_memory(self.load, self.own, self.workers)
+        return estimate_worker_memory(self.workload, self.strategy, self.workers)
 
     @property
     def other_checkpointing(self) -> Memory:
         """The same with the other choice of `training.gradient_checkpointing`."""
-        other = replace(self.load, checkpointing=not self.load.checkpointing)
-        return estimate_worker_memory(other, self.own, self.workers)
+        other = replace(self.workload, checkpointing=not self.workload.checkpointing)
+        return estimate_worker_memory(other, self.strategy, self.workers)
 
 
 def size_run(
@@ -310,7 +314,7 @@ def size_run(
     """
     precision = config.training.precision
     half = precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
-    layer, outer = bytes_per_weight(config.policy, device_type)
+    layer, outer = get_bytes_per_weight(config.policy, device_type)
     load = PolicyWorkload(
         shape=read_model_shape(policy, config.policy, lora=config.policy.adapter),
         frozen_bytes=layer,
@@ -325,12 +329,12 @@ def size_run(
     parallel = config.parallel
     stage = parallel.stage if parallel.strategy == "deepspeed" else 0
     return Sizing(
-        load=load,
-        own=Strategy(parallel.strategy, stage, parallel.offload),
+        workload=load,
+        strategy=Strategy(parallel.strategy, stage, parallel.offload),
         workers=parallel.workers,
         references={
             name: estimate_replica_memory(
-                read_model_shape(references[name], reference), *bytes_per_weight(reference, device_type)
+                read_model_shape(references[name], reference), *get_bytes_per_weight(reference, device_type)
             )
             for name, reference in config.references.models.items()
             if not reference.scored_by_workers

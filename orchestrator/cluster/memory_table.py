@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cluster.memory import (
-    DEVICES,
-    FITS,
+    DEVICE_SIZES_GIB,
+    USABLE_SHARE,
     GIB,
     STRATEGIES,
     Memory,
@@ -18,45 +18,47 @@ from orchestrator.cluster.memory import (
     Strategy,
     estimate_replica_memory,
     estimate_worker_memory,
-    fewest_workers,
+    find_fewest_workers,
 )
 from orchestrator.cluster.model_shape import Shape
 
 MODELS = {
-    "0.135B": Shape.of_numbers(
+    "0.135B": Shape.from_dimensions(
         layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocabulary=49152, tied=True
     ),
-    "1.2B": Shape.of_numbers(
+    "1.2B": Shape.from_dimensions(
         layers=16, hidden=2048, intermediate=8192, heads=32, kv_heads=8, vocabulary=128256, tied=True
     ),
-    "8B": Shape.of_numbers(
+    "8B": Shape.from_dimensions(
         layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256
     ),
-    "70B": Shape.of_numbers(
+    "70B": Shape.from_dimensions(
         layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocabulary=128256
     ),
 }
 """From the configs of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B and Llama-3.1-70B."""
 DOCUMENTED_WORKERS = 8
-_RANK = 16
+_LORA_RANK = 16
 
 
 def format_memory_table(sizing: Sizing) -> RenderableType:
     """Every strategy's need for a run: what a worker holds, and how few workers do on common devices."""
-    load = sizing.load
+    load = sizing.workload
     drawn = Table(box=None, padding=(0, 2, 0, 0))
     drawn.add_column("strategy")
-    for name in ("GiB", "main memory", *(f"{device} GiB" for device in DEVICES)):
+    for name in ("GiB", "main memory", *(f"{device} GiB" for device in DEVICE_SIZES_GIB)):
         drawn.add_column(name, justify="right")
     for strategy in sizing.strategies:
-        need, own = estimate_worker_memory(load, strategy, sizing.workers), strategy == sizing.own
+        need, own = estimate_worker_memory(load, strategy, sizing.workers), strategy == sizing.strategy
         cells = [f"{strategy} *" if own else str(strategy), format_gib(need.device), format_gib(need.host)]
-        cells += [_format_worker_count(fewest_workers(load, strategy, device)) for device in DEVICES]
+        cells += [
+            _format_worker_count(find_fewest_workers(load, strategy, device)) for device in DEVICE_SIZES_GIB
+        ]
         drawn.add_row(*cells, style="bold" if own else None)
     trained = (
         "all trained"
         if load.trains_all_weights
-        else f"and {_format_weight_count(load.trained)} of LoRA that are trained"
+        else f"and {_format_weight_count(load.trained_weights)} of LoRA that are trained"
     )
     head = (
         f"policy: {_format_weight_count(load.shape.parameters)} weights, {trained}. On GPUs, GiB that each of "
@@ -67,7 +69,7 @@ def format_memory_table(sizing: Sizing) -> RenderableType:
 
 def _format_notes(sizing: Sizing) -> list[str]:
     """What the table leaves out: the run's own parts, the other choice of checkpointing, and references."""
-    load, need = sizing.load, sizing.memory
+    load, need = sizing.workload, sizing.memory
     parts = {
         "weights": need.weights,
         "gradients": need.gradients,
@@ -85,7 +87,7 @@ def _format_notes(sizing: Sizing) -> list[str]:
             f"reference {name}: {format_gib(one.device)} GiB a replica, {format_gib(one.weights)} of it weights"
         )
     lines.append(
-        f"estimates for {load.tokens} tokens a micro-batch; {1 - FITS:.0%} of a device is left to CUDA itself"
+        f"estimates for {load.tokens} tokens a micro-batch; {1 - USABLE_SHARE:.0%} of a device is left to CUDA itself"
     )
     return lines
 
@@ -95,7 +97,7 @@ def format_documented_tables() -> str:
     loads = {
         f"{name} {'LoRA' if rank else 'full'}": PolicyWorkload(shape.with_lora(rank), checkpointing=True)
         for name, shape in MODELS.items()
-        for rank in (_RANK, 0)
+        for rank in (_LORA_RANK, 0)
     }
     fewest = [[str(s), *(_format_fewest_workers(load, s) for load in loads.values())] for s in STRATEGIES]
     needs = [
@@ -119,7 +121,9 @@ def format_gib(size: float) -> str:
 
 
 def _format_fewest_workers(load: PolicyWorkload, strategy: Strategy) -> str:
-    return " / ".join(_format_worker_count(fewest_workers(load, strategy, device)) for device in DEVICES)
+    return " / ".join(
+        _format_worker_count(find_fewest_workers(load, strategy, device)) for device in DEVICE_SIZES_GIB
+    )
 
 
 def _format_memory(need: Memory) -> str:

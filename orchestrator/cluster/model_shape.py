@@ -53,7 +53,7 @@ class Shape:
         return self.body + self.root
 
     @classmethod
-    def of_numbers(
+    def from_dimensions(
         cls,
         *,
         layers: int,
@@ -88,7 +88,7 @@ class Shape:
         return replace(self, adapter=rank * self.lora)
 
 
-def bytes_per_weight(config: ModelConfig, device_type: str) -> tuple[float, float]:
+def get_bytes_per_weight(config: ModelConfig, device_type: str) -> tuple[float, float]:
     """Bytes of a frozen weight in a layer and outside the layers."""
     outer = _DTYPE_BYTES[config.dtype_on(device_type)]
     return _QUANTIZED_BYTES.get(config.quantization, outer), outer

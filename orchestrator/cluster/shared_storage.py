@@ -6,13 +6,13 @@ import os
 
 from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.errors import UsageError
-from orchestrator.storage.paths import explain_storage_failures, is_uri, shown_location
+from orchestrator.storage.paths import explain_storage_failures, is_uri, redact_location
 from orchestrator.storage.probe import why_invisible, write_probe
 from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-_ANSWER_WITHIN_S = 60.0
+_ANSWER_TIMEOUT_S = 60.0
 
 
 def refuse_unshared(storage_path: str) -> None:
@@ -47,7 +47,7 @@ def refuse_unshared(storage_path: str) -> None:
             ): address
             for node, address in alive.items()
         }
-        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_WITHIN_S)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
         for answer in answered:
             try:
                 why = ray.get(answer)
@@ -60,8 +60,8 @@ def refuse_unshared(storage_path: str) -> None:
     if silent:
         log.warning(
             "whether storage_path %s is shared was not answered within %.0f s by: %s",
-            shown_location(storage_path),
-            _ANSWER_WITHIN_S,
+            redact_location(storage_path),
+            _ANSWER_TIMEOUT_S,
             ", ".join(sorted(asked[answer] for answer in silent)),
         )
 

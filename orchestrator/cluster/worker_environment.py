@@ -27,7 +27,7 @@ LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 # What a worker needs to reach a hub or a server as the driver does.
-_PASSED_ON = (
+_FORWARDED_NAMES = (
     "DS_ACCELERATOR",
     "HF_HOME",
     "HF_ENDPOINT",
@@ -44,7 +44,7 @@ _PASSED_ON = (
 
 
 # Ray writes runtime environments to its logs, so these travel as objects. Proxies may hold a password.
-_SECRET = (
+_SECRET_NAMES = (
     "HF_TOKEN",
     "HTTP_PROXY",
     "HTTPS_PROXY",
@@ -59,7 +59,7 @@ _SECRET = (
 )
 
 
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
 
@@ -68,13 +68,13 @@ def build_worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
     """
-    job = json.loads(environment.get(JOB, "{}")).get("runtime_env") or {}
-    names = (*DRIVER_ENVIRONMENT, *LOCAL_ENVIRONMENT, *_PASSED_ON)
+    job = json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    names = (*DRIVER_ENVIRONMENT, *LOCAL_ENVIRONMENT, *_FORWARDED_NAMES)
     ours = WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
     return {name: value for name, value in ours.items() if name not in job.get("env_vars", {})}
 
 
 def collect_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
-    names = (*_SECRET, *environment.get(SECRET_NAMES, "").split(","))
+    names = (*_SECRET_NAMES, *environment.get(SECRET_NAMES, "").split(","))
     return {name: environment[name] for name in names if name in environment}

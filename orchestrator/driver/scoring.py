@@ -95,6 +95,6 @@ def report_scores(service: ReferenceService, console: Console) -> None:
         samples = f", {counts.sampled} samples scored" if counts.sampled else ""
         console.print(
             f"reference {name}: {counts.scored} responses scored in {counts.forwards} forward passes, "
-            f"{counts.from_store} of {counts.asked} answered from the store, {counts.joined} joined, "
+            f"{counts.from_store} of {counts.requested} answered from the store, {counts.coalesced} joined, "
             f"{counts.replicas_started} replica(s) started{samples}",
         )

@@ -12,7 +12,7 @@ from orchestrator.cluster.memory_table import format_memory_table
 from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, refuse_impossible
 from orchestrator.cluster.shared_storage import refuse_unshared
-from orchestrator.cluster.worker_environment import JOB
+from orchestrator.cluster.worker_environment import JOB_CONFIG
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import train_on_cluster
 from orchestrator.driver.finish import finish_run, report_run
@@ -100,7 +100,7 @@ def prepare_and_report(config: RunConfig, console: Console, before: RunRecord | 
 
 def _resolve_config(config: RunConfig) -> RunConfig:
     storage = config.storage_path
-    if JOB in os.environ and not is_uri(storage) and not Path(storage).expanduser().is_absolute():
+    if JOB_CONFIG in os.environ and not is_uri(storage) and not Path(storage).expanduser().is_absolute():
         raise UsageError(
             f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
             "with the job; give an absolute path that all nodes share, or the URI of an object store"

@@ -19,12 +19,16 @@ from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.redaction import redact
 
-LIMIT_MB = 50
-_OF_RUN, _OF_SWEEP, _OF_REGISTRY = ("train", "score", "check"), ("tune",), ("models",)
-_DATA = ("data.train", "data.eval")
+MAX_SIZE_MB = 50
+_RUN_COMMANDS, _SWEEP_COMMANDS, _REGISTRY_COMMANDS = ("train", "score", "check"), ("tune",), ("models",)
+_DATA_FIELDS = ("data.train", "data.eval")
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")
-_KEYS_OF_BUCKET = re.compile(r"\b(s3|gs|gcs|abfss?)://[^@\s]*:[^@\s]*@", re.I)  # a secret may have slashes
-_CONTAINER = re.compile(r"\b(abfss?://)[^/@:\s]+@", re.I)  # whose name stands where others have the user's
+_BUCKET_CREDENTIALS = re.compile(
+    r"\b(s3|gs|gcs|abfss?)://[^@\s]*:[^@\s]*@", re.I
+)  # a secret may have slashes
+_AZURE_CONTAINER = re.compile(
+    r"\b(abfss?://)[^/@:\s]+@", re.I
+)  # whose name stands where others have the user's
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
         UsageError: with the usual message about the file, or one about what cannot be sent.
     """
     verb, arguments = (command[0], list(command[1:])) if command else ("", [])
-    known = (*_OF_RUN, *_OF_SWEEP, *_OF_REGISTRY)
+    known = (*_RUN_COMMANDS, *_SWEEP_COMMANDS, *_REGISTRY_COMMANDS)
     if verb not in known:
         raise UsageError(
             f"{verb or 'nothing'} cannot be submitted{did_you_mean(verb, known)}; "
@@ -75,17 +79,17 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
         named = re.match(r"[\w.-]+(?==)", argument)
         _refuse_credentials(argument, redact(named[0]) if named else "an argument")
     files = _list_package_files() if code else {}
-    if verb in _OF_REGISTRY:
+    if verb in _REGISTRY_COMMANDS:
         _refuse_lost_copy(arguments)
         return _refuse_too_large(JobBundle(verb, tuple(command), files))
     place, file = _find_file_argument(verb, arguments)
     overrides = [a for i, a in enumerate(arguments) if i != place and "=" in a and not a.startswith("-")]
     needed = [("the file", file)]
-    if verb in _OF_SWEEP:
-        needed += _list_run_of_sweep(file, overrides)
+    if verb in _SWEEP_COMMANDS:
+        needed += _list_base_run(file, overrides)
     for _, path in needed:
         _refuse_credentials(read_yaml(path), path)
-    if verb in _OF_SWEEP:
+    if verb in _SWEEP_COMMANDS:
         sweep = load_sweep(file, overrides)
         name, run, field = sweep.name, sweep.base, "run.storage_path"
         _refuse_lost_journal(run, field)
@@ -95,7 +99,7 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
     _refuse_lost_results(run, field)
     for what, path in [*needed, *_list_local_sources(run)]:
         files |= _list_files(what, path)
-    arguments[place] = _path_in_working_folder(Path(file), "the file").as_posix()
+    arguments[place] = _make_relative(Path(file), "the file").as_posix()
     return _refuse_too_large(JobBundle(name, (verb, *arguments), files))
 
 
@@ -105,11 +109,11 @@ def _find_file_argument(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
         number = argument.replace(".", "", 1).isdigit()
         if not argument.startswith("-") and "=" not in argument and not number:
             return place, argument
-    kind = "sweep" if verb in _OF_SWEEP else "run"
+    kind = "sweep" if verb in _SWEEP_COMMANDS else "run"
     raise UsageError(f"{verb} needs a {kind} file, e.g. polyref submit -- {verb} {kind}.yaml")
 
 
-def _list_run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
+def _list_base_run(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     early = [text for text in overrides if text.startswith("run=")]
     run = apply_overrides(read_yaml(file, what="sweep file"), early).get("run")
     if not isinstance(run, str):
@@ -121,8 +125,8 @@ def _list_run_of_sweep(file: str, overrides: Sequence[str]) -> list[tuple[str, s
 
 def has_credentials(text: str) -> bool:
     """Whether a password, key, token or signature is in it, as part of a URI or by itself."""
-    text = _CONTAINER.sub(r"\1", text)
-    return redact(text) != text or _KEYS_OF_BUCKET.search(text) is not None
+    text = _AZURE_CONTAINER.sub(r"\1", text)
+    return redact(text) != text or _BUCKET_CREDENTIALS.search(text) is not None
 
 
 def _refuse_credentials(value: Any, where: str) -> None:
@@ -176,7 +180,7 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
 
 def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Relative paths of the run file that are this machine's, with the field that names them."""
-    for field, source in zip(_DATA, (run.data.train, run.data.eval), strict=True):
+    for field, source in zip(_DATA_FIELDS, (run.data.train, run.data.eval), strict=True):
         if source is not None and _is_local(source):
             if Path(source).exists():
                 yield field, source
@@ -186,13 +190,13 @@ def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     settings |= {f"references.models.{name}": model for name, model in run.references.models.items()}
     for field, model in settings.items():
         for part in ("model", "base"):
-            _refuse_model(f"{field}.{part}", getattr(model, part))
+            _refuse_local_model(f"{field}.{part}", getattr(model, part))
         template = model.chat_template
         if template is not None and "{" not in template and _is_local(template) and Path(template).exists():
             yield f"{field}.chat_template", template
     reward = run.evaluation.sampling and run.evaluation.sampling.reward
     if reward and reward.model:
-        _refuse_model("evaluation.sampling.reward.model", reward.model)
+        _refuse_local_model("evaluation.sampling.reward.model", reward.model)
     if reward and reward.function:
         module = reward.function.partition(":")[0]
         top = Path(module.partition(".")[0])
@@ -201,7 +205,7 @@ def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield from (("evaluation.sampling.reward.function", str(path)) for path in here)
 
 
-def _refuse_model(field: str, name: str | None) -> None:
+def _refuse_local_model(field: str, name: str | None) -> None:
     if name is not None and "://" not in name and not name.startswith("models:/"):
         path = Path(name).expanduser()
         if path.exists() and (_is_local(name) or name.startswith("~")):
@@ -217,7 +221,7 @@ def _is_local(path: str) -> bool:
     return "://" not in path and not path.startswith(("/", "~"))
 
 
-def _path_in_working_folder(path: Path, what: str) -> Path:
+def _make_relative(path: Path, what: str) -> Path:
     """The path from the working folder, which is what the job's working folder will be like."""
     try:
         return Path(os.path.abspath(path.expanduser())).relative_to(Path.cwd())
@@ -230,10 +234,12 @@ def _path_in_working_folder(path: Path, what: str) -> Path:
 
 def _list_files(what: str, path: str) -> dict[str, Path]:
     """A file, or all files of a folder that are not hidden, by their path in the parcel."""
-    root = _path_in_working_folder(Path(path), what)
+    root = _make_relative(Path(path), what)
     if not root.is_dir():
         return {root.as_posix(): Path(path).expanduser()}
-    files = {file.as_posix(): file for file in _walk_files(root, hidden="._" if what in _DATA else ".")}
+    files = {
+        file.as_posix(): file for file in _walk_files(root, hidden="._" if what in _DATA_FIELDS else ".")
+    }
     for name, file in files.items():
         if not file.is_file():
             raise UsageError(
@@ -265,11 +271,11 @@ def _list_package_files() -> dict[str, Path]:
 
 
 def _refuse_too_large(parcel: JobBundle) -> JobBundle:
-    if parcel.size > LIMIT_MB * 10**6:
+    if parcel.size > MAX_SIZE_MB * 10**6:
         largest = sorted(parcel.files.items(), key=lambda item: -item[1].stat().st_size)[:5]
         shown = ", ".join(f"{format_megabytes(path.stat().st_size)} {name}" for name, path in largest)
         raise UsageError(
-            f"the job's files are {format_megabytes(parcel.size)}, and at most {LIMIT_MB} MB are sent with a job; "
+            f"the job's files are {format_megabytes(parcel.size)}, and at most {MAX_SIZE_MB} MB are sent with a job; "
             f"the largest: {shown}. Put them on storage that all nodes share and name that path, e.g. "
             "data.train=/shared/polyref/data/train.jsonl"
         )

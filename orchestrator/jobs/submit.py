@@ -28,14 +28,14 @@ from orchestrator.jobs.bundle import PACKAGES, JobBundle, build_bundle, format_m
 from orchestrator.redaction import summarize_error
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-PATIENCE_S = 300.0
+ANSWER_TIMEOUT_S = 300.0
 """How long a cluster that does not answer is asked again for the log of a job."""
 _RETRY_S = 1.0
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I
 )
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OURS = (SECRETS_LOCATION, SECRET_NAMES)
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED_NAMES = (SECRETS_LOCATION, SECRET_NAMES)
 
 
 def submit_job(
@@ -148,7 +148,7 @@ def _format_file_list(parcel: JobBundle, *, code: bool) -> str:
 def _read_variables(names: Sequence[str], option: str) -> dict[str, str]:
     values = {}
     for name in names:
-        if not _NAME.fullmatch(name) or name in _OURS:
+        if not _VARIABLE_NAME.fullmatch(name) or name in _RESERVED_NAMES:
             raise UsageError(
                 f"--{option} takes the name of a variable, not {name.partition('=')[0]!r} and a value; set "
                 f"it here and give its name: --{option} HF_TOKEN"
@@ -210,13 +210,13 @@ async def _follow_job(client: Any, job: str, say: Callable[[str], None]) -> Any:
             if details.status.is_terminal():
                 return details
         except Exception as error:  # Ray, aiohttp and requests raise what they like
-            if time.monotonic() - last_heard > PATIENCE_S:
+            if time.monotonic() - last_heard > ANSWER_TIMEOUT_S:
                 raise RunFailed(
-                    f"the cluster has not answered for {PATIENCE_S / 60:g} minutes; {job} may run on: see "
+                    f"the cluster has not answered for {ANSWER_TIMEOUT_S / 60:g} minutes; {job} may run on: see "
                     f"ray job logs --follow {job} once it answers"
                 ) from error
             if not silent:
-                say(f"no answer from the cluster; asking again for {PATIENCE_S / 60:g} minutes")
+                say(f"no answer from the cluster; asking again for {ANSWER_TIMEOUT_S / 60:g} minutes")
             silent = True
         await asyncio.sleep(_RETRY_S)
 

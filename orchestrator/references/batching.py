@@ -34,7 +34,7 @@ class WaitingGroups:
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._groups: deque[PromptGroup] = deque()
-        self._open: dict[bytes, PromptGroup] = {}
+        self._open_groups: dict[bytes, PromptGroup] = {}
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -42,9 +42,9 @@ class WaitingGroups:
     def add(self, prompt: Ids, response: Ids, key: bytes) -> None:
         """Let a response wait behind its prompt."""
         name = prompt.tobytes()
-        group = self._open.get(name)
+        group = self._open_groups.get(name)
         if group is None or group.tokens + len(response) > self._budget:
-            group = self._open[name] = PromptGroup(prompt, [], [])
+            group = self._open_groups[name] = PromptGroup(prompt, [], [])
             self._groups.append(group)
         group.responses.append(response)
         group.keys.append(key)
@@ -58,8 +58,8 @@ class WaitingGroups:
             taken.append(group)
             held += group.tokens
             name = group.prompt.tobytes()
-            if self._open.get(name) is group:
-                del self._open[name]
+            if self._open_groups.get(name) is group:
+                del self._open_groups[name]
         return taken
 
 

@@ -95,9 +95,9 @@ class ReferenceClient:
         self.stall_seconds = 0.0
         """Time spent in `collect`, waiting, since the beginning."""
         self._routers, self._tables, self.in_process = dict(routers), dict(tables), frozenset(in_process)
-        self._asked: dict[Any, dict[str, _PendingRequest]] = {}
-        self._samples: dict[Any, dict[str, Any]] = {}
-        self._recording: list[tuple[str, Any]] = []
+        self._pending: dict[Any, dict[str, _PendingRequest]] = {}
+        self._pending_samples: dict[Any, dict[str, Any]] = {}
+        self._pending_stores: list[tuple[str, Any]] = []
 
     def request_scores(
         self,
@@ -109,10 +109,10 @@ class ReferenceClient:
 
         All references are asked, or those in `names`.
         """
-        if ticket in self._asked:
+        if ticket in self._pending:
             raise ValueError(f"ticket {ticket!r} is still open: collect it first")
         asked = self._routers if names is None else names
-        self._asked[ticket] = {name: self._send_request(name, indices) for name in asked}
+        self._pending[ticket] = {name: self._send_request(name, indices) for name in asked}
 
     def collect_scores(self, ticket: Any) -> dict[str, ReferenceArrays]:
         """Wait for what was asked under `ticket`; rows in the order they were asked.
@@ -121,7 +121,7 @@ class ReferenceClient:
             ScoringError: a reference could not score.
             ModelError: a reference could not be loaded.
         """
-        asked = self._asked.pop(ticket)
+        asked = self._pending.pop(ticket)
         began = time.perf_counter()
         try:
             answers = {name: wait_for_answer(name, one.answer) for name, one in asked.items()}
@@ -133,16 +133,18 @@ class ReferenceClient:
         self, ticket: Any, groups: Sequence[PromptGroup], names: Collection[str]
     ) -> None:
         """Ask replicas for responses in no table, which are scored but not stored; returns at once."""
-        if ticket in self._samples:
+        if ticket in self._pending_samples:
             raise ValueError(f"samples {ticket!r} are still open: collect them first")
         request = ScoreRequest.pack(groups)
-        self._samples[ticket] = {
+        self._pending_samples[ticket] = {
             name: self._routers[name].score.remote(request, keep=False) for name in names
         }
 
     def collect_sample_scores(self, ticket: Any) -> dict[str, Scores]:
         """Wait for what `ask_samples` asked under `ticket`: (S,) columns. Raises as `collect` does."""
-        return {name: wait_for_answer(name, answer) for name, answer in self._samples.pop(ticket).items()}
+        return {
+            name: wait_for_answer(name, answer) for name, answer in self._pending_samples.pop(ticket).items()
+        }
 
     def store_scores(
         self, name: str, indices: Sequence[int] | NDArray[np.integer], arrays: ReferenceArrays
@@ -159,12 +161,12 @@ class ReferenceClient:
         ]
         columns = Scores(*(np.array(column) for column in zip(*scores, strict=True)))
         request = ScoreRequest.pack(groups)
-        self._recording.append((name, self._routers[name].put.remote(request.keys, columns)))
-        self._wait_for_records(timeout=0)
+        self._pending_stores.append((name, self._routers[name].put.remote(request.keys, columns)))
+        self._wait_for_stores(timeout=0)
 
     def close(self) -> None:
         """Wait until everything recorded has arrived."""
-        self._wait_for_records(timeout=None)
+        self._wait_for_stores(timeout=None)
 
     def _send_request(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _PendingRequest:
         groups = group_pairs(self._tables[name], indices)
@@ -176,13 +178,13 @@ class ReferenceClient:
         paired = np.diff(request.group_offsets) == 2
         return _PendingRequest(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
 
-    def _wait_for_records(self, timeout: float | None) -> None:
-        waiting = [answer for _, answer in self._recording]
+    def _wait_for_stores(self, timeout: float | None) -> None:
+        waiting = [answer for _, answer in self._pending_stores]
         if not waiting:
             return
         done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
-        arrived = [(name, answer) for name, answer in self._recording if answer in done]
-        self._recording = [(name, answer) for name, answer in self._recording if answer not in done]
+        arrived = [(name, answer) for name, answer in self._pending_stores if answer in done]
+        self._pending_stores = [(name, answer) for name, answer in self._pending_stores if answer not in done]
         for name, answer in arrived:
             wait_for_answer(name, answer)
 

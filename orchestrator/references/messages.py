@@ -119,14 +119,14 @@ class ScoreRequest:
         keys = b"".join(key for group in groups for key in group.keys)
         return cls(
             prompts=_concatenate([group.prompt for group in groups]),
-            prompt_offsets=_count_offsets([len(group.prompt) for group in groups]),
+            prompt_offsets=_compute_offsets([len(group.prompt) for group in groups]),
             responses=_concatenate(responses),
-            response_offsets=_count_offsets([len(response) for response in responses]),
-            group_offsets=_count_offsets([len(group.responses) for group in groups]),
+            response_offsets=_compute_offsets([len(response) for response in responses]),
+            group_offsets=_compute_offsets([len(group.responses) for group in groups]),
             keys=np.frombuffer(keys, dtype=np.uint8).reshape(-1, KEY_BYTES),
         )
 
-    def groups(self) -> list[PromptGroup]:
+    def unpack(self) -> list[PromptGroup]:
         """The groups again, as views into the columns."""
         ends, packed = self.response_offsets, []
         for g in range(len(self.prompt_offsets) - 1):
@@ -141,9 +141,9 @@ class ScoreRequest:
 class RouterStats:
     """Counts since the router's process began. asked = from_store + joined + newly queued."""
 
-    asked: int = 0
+    requested: int = 0
     from_store: int = 0
-    joined: int = 0
+    coalesced: int = 0
     """Responses that were already in flight for someone else (or asked twice in one request)."""
     scored: int = 0
     sampled: int = 0
@@ -160,5 +160,5 @@ def _concatenate(arrays: Sequence[Ids]) -> Ids:
     return np.concatenate(arrays, dtype=np.int32) if arrays else np.zeros(0, dtype=np.int32)
 
 
-def _count_offsets(lengths: Sequence[int]) -> Offsets:
+def _compute_offsets(lengths: Sequence[int]) -> Offsets:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

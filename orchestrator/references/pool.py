@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from models.config import ModelError
 from orchestrator.references.messages import ReferenceSpec, ScoringError
 
-IN_FLIGHT = 2
+MAX_BATCHES_PER_REPLICA = 2
 """Batches per replica: one in the model, one waiting beside it, so that it never idles between calls."""
 
 
@@ -69,11 +69,11 @@ class ReplicaPool:
         """Start what is missing to `spec.replicas`, without waiting for it."""
         for _ in range(self._spec.replicas - len(self._members) - len(self._starting)):
             self._error = None
-            task = asyncio.create_task(self._start_one())
+            task = asyncio.create_task(self._start_replica())
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
 
-    async def wait_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Wait until every replica has its model, or raise what prevents it."""
         while self._starting:
             await asyncio.wait(self._starting)
@@ -83,7 +83,7 @@ class ReplicaPool:
 
     def find_free_member(self) -> PoolMember | None:
         """The replica with the fewest outstanding tokens, if it can take another batch."""
-        open_to_more = [member for member in self._members if member.batches < IN_FLIGHT]
+        open_to_more = [member for member in self._members if member.batches < MAX_BATCHES_PER_REPLICA]
         return min(open_to_more, key=lambda member: member.tokens, default=None)
 
     def record_answer(self, member: PoolMember, tokens: int) -> None:
@@ -113,18 +113,18 @@ class ReplicaPool:
             ray.kill(member.handle)
         self._members = []
 
-    async def pids(self) -> list[int]:
+    async def list_pids(self) -> list[int]:
         """Process ids of the live replicas."""
         return [await member.handle.pid.remote() for member in self._members]
 
-    async def _start_one(self) -> None:
+    async def _start_replica(self) -> None:
         handle = self._actor.remote(self._spec)
         self.started += 1
         try:
             await self._wait_for_placement(handle)
             await handle.setup.remote()
         except RayActorError as error:
-            self._starting.discard(_this_task())
+            self._starting.discard(_get_current_task())
             self._count_death(error)
         except Exception as error:
             ray.kill(handle)
@@ -140,7 +140,7 @@ class ReplicaPool:
         """Wait until the replica runs on some node."""
         spec = self._spec
         try:
-            await asyncio.wait_for(_wait_for_answer(handle.pid.remote()), spec.start_timeout_s)
+            await asyncio.wait_for(_await_answer(handle.pid.remote()), spec.start_timeout_s)
         except TimeoutError:
             needs = f"{spec.num_cpus:g} CPU, {spec.num_gpus:g} GPU"
             needs += "".join(f", {amount:g} {resource}" for resource, amount in spec.resources.items())
@@ -157,25 +157,25 @@ class ReplicaPool:
         self._fail_pool(
             ScoringError(
                 f"reference {self._spec.name!r}: its replicas died {self._deaths_in_a_row} times without an "
-                f"answer between; most often memory ran out. Ray says: {_first_line(error)}"
+                f"answer between; most often memory ran out. Ray says: {_get_first_line(error)}"
             )
         )
 
     def _fail_pool(self, error: Exception) -> None:
         self._deaths_in_a_row = 0
         self._error = error
-        self._starting.discard(_this_task())
+        self._starting.discard(_get_current_task())
         self.stop()
         self._on_failure(error)
 
 
-def _this_task() -> asyncio.Task[None]:
+def _get_current_task() -> asyncio.Task[None]:
     task = asyncio.current_task()
     assert task is not None
     return task
 
 
-async def _wait_for_answer(reference: Any) -> Any:
+async def _await_answer(reference: Any) -> Any:
     return await reference
 
 
@@ -190,5 +190,5 @@ def explain_actor_error(name: str, error: Exception) -> Exception:
     return ScoringError(f"reference {name!r}: {type(cause).__name__}: {cause}")
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

@@ -31,7 +31,7 @@ class FrozenModel:
     def score(self, request: ScoreRequest) -> Scores:
         """Scores of the request's responses, in its order."""
         scores = Scores.unknown(len(request))
-        rows = _place_rows(request.groups())
+        rows = _index_rows(request.unpack())
         if not self._shared:
             rows = [single for row in rows for single in _split_row(row)]
         waiting = [
@@ -44,7 +44,7 @@ class FrozenModel:
             if part is None:
                 waiting = self._halve_batch(batch) + waiting
                 continue
-            places = np.concatenate([row.places for row in batch])
+            places = np.concatenate([row.indices for row in batch])
             scores.logps[places], scores.lengths[places] = part.logps, part.lengths
             scores.entropies[places] = part.entropies
         return scores
@@ -93,14 +93,14 @@ class _Row(NamedTuple):
     """A group, and the places of its responses in the request."""
 
     group: PromptGroup
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
     @property
     def tokens(self) -> int:
         return self.group.tokens
 
 
-def _place_rows(groups: list[PromptGroup]) -> list[_Row]:
+def _index_rows(groups: list[PromptGroup]) -> list[_Row]:
     starts = np.cumsum([0, *(len(group.keys) for group in groups)])
     return [_Row(group, np.arange(starts[g], starts[g + 1])) for g, group in enumerate(groups)]
 
@@ -109,7 +109,7 @@ def _split_row(row: _Row) -> list[_Row]:
     """The same responses, each behind a prompt of its own."""
     group = row.group
     singles = [PromptGroup(group.prompt, [r], [k]) for r, k in zip(group.responses, group.keys, strict=True)]
-    return [_Row(single, row.places[i : i + 1]) for i, single in enumerate(singles)]
+    return [_Row(single, row.indices[i : i + 1]) for i, single in enumerate(singles)]
 
 
 class Replica:

@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 LINGER_S = 0.004
 """How long the first response of a batch waits for company: ranks reach a step within milliseconds."""
 FLUSH_SCORES = 8192
-FLUSH_S = 20.0
-WINDOW = 8
+FLUSH_INTERVAL_S = 20.0
+WINDOW_BATCHES = 8
 """Batches cut from one drain of what waits: wide enough to sort by length, short enough to be fair."""
-ADMITTED = 256
+MAX_OPEN_REQUESTS = 256
 """Requests worked on at once; further ones wait unread."""
 
 
@@ -52,23 +52,23 @@ class Router:
         replica_class: type = Replica,
         linger_s: float = LINGER_S,
         flush_scores: int = FLUSH_SCORES,
-        flush_s: float = FLUSH_S,
+        flush_s: float = FLUSH_INTERVAL_S,
     ) -> None:
         os.environ.update(spec.environment)  # keys of the storage among them
         self._spec, self._storage_path = spec, storage_path
         self._linger_s, self._flush_scores, self._flush_s = linger_s, flush_scores, flush_s
         self._store: ScoreStore | None = None
-        self._opening, self._flushing = asyncio.Lock(), asyncio.Lock()
-        self._admission = asyncio.Semaphore(ADMITTED)
+        self._open_lock, self._flush_lock = asyncio.Lock(), asyncio.Lock()
+        self._admission = asyncio.Semaphore(MAX_OPEN_REQUESTS)
         self._pool = ReplicaPool(spec, replica_class, on_ready=self._send_batches, on_failure=self._fail_all)
         self._waiting = WaitingGroups(spec.max_tokens_per_batch)
-        self._cut: deque[Batch] = deque()
+        self._ready_batches: deque[Batch] = deque()
         self._in_flight: dict[bytes, asyncio.Future[Score]] = {}
-        self._to_keep: set[bytes] = set()
+        self._keys_to_store: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._linger: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._asked = self._from_store = self._joined = self._scored = self._sampled = 0
+        self._requested = self._from_store = self._coalesced = self._scored = self._sampled = 0
         self._batches = self._forwards = self._retries = 0
 
     async def score(self, request: ScoreRequest, *, keep: bool = True) -> Scores:
@@ -85,7 +85,7 @@ class Router:
             scores = store.lookup(request.keys)
             missing = np.flatnonzero(scores.missing)
             if keep:
-                self._asked += len(scores)
+                self._requested += len(scores)
                 self._from_store += len(scores) - len(missing)
             else:
                 self._sampled += len(scores)
@@ -113,13 +113,13 @@ class Router:
 
     async def missing(self, keys: Keys) -> int:
         """How many different keys the store has no score for."""
-        known = (await self._open_store()).known(keys)
+        known = (await self._open_store()).find_known(keys)
         return len(np.unique(keys[~known], axis=0))
 
     async def start(self) -> None:
         """Start the replicas now rather than at the first miss, and wait until they have their model."""
         self._pool.ensure_started()
-        await self._pool.wait_ready()
+        await self._pool.wait_until_ready()
 
     async def release(self) -> None:
         """Finish what is in flight, save, and free the replicas' devices; a later miss starts them again."""
@@ -133,9 +133,9 @@ class Router:
     async def flush(self) -> int:
         """Save the scores that no file holds yet; returns how many."""
         store = await self._open_store()
-        async with self._flushing:
+        async with self._flush_lock:
             saved = await asyncio.to_thread(store.flush)
-        store.settle()
+        store.merge_recent()
         return saved
 
     async def close(self) -> None:
@@ -149,9 +149,9 @@ class Router:
     async def stats(self) -> RouterStats:
         """Counts since this process began."""
         return RouterStats(
-            asked=self._asked,
+            requested=self._requested,
             from_store=self._from_store,
-            joined=self._joined,
+            coalesced=self._coalesced,
             scored=self._scored,
             sampled=self._sampled,
             batches=self._batches,
@@ -162,10 +162,10 @@ class Router:
 
     async def replica_pids(self) -> list[int]:
         """Process ids of the live replicas, on whichever nodes they are."""
-        return await self._pool.pids()
+        return await self._pool.list_pids()
 
     async def _open_store(self) -> ScoreStore:
-        async with self._opening:
+        async with self._open_lock:
             if self._store is None:
                 self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
             return self._store
@@ -179,40 +179,42 @@ class Router:
         """
         futures: dict[int, asyncio.Future[Score]] = {}
         index = 0
-        for group in request.groups():
+        for group in request.unpack():
             for response, key in zip(group.responses, group.keys, strict=True):
                 if index in missing:
                     if keep:
-                        self._to_keep.add(key)
+                        self._keys_to_store.add(key)
                     if key in self._in_flight:
-                        self._joined += keep
+                        self._coalesced += keep
                     else:
                         self._in_flight[key] = asyncio.get_running_loop().create_future()
                         self._waiting.add(group.prompt, response, key)
                     futures[index] = self._in_flight[key]
                 index += 1
         self._pool.ensure_started()
-        if self._linger is None:
-            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self._send_batches)
+        if self._linger_timer is None:
+            self._linger_timer = asyncio.get_running_loop().call_later(self._linger_s, self._send_batches)
         return futures
 
     def _send_batches(self) -> None:
         """Send batches while there are batches and replicas with room."""
-        if self._linger is not None:
-            self._linger.cancel()
-            self._linger = None
-        while (self._cut or len(self._waiting)) and (member := self._pool.find_free_member()) is not None:
-            if not self._cut:
-                self._cut.extend(self._drain_window())
-            batch = self._cut.popleft()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        while (self._ready_batches or len(self._waiting)) and (
+            member := self._pool.find_free_member()
+        ) is not None:
+            if not self._ready_batches:
+                self._ready_batches.extend(self._drain_window())
+            batch = self._ready_batches.popleft()
             member.add_batch(batch.tokens)
             self._spawn_task(self._run_batch(batch, member))
-        if self._cut or len(self._waiting):
+        if self._ready_batches or len(self._waiting):
             self._pool.ensure_started()
 
     def _drain_window(self) -> list[Batch]:
         budget = self._spec.max_tokens_per_batch
-        groups = self._waiting.drain(WINDOW * budget)
+        groups = self._waiting.drain(WINDOW_BATCHES * budget)
         return [
             Batch([groups[i] for i in part])
             for part in split_into_batches([g.tokens for g in groups], budget)
@@ -244,8 +246,8 @@ class Router:
             except ScoringError as error:
                 self._fail_keys([key], error)
                 continue
-            if key in self._to_keep:
-                self._to_keep.remove(key)
+            if key in self._keys_to_store:
+                self._keys_to_store.remove(key)
                 store.put(key, score)
                 self._scored += 1
             future = self._in_flight.pop(key, None)
@@ -273,18 +275,18 @@ class Router:
             self._fail_keys(batch.keys, error)
         elif any(key in self._in_flight for key in batch.keys):
             self._retries += 1
-            self._cut.appendleft(batch)
+            self._ready_batches.appendleft(batch)
 
     def _fail_keys(self, keys: list[bytes], error: Exception) -> None:
         for key in keys:
-            self._to_keep.discard(key)
+            self._keys_to_store.discard(key)
             future = self._in_flight.pop(key, None)
             if future is not None:
                 future.set_exception(error)
                 future.exception()  # seen: whoever asked may be gone
 
     def _fail_all(self, error: Exception) -> None:
-        self._cut.clear()
+        self._ready_batches.clear()
         self._waiting = WaitingGroups(self._spec.max_tokens_per_batch)
         self._fail_keys(list(self._in_flight), error)
 

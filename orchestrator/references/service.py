@@ -21,9 +21,9 @@ from orchestrator.references.store import resolve_storage
 
 ROUTER_CPUS = 0.01
 """A router waits nearly always: it only must not be counted as a whole core on a small machine."""
-RESTARTS = 8
-CONCURRENCY = 1000
-NAMES_FREE_S = 10
+MAX_RESTARTS = 8
+MAX_CONCURRENCY = 1000
+NAME_RELEASE_TIMEOUT_S = 10
 BULK_ROWS = 64
 BULK_REQUESTS = 32
 """Requests of this many rows, and how many of them per reference are on their way at once."""
@@ -46,7 +46,7 @@ class ReferenceService:
         """Actor handles by reference name."""
         self.addresses = dict(addresses)
         """Actor names by reference name, for `client.connect` in another process of this job."""
-        self._owned = dict(owned)
+        self._owned_routers = dict(owned)
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +72,9 @@ class ReferenceService:
         """How many different responses of the tables have no score in the store, by reference name."""
         counts = dict.fromkeys(tables, 0)
         for name, table in tables.items():
-            parts = [ScoreRequest.pack(group_pairs(table, rows)).keys for rows in _split_rows(len(table))]
+            parts = [
+                ScoreRequest.pack(group_pairs(table, rows)).keys for rows in _split_into_chunks(len(table))
+            ]
             if parts:
                 counts[name] = wait_for_answer(name, self.routers[name].missing.remote(np.concatenate(parts)))
         return counts
@@ -126,7 +128,7 @@ class ReferenceService:
         Raises:
             ScoringError: scores could not be saved. The actors are ended all the same.
         """
-        owned, self._owned = self._owned, {}
+        owned, self._owned_routers = self._owned_routers, {}
         closing = {name: router.close.remote() for name, router in owned.items()}
         failures = []
         for name, answer in closing.items():
@@ -144,7 +146,7 @@ class ReferenceService:
 
     def _wait_for_names(self, names: Iterable[str]) -> None:
         """A killed actor keeps its name for a moment, in which the next service would take it for alive."""
-        deadline = time.monotonic() + NAMES_FREE_S
+        deadline = time.monotonic() + NAME_RELEASE_TIMEOUT_S
         while time.monotonic() < deadline and any(_is_running(self.addresses[name]) for name in names):
             time.sleep(0.02)
 
@@ -183,16 +185,16 @@ def start_references(
     owned: dict[str, Any] = {}
     # One router serves all references of a fingerprint: the spec with most replicas decides how.
     for spec in sorted(specs, key=lambda spec: -spec.replicas):
-        address = _name_router(spec.fingerprint, storage)
+        address = _build_router_name(spec.fingerprint, storage)
         if address not in addresses.values() and not _is_running(address):
             actor = ray.remote(Router).options(
                 name=address,
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=ROUTER_CPUS,
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-                max_concurrency=CONCURRENCY,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+                max_concurrency=MAX_CONCURRENCY,
             )
             owned[spec.name] = actor.remote(spec, storage, replica_class=replica_class, **router_options)
         addresses[spec.name] = address
@@ -200,7 +202,7 @@ def start_references(
     return ReferenceService(routers, addresses, owned)
 
 
-def _name_router(fingerprint: str, storage: str) -> str:
+def _build_router_name(fingerprint: str, storage: str) -> str:
     """Actor name of a router: one per reference, storage and job.
 
     Not shared between jobs, although the store is: a router ends with its driver, and would leave the other
@@ -218,13 +220,13 @@ def _is_running(address: str) -> bool:
     return True
 
 
-def _split_rows(count: int) -> list[range]:
+def _split_into_chunks(count: int) -> list[range]:
     return [range(start, min(start + BULK_ROWS, count)) for start in range(0, count, BULK_ROWS)]
 
 
 def _interleave_chunks(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
     """Chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
-    for chunks in zip_longest(*(_split_rows(count) for count in counts.values())):
+    for chunks in zip_longest(*(_split_into_chunks(count) for count in counts.values())):
         for name, rows in zip(counts, chunks, strict=True):
             if rows is not None:
                 yield name, rows

@@ -33,9 +33,9 @@ _SCHEMA = pa.schema(
         pa.field("entropy", pa.float64(), nullable=False),
     ]
 )
-_FINGERPRINT = b"polyref.fingerprint"
-_SORT_AFTER = 65536
-_READERS = 8
+_FINGERPRINT_KEY = b"polyref.fingerprint"
+_MERGE_THRESHOLD = 65536
+_READER_THREADS = 8
 
 
 def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
@@ -59,16 +59,16 @@ class ScoreStore:
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
         self._fingerprint = fingerprint.encode()
         try:
-            self._files, root = buckets.open_bucket(resolve_storage(uri))
+            self._filesystem, root = buckets.open_bucket(resolve_storage(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
-            parts = self._read_all()
+            parts = self._read_files()
         except (OSError, pa.ArrowException) as error:
             place = buckets.redact_uri(os.fspath(uri))
             raise ScoringError(f"the score store under {place} cannot be opened: {error}") from error
         self._sorted_keys, self._sorted = _merge_columns(parts)
         self._recent: dict[bytes, Score] = {}
         self._unsaved: dict[bytes, Score] = {}
-        self._saving = threading.Lock()
+        self._save_lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._sorted_keys) + len(self._recent)
@@ -78,18 +78,18 @@ class ScoreStore:
         """How many scores no file holds yet."""
         return len(self._unsaved)
 
-    def known(self, keys: Keys) -> NDArray[np.bool_]:
+    def find_known(self, keys: Keys) -> NDArray[np.bool_]:
         """(S,): whether each of the keys (S, 16) has a score."""
         return ~self.lookup(keys).missing
 
     def lookup(self, keys: Keys) -> Scores:
         """Scores of the keys (S, 16), unknown ones left NaN. The arrays are the caller's own."""
         found = Scores.unknown(len(keys))
-        wanted = _as_strings(keys)
+        wanted = _to_strings(keys)
         places = np.searchsorted(self._sorted_keys, wanted)
         places[places == len(self._sorted_keys)] = 0
         hits = self._sorted_keys[places] == wanted if len(self._sorted_keys) else np.zeros(len(keys), bool)
-        for column, source in zip(_sort_columns(found), _sort_columns(self._sorted), strict=True):
+        for column, source in zip(_get_columns(found), _get_columns(self._sorted), strict=True):
             column[hits] = source[places[hits]]
         if self._recent:
             for index in np.flatnonzero(~hits).tolist():
@@ -112,32 +112,32 @@ class ScoreStore:
         if not (np.isfinite(score.logp) and np.isfinite(score.entropy)):
             raise ScoringError(f"a score that is not finite cannot be stored: {score}")
         if key not in self._recent and self.get(key) is None:
-            with self._saving:
+            with self._save_lock:
                 self._recent[key] = self._unsaved[key] = score
 
     def flush(self) -> int:
         """Write the unsaved scores as one new file; returns how many. On failure they stay unsaved."""
-        with self._saving:
+        with self._save_lock:
             unsaved, self._unsaved = self._unsaved, {}
         if not unsaved:
             return 0
         try:
-            self._write(unsaved)
+            self._write_file(unsaved)
         except (OSError, pa.ArrowException) as error:
-            with self._saving:
+            with self._save_lock:
                 self._unsaved = unsaved | self._unsaved
             raise ScoringError(f"scores cannot be written to {self.folder}: {error}") from error
         return len(unsaved)
 
-    def settle(self) -> None:
+    def merge_recent(self) -> None:
         """Sort recent scores into the rest once they are many; cheap when they are few."""
-        if len(self._recent) >= max(_SORT_AFTER, len(self._sorted_keys) // 4):
-            recent = _from_mapping(self._recent)
+        if len(self._recent) >= max(_MERGE_THRESHOLD, len(self._sorted_keys) // 4):
+            recent = _build_columns(self._recent)
             self._sorted_keys, self._sorted = _merge_columns([(self._sorted_keys, self._sorted), recent])
             self._recent = {}
 
-    def _write(self, scores: dict[bytes, Score]) -> None:
-        keys, columns = _from_mapping(scores)
+    def _write_file(self, scores: dict[bytes, Score]) -> None:
+        keys, columns = _build_columns(scores)
         buffer = pa.py_buffer(keys.tobytes())
         table = pa.table(
             [
@@ -146,32 +146,37 @@ class ScoreStore:
                 columns.lengths.astype(np.int32),
                 columns.entropies,
             ],
-            schema=_SCHEMA.with_metadata({_FINGERPRINT: self._fingerprint}),
+            schema=_SCHEMA.with_metadata({_FINGERPRINT_KEY: self._fingerprint}),
         )
         name = uuid.uuid4().hex
-        self._files.create_dir(self.folder, recursive=True)
-        if self._files.type_name != "local":
+        self._filesystem.create_dir(self.folder, recursive=True)
+        if self._filesystem.type_name != "local":
             # An object appears whole or not at all when it is closed, and has no rename.
-            pq.write_table(table, f"{self.folder}/{name}.parquet", filesystem=self._files, compression="zstd")
+            pq.write_table(
+                table, f"{self.folder}/{name}.parquet", filesystem=self._filesystem, compression="zstd"
+            )
             return
         unfinished = f"{self.folder}/.{name}.unfinished"
-        pq.write_table(table, unfinished, filesystem=self._files, compression="zstd")
+        pq.write_table(table, unfinished, filesystem=self._filesystem, compression="zstd")
         os.replace(unfinished, f"{self.folder}/{name}.parquet")
 
-    def _read_all(self) -> list[tuple[NDArray[np.bytes_], Scores]]:
-        entries = self._files.get_file_info(pafs.FileSelector(self.folder, allow_not_found=True))
+    def _read_files(self) -> list[tuple[NDArray[np.bytes_], Scores]]:
+        entries = self._filesystem.get_file_info(pafs.FileSelector(self.folder, allow_not_found=True))
         paths = sorted(e.path for e in entries if e.is_file and e.extension == "parquet")
-        with ThreadPoolExecutor(_READERS) as readers:
-            return [part for part in readers.map(self._read, paths) if part is not None]
+        with ThreadPoolExecutor(_READER_THREADS) as readers:
+            return [part for part in readers.map(self._read_file, paths) if part is not None]
 
-    def _read(self, path: str) -> tuple[NDArray[np.bytes_], Scores] | None:
+    def _read_file(self, path: str) -> tuple[NDArray[np.bytes_], Scores] | None:
         try:
-            with self._files.open_input_file(path) as file:
+            with self._filesystem.open_input_file(path) as file:
                 table = pq.ParquetFile(file).read()
         except (OSError, pa.ArrowException) as error:
             logger.warning("%s is skipped and its scores are made again: %s", path, error)
             return None
-        if not table.schema.equals(_SCHEMA) or table.schema.metadata.get(_FINGERPRINT) != self._fingerprint:
+        if (
+            not table.schema.equals(_SCHEMA)
+            or table.schema.metadata.get(_FINGERPRINT_KEY) != self._fingerprint
+        ):
             logger.warning("%s is skipped: it does not hold scores of reference %s", path, self._fingerprint)
             return None
         column = table["key"].combine_chunks()
@@ -186,16 +191,16 @@ def resolve_storage(uri: str | os.PathLike[str]) -> str:
     return text if "://" in text else str(Path(text).resolve())
 
 
-def _as_strings(keys: Keys) -> NDArray[np.bytes_]:
+def _to_strings(keys: Keys) -> NDArray[np.bytes_]:
     """(S, 16) bytes as (S,) fixed-width strings, which numpy sorts and bisects (zero bytes included)."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
 
 
-def _sort_columns(scores: Scores) -> tuple[NDArray, NDArray, NDArray]:
+def _get_columns(scores: Scores) -> tuple[NDArray, NDArray, NDArray]:
     return scores.logps, scores.lengths, scores.entropies
 
 
-def _from_mapping(scores: dict[bytes, Score]) -> tuple[NDArray[np.bytes_], Scores]:
+def _build_columns(scores: dict[bytes, Score]) -> tuple[NDArray[np.bytes_], Scores]:
     keys = np.frombuffer(b"".join(scores), dtype=f"S{KEY_BYTES}")
     logps, lengths, entropies = zip(*scores.values(), strict=True)
     columns = Scores(np.array(logps), np.array(lengths, dtype=np.int64), np.array(entropies))
@@ -206,5 +211,5 @@ def _merge_columns(parts: Iterable[tuple[NDArray[np.bytes_], Scores]]) -> tuple[
     """Parts as one, sorted by key; of a key that occurs twice the first is kept."""
     parts = [(np.zeros(0, dtype=f"S{KEY_BYTES}"), Scores.unknown(0)), *parts]
     keys, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
-    columns = zip(*(_sort_columns(scores) for _, scores in parts), strict=True)
+    columns = zip(*(_get_columns(scores) for _, scores in parts), strict=True)
     return keys, Scores(*(np.concatenate(column)[first] for column in columns))

@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 LEASE_FILE = ".held.json"
 """The sign's name in the run's folder on an object store."""
-_BEAT_S = 5.0
-_SILENT_S = 120.0  # clients try for up to a minute before they say that a store does not answer
-_SETTLED_S = 2.0  # within which another who saw no sign either has signed
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_RENEW_S = 5.0
+_EXPIRY_S = 120.0  # clients try for up to a minute before they say that a store does not answer
+_SETTLE_S = 2.0  # within which another who saw no sign either has signed
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Inside, this process has the run; the lock goes with the process, however it ends.
 
     Raises:
@@ -62,9 +62,9 @@ class RunLease:
     """
 
     def __init__(self, store: pafs.FileSystem, folder: str, shown: str) -> None:
-        self._store, self._path, self._shown = store, f"{folder}/{LEASE_FILE}", shown
-        self._me = {"id": uuid.uuid4().hex, "where": _identify_machine(), "pid": os.getpid()}
-        self._lost: str | None = None
+        self._store, self._path, self._place = store, f"{folder}/{LEASE_FILE}", shown
+        self._owner = {"id": uuid.uuid4().hex, "where": _identify_machine(), "pid": os.getpid()}
+        self._loss_message: str | None = None
 
     def acquire(self) -> None:
         """Sign, unless another does; after a process that was killed elsewhere this waits for two minutes.
@@ -76,34 +76,34 @@ class RunLease:
         self._wait_for_expiry()
         began = time.monotonic()
         self._write_lease()
-        time.sleep(max(_SETTLED_S, 3 * (time.monotonic() - began)))
+        time.sleep(max(_SETTLE_S, 3 * (time.monotonic() - began)))
         self._refuse_other_owner()
 
     def _refuse_other_owner(self) -> None:
         seen = self._read_lease()
-        if seen is None or seen["id"] != self._me["id"]:
-            raise UsageError(_format_refusal(self._shown, _describe_owner(seen)))
+        if seen is None or seen["id"] != self._owner["id"]:
+            raise UsageError(_format_refusal(self._place, _describe_owner(seen)))
 
     def _wait_for_expiry(self) -> None:
         """Wait until another's sign of life is old, unless its process is known to be gone."""
         seen = self._read_lease()
         if seen is None or _is_owner_gone(seen):
             return
-        give_up, told = time.monotonic() + _SILENT_S, time.monotonic() + 2 * _BEAT_S
+        give_up, told = time.monotonic() + _EXPIRY_S, time.monotonic() + 2 * _RENEW_S
         while time.monotonic() < give_up:
             time.sleep(1)
             now = self._read_lease()
             if now is None:
                 return
             if now != seen:
-                raise UsageError(_format_refusal(self._shown, _describe_owner(now)))
+                raise UsageError(_format_refusal(self._place, _describe_owner(now)))
             if time.monotonic() >= told:
                 told = give_up
                 log.warning(
                     "%s was being trained by %s, which has not signed since; after %.0f s it counts as gone",
-                    self._shown,
+                    self._place,
                     _describe_owner(seen),
-                    _SILENT_S,
+                    _EXPIRY_S,
                 )
 
     @contextlib.contextmanager
@@ -125,39 +125,39 @@ class RunLease:
                 stop.set()
                 thread.join()
         except KeyboardInterrupt:
-            if self._lost is None:
+            if self._loss_message is None:
                 raise
-            raise RunFailed(self._lost) from None
+            raise RunFailed(self._loss_message) from None
         finally:
             with contextlib.suppress(*buckets.STORE_ERRORS):
                 self._release()
 
     def _renew_until(self, stop: threading.Event, interrupts: bool) -> None:
         away = False
-        while not stop.wait(_BEAT_S):
+        while not stop.wait(_RENEW_S):
             try:
                 seen = self._read_lease()
-                if seen is not None and seen["id"] == self._me["id"]:
+                if seen is not None and seen["id"] == self._owner["id"]:
                     self._write_lease()
                     away = False
                     continue
             except buckets.STORE_ERRORS as error:
                 if not away:
-                    log.warning("%s does not answer (%s)", self._shown, buckets.describe_error(error))
+                    log.warning("%s does not answer (%s)", self._place, buckets.describe_error(error))
                 away = True
                 continue
-            self._lost = (
-                f"{self._shown} was taken by {_describe_owner(seen)} while this process was training it, "
+            self._loss_message = (
+                f"{self._place} was taken by {_describe_owner(seen)} while this process was training it, "
                 "so this one stops"
             )
-            log.error(self._lost)
+            log.error(self._loss_message)
             if interrupts and not stop.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             return
 
     def _release(self) -> None:
         seen = self._read_lease()
-        if seen is not None and seen["id"] == self._me["id"]:
+        if seen is not None and seen["id"] == self._owner["id"]:
             self._store.delete_file(self._path)
 
     def _read_lease(self) -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ class RunLease:
 
     def _write_lease(self) -> None:
         with self._store.open_output_stream(self._path) as stream:
-            stream.write(json.dumps(self._me | {"beat": time.time()}).encode())
+            stream.write(json.dumps(self._owner | {"beat": time.time()}).encode())
 
 
 def _format_refusal(place: str, by: str) -> str:
@@ -191,7 +191,7 @@ def _identify_machine() -> list[str]:
     return [
         socket.gethostname(),
         os.readlink(container) if container.is_symlink() else "",
-        _BOOT.read_text().strip() if _BOOT.exists() else "",
+        _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
     ]
 
 

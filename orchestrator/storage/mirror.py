@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from orchestrator.storage.lease import LEASE_FILE, RunLease, folder_lock
+from orchestrator.storage.lease import LEASE_FILE, RunLease, lock_folder
 from orchestrator.storage.object_store import download_path, upload_path
-from orchestrator.storage.paths import explain_storage_failures, find_working_folder, is_uri, shown_location
+from orchestrator.storage.paths import explain_storage_failures, find_working_folder, is_uri, redact_location
 from orchestrator.storage.probe import PROBE_PREFIX, write_probe
 from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-_AT_MOST_ONE_IN = 20  # seconds of copying, of a thread that copies now and then
+_PAUSE_FACTOR = 20  # seconds of copying, of a thread that copies now and then
 
 
 # ---- one storage for all nodes ----
@@ -43,8 +43,8 @@ class Mirror:
     """
 
     def __init__(self, kept_at: str, *, worker: int | None = None) -> None:
-        self.home, self.folder = kept_at, find_working_folder(kept_at, worker)
-        self._is_worker, self._busy = worker is not None, threading.Lock()
+        self.location, self.folder = kept_at, find_working_folder(kept_at, worker)
+        self._is_worker, self._copy_lock = worker is not None, threading.Lock()
         self._store: pafs.FileSystem | None = None
         if is_uri(kept_at):
             with self.explain_failures():
@@ -57,12 +57,12 @@ class Mirror:
         return self._store is not None
 
     def __str__(self) -> str:
-        return shown_location(self.home)
+        return redact_location(self.location)
 
     @contextlib.contextmanager
     def explain_failures(self) -> Iterator[None]:
         """`answering`, but for a worker: it sees the error itself, upon which Ray starts it again."""
-        with contextlib.nullcontext() if self._is_worker else explain_storage_failures(self.home):
+        with contextlib.nullcontext() if self._is_worker else explain_storage_failures(self.location):
             yield
 
     def describe_path(self, *names: str) -> str:
@@ -81,7 +81,7 @@ class Mirror:
     def _pull_names(self, *names: str) -> None:
         if self._store is None:
             return
-        with self._busy:
+        with self._copy_lock:
             for name in names:
                 download_path(self._store, f"{self._root}/{name}", self.folder / name)
 
@@ -97,7 +97,7 @@ class Mirror:
     def _push_names(self, *names: str) -> None:
         if self._store is None:
             return
-        with self._busy:
+        with self._copy_lock:
             for name in names:
                 if (self.folder / name).exists():
                     upload_path(self.folder / name, self._store, f"{self._root}/{name}")
@@ -154,7 +154,7 @@ class Mirror:
                         self._store.delete_file(entry.path)
         with contextlib.ExitStack() as stack:
             with self.explain_failures():
-                seen = stack.enter_context(write_probe(self.home))
+                seen = stack.enter_context(write_probe(self.location))
             yield seen
 
     def discard_copy(self) -> None:
@@ -186,7 +186,7 @@ class Mirror:
         with contextlib.ExitStack() as stack:
             with self.explain_failures():
                 if self._store is None:
-                    stack.enter_context(folder_lock(self.folder))
+                    stack.enter_context(lock_folder(self.folder))
                 else:
                     mine = RunLease(self._store, self._root, str(self))
                     mine.acquire()
@@ -221,4 +221,4 @@ def _repeat_action(action: Callable[[], None], seconds: float, stop: threading.E
                     "%s does not answer (%s); it is tried again", place, buckets.describe_error(error)
                 )
             away = True
-        pause = max(seconds, _AT_MOST_ONE_IN * (time.monotonic() - began))  # files grow, and so does the time
+        pause = max(seconds, _PAUSE_FACTOR * (time.monotonic() - began))  # files grow, and so does the time

@@ -10,7 +10,7 @@ import pyarrow.fs as pafs
 
 from preferences import buckets
 
-_CHUNK = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 _LOCAL = pafs.LocalFileSystem()
@@ -51,7 +51,7 @@ def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
         if kind == pafs.FileType.Directory:
             part.mkdir()
         pafs.copy_files(
-            path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK
+            path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK_BYTES
         )
         if kind == pafs.FileType.Directory:
             remove_path(target)

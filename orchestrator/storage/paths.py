@@ -35,12 +35,12 @@ def explain_storage_failures(place: str) -> Iterator[None]:
             buckets.suggest_remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
         )
         raise RunFailed(
-            f"{shown_location(place)} cannot be read or written ({buckets.describe_error(error)}); {remedy}. "
+            f"{redact_location(place)} cannot be read or written ({buckets.describe_error(error)}); {remedy}. "
             "The same command goes on from what is kept"
         ) from error
 
 
-def shown_location(place: str) -> str:
+def redact_location(place: str) -> str:
     """Return a storage's folder or URI without credentials."""
     return buckets.redact_uri(place) if is_uri(place) else place
 

@@ -16,7 +16,7 @@ from preferences import buckets
 PROBE_PREFIX = ".seen-"
 
 
-_SEEN_WITHIN_S = 5.0
+_VISIBLE_WITHIN_S = 5.0
 
 
 def refuse_unwritable(storage_path: str) -> None:
@@ -62,7 +62,7 @@ def why_invisible(written: str) -> str | None:
             store, path = buckets.open_bucket(written)
             found = store.get_file_info(path).type == pafs.FileType.File
             return None if found else "the store has no such object there"
-        give_up = time.monotonic() + _SEEN_WITHIN_S
+        give_up = time.monotonic() + _VISIBLE_WITHIN_S
         while not Path(written).exists():
             if time.monotonic() >= give_up:
                 above = Path(written).parent

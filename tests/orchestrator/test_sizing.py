@@ -31,7 +31,7 @@ from orchestrator.cluster.memory import (
     can_train,
     estimate_replica_memory,
     estimate_worker_memory,
-    fewest_workers,
+    find_fewest_workers,
     size_run,
 )
 from orchestrator.cluster.memory_table import MODELS, format_documented_tables, format_memory_table
@@ -86,7 +86,7 @@ def test_an_adapter_on_every_linear_layer_of_a_known_model() -> None:
 
 def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> None:
     settings = tiny.llama_config()
-    plain = Shape.of_numbers(
+    plain = Shape.from_dimensions(
         layers=settings.num_hidden_layers,
         hidden=settings.hidden_size,
         intermediate=settings.intermediate_size,
@@ -258,14 +258,14 @@ def test_activations_are_bounded_and_not_by_much(
 def test_fewest_workers_fit_and_half_of_them_do_not() -> None:
     load = PolicyWorkload(MODELS["8B"], checkpointing=True)
     strategy = Strategy("deepspeed", 3)
-    fewest = fewest_workers(load, strategy, 40)
+    fewest = find_fewest_workers(load, strategy, 40)
     assert fewest is not None
     assert (
         estimate_worker_memory(load, strategy, fewest).device
         <= 0.9 * 40 * GIB
         < estimate_worker_memory(load, strategy, fewest // 2).device
     )
-    assert fewest_workers(load, Strategy("ddp"), 80) is None
+    assert find_fewest_workers(load, Strategy("ddp"), 80) is None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -324,12 +324,12 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
     located = locate(ModelConfig(model=str(folder)))
     found = size_run(config, located, {"start": located, "other": located})
     assert set(found.references) == {"other"}  # what is scored in process needs no replica
-    assert found.references["other"].weights == 4 * found.load.shape.parameters
-    assert found.load.frozen_bytes == found.load.compute_bytes == 2
-    assert found.own in found.strategies
-    assert found.memory == estimate_worker_memory(found.load, Strategy("deepspeed", 1, offload=True), 4)
+    assert found.references["other"].weights == 4 * found.workload.shape.parameters
+    assert found.workload.frozen_bytes == found.workload.compute_bytes == 2
+    assert found.strategy in found.strategies
+    assert found.memory == estimate_worker_memory(found.workload, Strategy("deepspeed", 1, offload=True), 4)
     on_cpu = size_run(config, located, {"start": located, "other": located}, device_type="cpu")
-    assert on_cpu.load.frozen_bytes == on_cpu.load.compute_bytes == 4
+    assert on_cpu.workload.frozen_bytes == on_cpu.workload.compute_bytes == 4
 
     console = Console(width=100)
     with console.capture() as said:

@@ -193,13 +193,13 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
     assert bucket.keys() == ["one/.held.json"]  # it was killed
     began = time.monotonic()
     with lock_run(Mirror(home)):
-        assert time.monotonic() - began < hold._SILENT_S  # known to be gone: no need to wait
+        assert time.monotonic() - began < hold._EXPIRY_S  # known to be gone: no need to wait
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
     assert bucket.keys() == []
 
     left = {"id": "x", "where": ["another-machine", ""], "pid": 1, "beat": 1.0}
     bucket.put("one/.held.json", json.dumps(left).encode())
-    monkeypatch.setattr(hold, "_SILENT_S", 3)
+    monkeypatch.setattr(hold, "_EXPIRY_S", 3)
     with lock_run(Mirror(home)):  # nobody signs any more
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
         bucket.put("one/run.json", b"{}")
@@ -210,7 +210,7 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
 
 
 def test_of_commands_that_start_together_one_gets_the_run(bucket, monkeypatch):
-    monkeypatch.setattr(hold, "_SETTLED_S", 0.5)
+    monkeypatch.setattr(hold, "_SETTLE_S", 0.5)
     together, outcomes = threading.Barrier(4), []
 
     def start() -> None:
@@ -234,8 +234,8 @@ def test_of_commands_that_start_together_one_gets_the_run(bucket, monkeypatch):
 
 
 def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
-    monkeypatch.setattr(hold, "_SETTLED_S", 0)
-    monkeypatch.setattr(hold, "_BEAT_S", 0.05)
+    monkeypatch.setattr(hold, "_SETTLE_S", 0)
+    monkeypatch.setattr(hold, "_RENEW_S", 0.05)
     beats, sign = [], hold.RunLease._write_lease
 
     def slowly(self: hold.RunLease) -> None:
@@ -252,8 +252,8 @@ def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
 
 
 def test_who_has_lost_a_run_stops_and_leaves_the_sign_of_the_other(bucket, monkeypatch, caplog):
-    monkeypatch.setattr(hold, "_SETTLED_S", 0.1)
-    monkeypatch.setattr(hold, "_BEAT_S", 0.1)
+    monkeypatch.setattr(hold, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(hold, "_RENEW_S", 0.1)
     other = {"id": "x", "where": ["another-machine", "", ""], "pid": 7, "beat": 1.0}
     began = time.monotonic()
     with (
@@ -272,7 +272,7 @@ def _take_over(bucket: Bucket, sign: dict) -> None:
 
 
 def test_ctrl_c_is_still_ctrl_c_while_a_run_is_held(bucket, monkeypatch):
-    monkeypatch.setattr(hold, "_SETTLED_S", 0)
+    monkeypatch.setattr(hold, "_SETTLE_S", 0)
     with pytest.raises(KeyboardInterrupt), lock_run(Mirror(f"{bucket.uri}/one")):
         raise KeyboardInterrupt
     assert bucket.keys() == []
@@ -285,7 +285,7 @@ def test_a_process_is_known_to_be_gone_on_its_own_machine_only(tmp_path, monkeyp
     assert not hold._is_owner_gone({"where": hold._identify_machine(), "pid": os.getpid()})
     signed = {"where": hold._identify_machine(), "pid": ended.pid}
     (tmp_path / "boot_id").write_text("another")
-    monkeypatch.setattr(hold, "_BOOT", tmp_path / "boot_id")  # a machine with the same image and name
+    monkeypatch.setattr(hold, "_BOOT_ID", tmp_path / "boot_id")  # a machine with the same image and name
     assert not hold._is_owner_gone(signed)
 
 
@@ -433,7 +433,7 @@ def test_nodes_that_cannot_look_are_told_and_those_that_are_gone_are_not(tmp_pat
     refuse_unshared(str(tmp_path))
     assert "was not answered within 60 s by: 10.0.0.3" in caplog.text
     cause = ModuleNotFoundError("No module named 'orchestrator'")
-    answers["3" * 56] = ray.exceptions.RayTaskError("_look", "Traceback", cause)
+    answers["3" * 56] = ray.exceptions.RayTaskError("_check_visibility", "Traceback", cause)
     with pytest.raises(
         UsageError, match=r"node 10.0.0.3 could not look .*No module named 'orchestrator'\); poly"
     ):
@@ -445,7 +445,7 @@ def test_nodes_that_cannot_look_are_told_and_those_that_are_gone_are_not(tmp_pat
 
 
 def test_what_another_process_wrote_is_seen_or_why_not(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "_SEEN_WITHIN_S", 0.3)
+    monkeypatch.setattr(probe, "_VISIBLE_WITHIN_S", 0.3)
     for place in (str(tmp_path / "runs"), f"{bucket.uri}/runs"):
         with storage.write_probe(place) as written:
             assert why_invisible(written) is None

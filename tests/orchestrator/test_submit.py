@@ -24,7 +24,7 @@ from ray.job_submission import JobInfo, JobStatus
 from orchestrator.cluster.job_secrets import SECRET_NAMES, SECRETS_LOCATION, upload_secrets
 from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.jobs.bundle import LIMIT_MB, PACKAGES, build_bundle
+from orchestrator.jobs.bundle import MAX_SIZE_MB, PACKAGES, build_bundle
 from orchestrator.jobs.submit import (
     _convert_exit_code,
     _follow_job,
@@ -214,7 +214,7 @@ def test_a_container_and_an_alias_are_no_credentials(folder: Path) -> None:
 
 def test_too_much_is_refused_with_the_largest_files(folder: Path) -> None:
     with open(folder / "data" / "huge.jsonl", "wb") as file:
-        file.truncate(LIMIT_MB * 10**6)
+        file.truncate(MAX_SIZE_MB * 10**6)
     with pytest.raises(UsageError, match=r"largest: 50\.0 MB data/huge\.jsonl") as refused:
         build_bundle(["train", "run.yaml", "data.train=data"])
     assert "storage that all nodes share" in str(refused.value)
@@ -298,7 +298,7 @@ def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.Capt
 
 
 def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.jobs.submit.PATIENCE_S", 0.0)
+    monkeypatch.setattr("orchestrator.jobs.submit.ANSWER_TIMEOUT_S", 0.0)
     with pytest.raises(RunFailed, match="job-1 may run on: see ray job logs --follow job-1"):
         asyncio.run(_follow_job(Flaky(10**6), "job-1", lambda _: None))
 

@@ -128,7 +128,7 @@ class SumReplica(Replica):
         while (self._folder / "gate").exists():
             time.sleep(0.01)
         scores, index = Scores.unknown(len(request)), 0
-        for group in request.groups():
+        for group in request.unpack():
             for response in group.responses:
                 scores[index] = expected(group.prompt, response)
                 index += 1

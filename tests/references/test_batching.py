@@ -28,7 +28,7 @@ def test_requests_unpack_to_what_was_packed(content):
     groups = [
         PromptGroup(p, rs, [bytes([i, j]) * 8 for j in range(len(rs))]) for i, (p, rs) in enumerate(content)
     ]
-    unpacked = ScoreRequest.pack(groups).groups()
+    unpacked = ScoreRequest.pack(groups).unpack()
     assert len(unpacked) == len(groups)
     for before, after in zip(groups, unpacked, strict=True):
         assert before.prompt.tolist() == after.prompt.tolist()

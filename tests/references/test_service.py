@@ -54,14 +54,14 @@ def test_scored_once_then_from_the_store_then_without_a_replica(serve, spec, mak
             client.request_scores(ticket, ROWS)
             assert right(table, ROWS, client.collect_scores(ticket)["base"])
         stats = service.stats()["base"]
-        assert (stats.asked, stats.from_store, stats.joined, stats.scored) == (24, 12, 0, 12)
+        assert (stats.requested, stats.from_store, stats.coalesced, stats.scored) == (24, 12, 0, 12)
         assert (stats.batches, stats.forwards, stats.retries, stats.replicas_started) == (1, 1, 0, 1)
         assert client.stall_seconds > 0
     with serve(spec()) as service:
         arrays = ask_all(service, table)["base"]
         assert right(table, ROWS, arrays)
         arrays.chosen[:] += 1  # the caller's own, not Ray's read-only memory
-        assert service.missing({"base": table}) == {"base": 0}
+        assert service.count_missing({"base": table}) == {"base": 0}
         stats = service.stats()["base"]
         assert (stats.from_store, stats.scored, stats.replicas_started) == (12, 0, 0)
     assert running_polyref_actors() == []
@@ -94,13 +94,13 @@ def test_two_askers_of_the_same_responses_share_one_forward(serve, spec, make_ta
         first.request_scores(0, ROWS)
         calls.wait_for(1)
         second.request_scores(0, ROWS[::-1])
-        while ray.get(service.routers["base"].stats.remote()).asked < 24:
+        while ray.get(service.routers["base"].stats.remote()).requested < 24:
             time.sleep(0.01)
         gate.unlink()
         assert right(table, ROWS, first.collect_scores(0)["base"])
         assert right(table, ROWS[::-1], second.collect_scores(0)["base"])
         stats = service.stats()["base"]
-        assert (stats.asked, stats.joined, stats.scored, stats.batches) == (24, 12, 12, 1)
+        assert (stats.requested, stats.coalesced, stats.scored, stats.batches) == (24, 12, 12, 1)
     assert sum(calls.sizes) == 12
 
 
@@ -114,12 +114,12 @@ def test_what_waits_for_a_replica_is_merged_into_full_batches(serve, spec, make_
             clients[0].request_scores(before, [before])
             if not before:
                 calls.wait_for(1)
-        while ray.get(service.routers["base"].stats.remote()).asked < 2:
+        while ray.get(service.routers["base"].stats.remote()).requested < 2:
             time.sleep(0.01)
         time.sleep(0.2)
         for number, client in enumerate(clients):
             client.request_scores("more", range(4 + number * 9, 13 + number * 9))
-        while ray.get(service.routers["base"].stats.remote()).asked < 4 + 72:
+        while ray.get(service.routers["base"].stats.remote()).requested < 4 + 72:
             time.sleep(0.01)
         (folder / "gate").unlink()
         for client in clients:
@@ -214,7 +214,7 @@ def test_a_score_that_is_not_finite_fails_only_its_askers_and_is_not_stored(
     with serve(spec()) as service:
         with pytest.raises(ScoringError, match=r"reference 'base' gave .* digest [0-9a-f]{32}"):
             ask_all(service, table)
-        assert service.missing({"base": table}) == {"base": 1}
+        assert service.count_missing({"base": table}) == {"base": 1}
         (folder / "nan").unlink()
         assert right(table, ROWS, ask_all(service, table)["base"])
 
@@ -257,7 +257,7 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
     with serve(*specs) as service:
         ask_all(service, tables["base"], range(5))
         service.score_all(tables, lambda *progress: seen.append(progress))
-        assert service.missing(tables) == {"base": 0, "other": 0}
+        assert service.count_missing(tables) == {"base": 0, "other": 0}
         service.release()
         for router in service.routers.values():
             assert ray.get(router.replica_pids.remote()) == []
@@ -317,7 +317,7 @@ def test_rows_without_a_rejected_response(serve, spec, make_table, right):
         arrays = ask_all(service, table)["base"]
         assert right(table, ROWS, arrays)
         assert not arrays.missing.any()
-        assert service.stats()["base"].asked == 6
+        assert service.stats()["base"].requested == 6
 
 
 def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
@@ -349,7 +349,7 @@ def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
         with pytest.raises(ScoringError, match="not finite"):
             client.close()
     again = serve(spec(replicas=0))
-    assert again.missing({"base": table}) == {"base": 4}
+    assert again.count_missing({"base": table}) == {"base": 4}
     again.shutdown()
 
 
@@ -363,9 +363,15 @@ def test_samples_are_scored_and_counted_apart_and_not_stored(serve, spec, make_t
         scores = client.collect_sample_scores("x")["base"]
         assert right(table, ROWS, in_pairs(scores))
         stats = service.stats()["base"]
-        assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (12, 0, 0, 0, 1)
+        assert (stats.sampled, stats.requested, stats.coalesced, stats.scored, stats.batches) == (
+            12,
+            0,
+            0,
+            0,
+            1,
+        )
         service.flush()
-        assert service.missing({"base": table}) == {"base": 12}
+        assert service.count_missing({"base": table}) == {"base": 12}
         assert not (tmp_path / "storage" / "scores").exists()
 
 
@@ -385,8 +391,14 @@ def test_a_sample_that_is_asked_for_in_earnest_is_stored(serve, spec, make_table
         assert right(table, ROWS, in_pairs(client.collect_sample_scores(0)["base"]))
         assert right(table, ROWS[1:3], in_pairs(client.collect_sample_scores(1)["base"]))
         stats = service.stats()["base"]
-        assert (stats.sampled, stats.asked, stats.joined, stats.scored, stats.batches) == (16, 4, 4, 4, 1)
-        assert service.missing({"base": table}) == {"base": 8}
+        assert (stats.sampled, stats.requested, stats.coalesced, stats.scored, stats.batches) == (
+            16,
+            4,
+            4,
+            4,
+            1,
+        )
+        assert service.count_missing({"base": table}) == {"base": 8}
 
 
 def in_pairs(scores):

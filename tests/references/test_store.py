@@ -72,7 +72,7 @@ def test_lookup_mixes_files_memory_and_unknown(tmp_path):
     assert found.missing.tolist() == [False, True, False, False]
     assert found[0] == found[3] == Score(-2.5, 4, 0.25)
     assert found[2] == Score(-1.5, 3, 0.5)
-    assert store.known(columns([key(7), key(256)])).tolist() == [False, True]
+    assert store.find_known(columns([key(7), key(256)])).tolist() == [False, True]
     assert store.get(key(9)) is None
 
 
@@ -170,11 +170,11 @@ def test_uris_are_pyarrows(tmp_path):
 
 
 def test_many_recent_scores_are_sorted_into_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_SORT_AFTER", 4)
+    monkeypatch.setattr(store_module, "_MERGE_THRESHOLD", 4)
     store = ScoreStore(tmp_path, "abc")
     for number in range(10):
         store.put(key(number * 77), Score(-float(number), number, 0.5))
-        store.settle()
+        store.merge_recent()
     assert len(store) == 10
     assert all(store.get(key(n * 77)) == Score(-float(n), n, 0.5) for n in range(10))
     assert store.flush() == 10
