@@ -9,9 +9,9 @@ from rich.text import Text
 
 from orchestrator.cluster.memory import (
     DEVICE_SIZES_GIB,
-    USABLE_SHARE,
     GIB,
     STRATEGIES,
+    USABLE_SHARE,
     Memory,
     PolicyWorkload,
     Sizing,

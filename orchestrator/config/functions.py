@@ -10,10 +10,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from losses.config import FunctionLink
+from losses.settings import LossError
+from orchestrator.config.run import RunConfig
 from orchestrator.errors import UsageError, did_you_mean
 
+LINK_FIELD, REWARD_FIELD = "loss.link.function", "evaluation.sampling.reward.function"
+LINK_EXAMPLE, REWARD_EXAMPLE = "my_losses:exponential", "orchestrator.demo.rewards:sentiment"
 PACKAGES = ("polyref", "losses", "models", "preferences", "tune_spaces", "orchestrator")
 """Top-level names that always mean polyref's own packages."""
+
+
+def list_functions(config: RunConfig) -> dict[str, str]:
+    """List the Python functions that a run file names, by field."""
+    found = {}
+    if isinstance(config.loss.link, FunctionLink):
+        found[LINK_FIELD] = config.loss.link.function
+    reward = config.evaluation.sampling and config.evaluation.sampling.reward
+    if reward and reward.function:
+        found[REWARD_FIELD] = reward.function
+    return found
+
+
+def check_functions(config: RunConfig, folder: str) -> dict[str, str]:
+    """Refuse functions that cannot be used as a run file says.
+
+    Returns:
+        Digests of the sources that the loss depends on, by field: a run with another link is another run.
+
+    Raises:
+        UsageError: a function cannot be imported, or is not a link.
+    """
+    functions = list_functions(config)
+    if REWARD_FIELD in functions:
+        import_function(functions[REWARD_FIELD], folder, field=REWARD_FIELD, example=REWARD_EXAMPLE)
+    if LINK_FIELD not in functions:
+        return {}
+    path = functions[LINK_FIELD]
+    digest = digest_function_source(path, folder, field=LINK_FIELD, example=LINK_EXAMPLE)
+    from losses.links.function import find_link_function
+
+    try:
+        find_link_function(path, two_sided=config.loss.link.two_sided)
+    except LossError as error:
+        raise UsageError(f"loss.{error}") from error
+    return {LINK_FIELD: digest}
 
 
 @functools.cache

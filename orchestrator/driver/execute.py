@@ -1,5 +1,6 @@
 """Training on the cluster, from a prepared run to its result in the record."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,6 @@ from orchestrator.errors import RunFailed, UsageError
 from orchestrator.references.service import ReferenceService
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import run_location
-from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.metrics_file import METRICS_FILE
 from orchestrator.tracking.progress import follow_steps
 from orchestrator.tracking.tracker import Tracker
@@ -44,7 +44,7 @@ def open_tracker(prepared: PreparedRun, record: RunRecord) -> Tracker:
         folder=mirror.folder,
         experiment=config.tracking.experiment,
         params=record.config,
-        tags={"loss.preset": config.preset} | fingerprints | pins | digests | read_code_tags(),
+        tags={"loss.preset": config.preset} | fingerprints | pins | digests | prepared.code_tags,
         parent=record.mlflow_parent,
         key=record.key,
     )
@@ -123,6 +123,7 @@ def _build_worker_setup(
             prepared.config.parallel.resources, ClusterProfile.from_nodes(list_node_resources())
         ),
         folder=run_location(prepared.config),
+        code_folder=os.getcwd(),
         probe_path=seen,
         tracking_uri=prepared.tracking_uri,
         tracking_run=tracker.run_id,

@@ -17,7 +17,6 @@ from orchestrator.registry.model_card import Lineage, PinnedReference
 from orchestrator.registry.register import register_model
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import find_working_folder, run_location
-from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.mlflow import find_run_url, resolve_tracking_uri
 from orchestrator.tracking.plots import FOLDER, draw_run
@@ -123,7 +122,7 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         before=held_out[0] if held_out else {},
         after=held_out[-1] if held_out else {},
         config=record.config,
-        code=read_code_tags(),
+        code=prepared.code_tags,
         search=search,
     )
 

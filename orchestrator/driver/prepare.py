@@ -1,7 +1,8 @@
 """What can be refused before a device is held: models found and pinned, data read and tokenised."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, fingerprint
 from models.load import Located, load_tokenizer, locate, max_positions
+from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.record import RunRecord, find_pin
 from orchestrator.errors import UsageError
 from orchestrator.registry.download import resolve_model
 from orchestrator.storage.probe import refuse_unwritable
+from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.mlflow import resolve_tracking_uri
-from orchestrator.worker.rewards import load_reward_function
 from preferences.load import LoadedPairs, load_splits
 from preferences.split import TokenizedSplit
 from preferences.tokenize import Rendering, tokenize_pairs
@@ -69,6 +71,7 @@ class PreparedRun:
         digests: of the rows' content, per split.
         counts: rows kept, swapped, and skipped by reason, per split.
         tracking_uri: the MLflow server or file.
+        function_digests: of the sources of functions that the loss depends on, by field.
     """
 
     config: RunConfig
@@ -79,6 +82,7 @@ class PreparedRun:
     digests: Mapping[str, str]
     counts: Mapping[str, Any]
     tracking_uri: str
+    function_digests: Mapping[str, str] = field(default_factory=dict)
 
     def for_device(self, device_type: str) -> "PreparedRun":
         """The same run with every `dtype: auto` decided for "cuda" or "cpu"."""
@@ -94,11 +98,17 @@ class PreparedRun:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint's meaning depends on besides the settings."""
+        functions = {"functions": dict(self.function_digests)} if self.function_digests else {}
         return {
             "policy": self.policy.fingerprint.digest,
             "references": {name: model.fingerprint.digest for name, model in self.references.items()},
             "data": dict(self.digests),
-        }
+        } | functions
+
+    @property
+    def code_tags(self) -> dict[str, str]:
+        """Which code a result came from: polyref's, and functions of the user's that the loss calls."""
+        return read_code_tags() | {f"digest.{name}": digest for name, digest in self.function_digests.items()}
 
     @property
     def pins(self) -> dict[str, str]:
@@ -116,9 +126,7 @@ def prepare_run(config: RunConfig, before: RunRecord | None = None) -> PreparedR
     Raises:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
-    reward = config.evaluation.sampling and config.evaluation.sampling.reward
-    if reward and reward.function:
-        load_reward_function(reward.function)
+    function_digests = check_functions(config, os.getcwd())
     uri = check_storage(config)
     policy = _find_model("policy", _initial_policy_config(config), config, uri, before)
     references = {
@@ -135,7 +143,9 @@ def prepare_run(config: RunConfig, before: RunRecord | None = None) -> PreparedR
         if loaded is not None:
             parts[split], counts[split] = _tokenize_split(loaded, policy, references, config)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
-    return PreparedRun(config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri)
+    return PreparedRun(
+        config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri, function_digests
+    )
 
 
 def check_storage(config: RunConfig) -> str:

@@ -1,8 +1,10 @@
 """What a search is for: its best trial's model in the registry, with the search in its lineage."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.driver.execute import train_on_cluster
@@ -67,7 +69,12 @@ def promote_trial(
         update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
     config = config.model_copy(update=update)
     references = {name: search.prepared.references[name] for name in config.references.ordered}
-    prepared = replace(search.prepared, config=config, references=references)
+    prepared = replace(
+        search.prepared,
+        config=config,
+        references=references,
+        function_digests=check_functions(config, os.getcwd()),
+    )
     how = ", trained anew" if anew else f", from step {best.step} to its end" * (best.status == "stopped")
     search.console.print(f"\npromoting trial {best.number}{how}")
     record = _open_trial_record(prepared, search, None if anew else best)

@@ -273,6 +273,7 @@ class SearchRunner:
                 self.base.parallel.resources, ClusterProfile.from_nodes(list_node_resources())
             ),
             folder=str(self.folder),
+            code_folder=os.getcwd(),
             tracking_uri=self.prepared.tracking_uri,
             tracking_run=self.tracker.run_id,
             reward_scorer=judge,

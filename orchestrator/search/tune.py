@@ -4,6 +4,7 @@ Everything that can be refused is refused here, before a trial starts; `searchin
 """
 
 import math
+import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from orchestrator.cluster.connection import connect_to_ray
 from orchestrator.cluster.nodes import count_nodes, list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, count_trial_slots, list_trial_bundles
 from orchestrator.cluster.shared_storage import refuse_unshared
+from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import SweepConfig
@@ -156,6 +158,7 @@ def _refuse_unfit(
     for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
         try:
             run = build_trial_config(sweep, base, point, repeat=0, name="trial")
+            check_functions(run, os.getcwd())
         except UsageError as error:
             said = ", ".join(f"{field} {format_value(value)}" for field, value in point.items())
             raise UsageError(

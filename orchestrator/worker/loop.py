@@ -6,6 +6,7 @@ reference scores are asked for two batches before they are needed, so replicas s
 
 import logging
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from transformers import get_scheduler
 
 from losses.config import LossConfig
 from models.config import ModelError
+from orchestrator.config.functions import add_to_path
 from orchestrator.config.sections import METRICS
 from orchestrator.errors import RunFailed
 from orchestrator.storage.mirror import Mirror
@@ -72,6 +74,7 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     refuse_unshared_storage(setup)
+    add_to_path(setup.code_folder, os.getcwd())  # of functions that the run file names
     mirror, writes = Mirror(setup.folder, worker=session.rank), session.rank == 0
     mirror.pull(BEST_FILE, *(METRIC_FILES if writes else ()))
     try:

@@ -14,14 +14,13 @@ from models.config import ModelConfig, ModelError
 from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, build_replica_bundle
 from orchestrator.cluster.worker_environment import collect_secrets
-from orchestrator.config.functions import import_function
+from orchestrator.config.functions import REWARD_EXAMPLE, REWARD_FIELD, import_function
 from orchestrator.config.sections import RewardConfig
 from orchestrator.errors import RunFailed, UsageError, did_you_mean
 
 FIELD = "evaluation.sampling.reward"
 BATCH_TEXTS = 16
 RESTARTS = 3
-_EXAMPLE = "orchestrator.demo.rewards:sentiment"
 
 
 class RewardScorer(Protocol):
@@ -98,7 +97,7 @@ def load_reward_function(path: str) -> RewardScorer:
 
 
 def _import_reward_function(path: str, folder: str) -> Callable[[list[str], list[str]], Iterable[Any]]:
-    return import_function(path, folder, field=f"{FIELD}.function", example=_EXAMPLE)
+    return import_function(path, folder, field=REWARD_FIELD, example=REWARD_EXAMPLE)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class WorkerSetup:
         folder: the run's folder, or its URI on an object store.
         seen: a file in the storage that the command wrote; a worker that does not see it is elsewhere.
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
+        code_folder: where the command was started: modules of functions that the run file names are searched there.
         judge: what rewards sampled responses, where a reward is set.
         export: whether the trained policy is exported; a search exports only the one it promotes.
         neighbours: runs like this one on the machine at once, which share its cores.
@@ -54,6 +55,7 @@ class WorkerSetup:
     tracking_uri: str
     tracking_run: str
     probe_path: str | None = None
+    code_folder: str = ""
     reward_scorer: RewardScorer | None = None
     export: bool = True
     trials_per_node: int = 1
