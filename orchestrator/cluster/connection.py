@@ -11,12 +11,14 @@ from pathlib import Path
 
 import ray
 from ray._common.utils import get_ray_address_file
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from orchestrator.cluster.worker_environment import (
     DRIVER_ENVIRONMENT,
     LOCAL_ENVIRONMENT,
+    SETUP_HOOK,
     WORKER_ENVIRONMENT,
-    build_worker_environment,
+    build_runtime_env,
 )
 from orchestrator.environment import exclude_loopback_from_proxies
 from orchestrator.errors import UsageError
@@ -39,14 +41,16 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     address = _find_address()
     local = address == "local"
     if local:
-        # Workers of a cluster of our own inherit this process's environment.
-        for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT).items():
+        # Workers of a cluster of our own inherit this process's environment. The variable does what `ray.init`
+        # makes of `worker_process_setup_hook`, without which Ray's prestarted workers would be of no use.
+        hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK}
+        for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT | hook).items():
             os.environ.setdefault(name, value)
     ray.init(
         address=address,
         namespace=NAMESPACE,
         logging_level=logging.ERROR,
-        runtime_env=None if local else {"env_vars": build_worker_environment(os.environ)},
+        runtime_env=None if local else build_runtime_env(os.environ),
     )
     try:
         with _convert_sigterm_to_ctrl_c():

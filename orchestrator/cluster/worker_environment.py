@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from orchestrator.cluster.job_secrets import SECRET_NAMES
 
@@ -63,15 +64,33 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
 
 
+SETUP_HOOK = "polyref.imports.use_own_packages"
+"""Called in every worker process before anything is imported there, so that polyref's packages come first."""
+
+
+def build_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return Ray's runtime environment of a run on a cluster that others started.
+
+    What a submitted job's runtime environment sets already is left to it: Ray refuses both.
+    """
+    job = _read_job_runtime_env(environment)
+    hook = {} if "worker_process_setup_hook" in job else {"worker_process_setup_hook": SETUP_HOOK}
+    return {"env_vars": build_worker_environment(environment)} | hook
+
+
 def build_worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What is not secret of the environment that every Ray worker of a run gets.
 
     Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
     """
-    job = json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    job = _read_job_runtime_env(environment)
     names = (*DRIVER_ENVIRONMENT, *LOCAL_ENVIRONMENT, *_FORWARDED_NAMES)
     ours = WORKER_ENVIRONMENT | {name: environment[name] for name in names if name in environment}
     return {name: value for name, value in ours.items() if name not in job.get("env_vars", {})}
+
+
+def _read_job_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
 
 
 def collect_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.functions import PACKAGES
+from orchestrator.config.functions import PACKAGES, list_functions
 from orchestrator.config.run import RunConfig, load_run
 from orchestrator.config.sweep import load_sweep
 from orchestrator.config.yaml import apply_overrides, read_yaml
@@ -197,12 +197,11 @@ def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     reward = run.evaluation.sampling and run.evaluation.sampling.reward
     if reward and reward.model:
         _refuse_local_model("evaluation.sampling.reward.model", reward.model)
-    if reward and reward.function:
-        module = reward.function.partition(":")[0]
-        top = Path(module.partition(".")[0])
+    for field, function in list_functions(run).items():
+        top = Path(function.partition(":")[0].partition(".")[0])
         if top.name not in PACKAGES:
             here = [path for path in (top, top.with_suffix(".py")) if path.exists()]
-            yield from (("evaluation.sampling.reward.function", str(path)) for path in here)
+            yield from ((field, str(path)) for path in here)
 
 
 def _refuse_local_model(field: str, name: str | None) -> None:
