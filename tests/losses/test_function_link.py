@@ -117,6 +117,15 @@ def test_one_argument_too_few_is_refused(own_losses: str) -> None:
         )
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_function_may_be_first_used_without_gradients(own_losses: str, mode: type) -> None:
+    link = {"type": "function", "function": f"{own_losses}:exponential"}
+    with mode():
+        policy = PairScores(*scores(0))
+        out = preference_loss(policy, [ReferenceScores(*scores(1))], config=LossConfig(link=link))
+    assert out.losses.shape == (8,)
+
+
 def test_a_missing_module_is_refused() -> None:
     with pytest.raises(LossError, match="no_such_module cannot be imported"):
         losses_and_gradient(link={"type": "function", "function": "no_such_module:f"})
