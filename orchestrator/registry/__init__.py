@@ -1,1 +1,1 @@
-"""Registered models: verified when registered, compared when promoted, checked when downloaded."""
+"""Registered models: verified at registration, compared at promotion, checked after a download."""

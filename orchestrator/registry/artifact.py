@@ -1,12 +1,12 @@
-"""A trained policy in MLflow's layout for transformers models, the exported folder in it byte for byte.
+"""A trained policy in MLflow's layout for transformers models, with the exported folder copied unchanged.
 
     MLmodel lineage.json requirements.txt python_env.yaml
     model/                  the transformers folder: safetensors, config, tokenizer, README.md
     model/adapter/          for LoRA, the adapter alone; model/ is the merged model
-    components/tokenizer/   where MLflow looks for it
+    components/tokenizer/   where MLflow looks for the tokenizer
 
 `MLmodel` is written through `mlflow.models.Model` and not by `mlflow.transformers.save_model`, which would
-load the weights, move them to a GPU that others use, write them again, and lose a LoRA adapter silently.
+load the weights, move them to a GPU that may be in use, write them again and silently lose a LoRA adapter.
 """
 
 import json
@@ -25,21 +25,21 @@ _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 
 def refuse_incomplete_export(folder: Path, adapter: Path | None) -> None:
     """Raise UsageError unless the folders hold a model with its tokenizer and, if given, an adapter."""
-    needed = {folder / "config.json": "a model", folder / "tokenizer_config.json": "a tokenizer"}
+    required = {folder / "config.json": "a model", folder / "tokenizer_config.json": "a tokenizer"}
     if adapter is not None:
-        needed[adapter / "adapter_config.json"] = "an adapter"
-        needed[adapter / "adapter_model.safetensors"] = "an adapter"
-    for path, what in needed.items():
+        required[adapter / "adapter_config.json"] = "an adapter"
+        required[adapter / "adapter_model.safetensors"] = "an adapter"
+    for path, content in required.items():
         if not path.is_file():
             raise UsageError(
-                f"{path.parent} holds no {path.name}: export {what} there before it is registered"
+                f"{path.parent} holds no {path.name}: export {content} there before it is registered"
             )
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"{folder} holds no safetensors: export the model's weights there first")
 
 
 def build_artifact(root: Path, name: str, folder: Path, adapter: Path | None, lineage: Lineage) -> str:
-    """Lay out the version under the empty folder `root`; returns the digest of `root/model`."""
+    """Write the version's files under the empty folder `root`; return the digest of `root/model`."""
     from transformers import AutoTokenizer
 
     model = root / "model"
@@ -59,12 +59,12 @@ def build_artifact(root: Path, name: str, folder: Path, adapter: Path | None, li
 
 
 def _pin_adapter_base(adapter: Path, base_model: str) -> None:
-    """Let the adapter's config name its base on the hub, pinned, instead of this machine's copy of it.
+    """Make the adapter's config name its base on the hub with its commit, instead of this machine's copy.
 
-    A folder's adapter keeps its path; so does one that was trained on another adapter's merged base, which no
-    name stands for.
+    The path stays if the base is a local folder, or another adapter merged into its base: neither has a name
+    on the hub.
     """
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's own card names this machine's folders too
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's own card names folders of this machine too
     hub, path = HUB.fullmatch(base_model), adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if hub is None or PurePath(config.get("base_model_name_or_path") or "").name != hub["commit"]:

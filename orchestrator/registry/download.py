@@ -1,6 +1,6 @@
-"""Registered versions as folders on this machine: resolved, downloaded, checked against their digest, copied.
+"""Registered versions as folders on this machine: resolve, download, check against the digest, copy.
 
-A copy is a folder that transformers, peft and vLLM load; it appears whole or not at all.
+A copy is a folder that transformers, peft and vLLM load; it appears complete or not at all.
 """
 
 import hashlib
@@ -25,32 +25,36 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
+ADAPTER = "adapter"
+"""Name of the subfolder of a version's folder that holds the LoRA adapter without its base model."""
+
+
 class DamagedError(UsageError):
-    """A version's files are not those that were registered."""
+    """Error for a version whose files are not those that were registered."""
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """One registered version, with its transformers folder on this machine."""
+    """A registered version and its transformers folder on this machine."""
 
     folder: Path
     name: str
     version: int
     run_id: str | None
     digest: str | None
-    """Digest of the folder's files when it was registered; None for models registered by other programs."""
+    """Digest of the folder's files at registration; None for models registered by other programs."""
 
     @property
     def uri_pinned(self) -> str:
-        """`models:/name/version`: what a run's record keeps, since an alias may move."""
+        """`models:/name/version`, which a run's record stores because an alias may move."""
         return f"models:/{self.name}/{self.version}"
 
 
 def resolve_model(uri: str, tracking_uri: str, *, cache: Path | None = None) -> ResolvedModel:
-    """The version that `models:/name@alias` or `models:/name/3` stands for, downloaded if it is not local.
+    """Return the version that `models:/name@alias` or `models:/name/3` names, downloaded if it is not local.
 
     Raises UsageError for a URI without alias or version, an unknown name, alias or version, a version that is
-    still being registered, and a model that is not a whole causal language model.
+    still being registered, and a model that is not a complete causal language model.
     """
     client = connect_to_mlflow(tracking_uri)
     return resolve_version(client, find_version(client, uri), tracking_uri, cache=cache)
@@ -59,7 +63,7 @@ def resolve_model(uri: str, tracking_uri: str, *, cache: Path | None = None) -> 
 def resolve_version(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
 ) -> ResolvedModel:
-    """The version with its folder, downloaded if it is not local. Raises UsageError as `resolve` does."""
+    """Return the version with its folder, downloaded if it is not local. Raises UsageError."""
     cache = cache or cache_folder("registry")
     folder = _find_transformers_folder(_fetch_root(client, version, tracking_uri, cache), version, cache)
     digest = version.tags.get(DIGEST_TAG)
@@ -69,7 +73,7 @@ def resolve_version(
 def check_digest(
     folder: Path, expected: str | None, uri: str, *, remedy: str = "register the model again"
 ) -> None:
-    """Raise DamagedError unless the folder's files are those registered; None checks nothing."""
+    """Raise DamagedError unless the folder's files have the digest `expected`; None skips the check."""
     if expected is not None and (actual := digest_folder(folder)) != expected:
         raise DamagedError(
             f"the files of {uri} are not those that were registered (digest {shorten_digest(actual)}, "
@@ -80,7 +84,7 @@ def check_digest(
 def resolve_adapter(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, *, cache: Path | None = None
 ) -> ResolvedModel | None:
-    """The adapter in a version of polyref's, had without the merged model; None where there is none."""
+    """Return the adapter of a version, without the merged model; None if polyref registered none with it."""
     digest = version.tags.get(ADAPTER_DIGEST_TAG)
     if digest is None:
         return None
@@ -98,50 +102,51 @@ def _fetch_artifacts(
     version: "ModelVersion",
     tracking_uri: str,
     cache: Path,
-    part: str,
+    subfolder: str,
     digest: str | None,
 ) -> Path:
-    """The version's artifacts (`part` of them): where they lie when that is on this machine, else downloaded.
+    """Return the folder of the version's artifacts, or of their `subfolder` unless that is "".
 
-    A download is checked before it counts; one that was finished is not made again.
+    Artifacts stored on this machine are used where they are, others are downloaded into `cache` and checked;
+    a finished download is reused.
     """
     from mlflow.utils.file_utils import local_file_uri_to_path
     from mlflow.utils.uri import is_local_uri
 
     source = client.get_model_version_download_uri(version.name, str(version.version))
-    if is_local_uri(source) and (local := Path(local_file_uri_to_path(source)) / part).is_dir():
+    if is_local_uri(source) and (local := Path(local_file_uri_to_path(source)) / subfolder).is_dir():
         return local
-    source = f"{source.rstrip('/')}/{part}" if part else source
+    source = f"{source.rstrip('/')}/{subfolder}" if subfolder else source
     target = cache / hashlib.sha256(f"{tracking_uri} {source} {digest}".encode()).hexdigest()[:24]
     if target.is_dir():
         return target
-    where = f"models:/{version.name}/{version.version}"
-    with _download_artifacts(source, tracking_uri, where, cache) as whole:
-        check_digest(whole if part else whole / "model", digest, where)
-        _move_into_place(whole, target)
+    uri = f"models:/{version.name}/{version.version}"
+    with _download_artifacts(source, tracking_uri, uri, cache) as downloaded:
+        check_digest(downloaded if subfolder else downloaded / "model", digest, uri)
+        _move_into_place(downloaded, target)
     return target
 
 
 @contextmanager
-def _download_artifacts(source: str, tracking_uri: str, where: str, cache: Path) -> Iterator[Path]:
-    """A copy of an artifact folder, gone afterwards unless it was moved."""
+def _download_artifacts(source: str, tracking_uri: str, uri: str, cache: Path) -> Iterator[Path]:
+    """Yield a downloaded artifact folder, which is deleted afterwards unless the block moves it."""
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         try:
-            whole = mlflow.artifacts.download_artifacts(source, dst_path=scratch, tracking_uri=tracking_uri)
+            folder = mlflow.artifacts.download_artifacts(source, dst_path=scratch, tracking_uri=tracking_uri)
         except (MlflowException, OSError) as error:
             raise UsageError(
-                f"the files of {where} cannot be had from {redact(source)}: "
+                f"the files of {uri} cannot be downloaded from {redact(source)}: "
                 f"{summarize_error(error)}; check that the artifact store is reachable from here"
             ) from error
-        yield Path(whole)
+        yield Path(folder)
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    """Put a finished folder in its place; another process that was faster made the same one."""
+    """Move a finished folder to `target`, unless another process has already put the same folder there."""
     try:
         os.replace(folder, target)
     except OSError:
@@ -150,69 +155,70 @@ def _move_into_place(folder: Path, target: Path) -> None:
 
 
 def _find_transformers_folder(root: Path, version: "ModelVersion", cache: Path) -> Path:
-    """The folder under `root` that transformers loads, or of an adapter alone the one that peft loads."""
+    """Return the folder under `root` that transformers loads, or peft if there is only an adapter."""
     if (root / "config.json").is_file() or (root / "adapter_config.json").is_file():
         return root
     model, adapter, tokenizer = root / "model", root / "peft", root / "components" / "tokenizer"
-    if (adapter / "adapter_config.json").is_file():  # the base that MLflow put beside it lacks weights
+    if (adapter / "adapter_config.json").is_file():  # the base that MLflow writes beside it has no weights
         model = adapter
     elif not (model / "config.json").is_file():
-        where = f"models:/{version.name}/{version.version}"
         raise UsageError(
-            f"{where} holds no transformers model and no adapter: register a causal language model's folder"
+            f"models:/{version.name}/{version.version} holds no transformers model and no adapter: "
+            "register a causal language model's folder"
         )
     if (model / "tokenizer_config.json").is_file() or not tokenizer.is_dir():
         return model
-    # MLflow's own layout keeps the tokenizer apart; transformers wants both in one folder.
+    # MLflow's own layout has the tokenizer in another folder; transformers needs both in one.
     target = cache / hashlib.sha256(f"joined {root.resolve()}".encode()).hexdigest()[:24]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as part:
-            joined = Path(part) / "model"
-            link_tree(model, joined)
-            link_tree(tokenizer, joined)
-            _move_into_place(joined, target)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            merged = Path(scratch) / "model"
+            link_tree(model, merged)
+            link_tree(tokenizer, merged)
+            _move_into_place(merged, target)
     return target
 
 
 def copy_version(model: ResolvedModel, to: Path) -> None:
     """Copy the version's folder to `to`, checked against the digest it was registered with.
 
-    Raises UsageError when `to` holds something or the files are not those registered.
+    Raises UsageError if `to` is not empty or the files are not those registered.
     """
-    with _fill_new_folder(to) as part:
-        _copy_checked(model, part)
+    with _fill_new_folder(to) as folder:
+        _copy_and_check(model, folder)
 
 
 def copy_merged_version(model: ResolvedModel, to: Path, *, base: str | None = None) -> None:
-    """Make `to` one whole model without an adapter beside it.
+    """Write the version to `to` as a full model, without a separate adapter.
 
-    A version of polyref's holds it already. An adapter alone, which another program registered, is merged
-    into its base, in the base's dtype; `base` says where that is if not where the adapter's config says.
+    A version that polyref registered contains the merged model already. An adapter without its base, which
+    another program registered, is merged into its base, in the base's dtype; `base` names the base if it is
+    not where the adapter's config says.
 
-    Raises UsageError as `fetch` does, ModelError when the base is not to be had or does not fit.
+    Raises UsageError as `copy_version` does, ModelError if the base is not found or does not fit.
     """
-    with _fill_new_folder(to) as part:
+    with _fill_new_folder(to) as folder:
         if is_adapter_folder(model.folder):
-            _merge_adapter_folder(model.folder, part, base)
+            _merge_adapter_folder(model.folder, folder, base)
         else:
-            _copy_checked(model, part)
-            shutil.rmtree(part / ADAPTER, ignore_errors=True)
+            _copy_and_check(model, folder)
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter alone."""
+    """Whether a folder holds an adapter without a full model."""
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def _copy_checked(model: ResolvedModel, part: Path) -> None:
-    shutil.copytree(model.folder, part, dirs_exist_ok=True)
+def _copy_and_check(model: ResolvedModel, target: Path) -> None:
+    shutil.copytree(model.folder, target, dirs_exist_ok=True)
     downloaded = model.folder.is_relative_to(cache_folder("registry"))
     remedy = f"remove {model.folder} and get it again" if downloaded else "register the model again"
-    check_digest(part, model.digest, model.uri_pinned, remedy=remedy)
+    check_digest(target, model.digest, model.uri_pinned, remedy=remedy)
 
 
-def _merge_adapter_folder(folder: Path, part: Path, base: str | None) -> None:
+def _merge_adapter_folder(folder: Path, target: Path, base: str | None) -> None:
     from models.adapters import merge
     from models.config import ModelConfig
     from models.load import export, load_model, load_tokenizer, locate
@@ -222,39 +228,35 @@ def _merge_adapter_folder(folder: Path, part: Path, base: str | None) -> None:
     assert located.base_path is not None
     config = config.model_copy(update={"dtype": _read_dtype(located.base_path)})
     model = load_model(located, config, device="cpu", trainable=False)
-    export(merge(model), load_tokenizer(located, config), part)
+    export(merge(model), load_tokenizer(located, config), target)
 
 
 def _read_dtype(base: Path) -> str:
-    """What a model folder's weights are in; float32 where its config does not say."""
+    """Return the dtype of a model folder's weights; float32 if its config names none."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) if base.is_dir() else {}
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return dtype if dtype in ("bfloat16", "float16") else "float32"
 
 
 def resolve_free_folder(to: Path) -> Path:
-    """Where a new folder may come, with links followed; UsageError where it cannot."""
-    place = to.resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    """Return `to` with links followed; raise UsageError unless a new folder can be created there."""
+    resolved = to.resolve()
+    if resolved.exists() and (not resolved.is_dir() or any(resolved.iterdir())):
         raise UsageError(f"{to} is not an empty folder: give --to a new one")
-    if place == Path.cwd().resolve() or place.is_mount():
+    if resolved == Path.cwd().resolve() or resolved.is_mount():
         raise UsageError(f"{to} is a folder in use: give --to a new one in it, e.g. --to {to / 'model'}")
-    return place
+    return resolved
 
 
 @contextmanager
 def _fill_new_folder(to: Path) -> Iterator[Path]:
-    """A folder beside `to` to fill, which becomes `to` when all went well."""
+    """Yield a temporary folder beside `to`, which becomes `to` if the block ends without an error."""
     to = resolve_free_folder(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
-        yield part
-        part.chmod(0o755)
-        os.replace(part, to)
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, to)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-ADAPTER = "adapter"
-"""The subfolder of a version's folder that holds the adapter alone."""
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The model card: what a trained policy is, what it was trained against and on, and how to load it."""
+"""The model card: a trained policy's base model, references, data and metrics, and how to load it."""
 
 import json
 import re
@@ -12,24 +12,24 @@ import yaml
 from orchestrator.redaction import hide_secrets, redact
 
 HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
-"""A model on the hub as a run's record pins it."""
+"""A pinned hub model as a run's record writes it: `id@commit`."""
 
 
 @dataclass(frozen=True)
 class PinnedReference:
-    """A frozen reference model as the run's record pins it."""
+    """A frozen reference model, pinned as in the run's record."""
 
     model: str
-    """Where it came from, pinned: `hub/id@commit`, `models:/name/3`, or a folder."""
+    """Its pinned source: `hub/id@commit`, `models:/name/3`, or a folder."""
     fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """Where a policy comes from. Metrics are those of the held-out pairs, by name; None is not finite."""
+    """The origin of a policy. Metrics are those of the held-out pairs, by name; None is not finite."""
 
     base_model: str
-    """Pinned as a reference's model is."""
+    """Pinned like `PinnedReference.model`."""
     preset: str
     loss: Mapping[str, Any]
     references: Mapping[str, PinnedReference] = field(default_factory=dict)
@@ -37,29 +37,29 @@ class Lineage:
     data_digest: str
     eval_digest: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
-    """How many pairs were used and left out: `{"train pairs": 900, "skipped, too long": 3}`."""
+    """Numbers of pairs used and skipped: `{"train pairs": 900, "skipped, too long": 3}`."""
     before: Mapping[str, float | None] = field(default_factory=dict)
     after: Mapping[str, float | None] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The whole run file."""
+    """The complete run file."""
     code: Mapping[str, str] = field(default_factory=dict)
-    """`tracking.code_tags()`."""
+    """Tags from `orchestrator.tracking.code_version.read_code_tags`."""
     search: Mapping[str, str] = field(default_factory=dict)
-    """Which search chose this run, among how many trials, by what; empty for a run of its own."""
+    """The search that chose this run: its name, trial, number of trials, objective; else empty."""
 
     def to_json(self) -> str:
-        """All of it as JSON text, without secrets."""
+        """Return all fields as JSON text, without secrets."""
         return json.dumps(hide_secrets(asdict(self)), indent=2, sort_keys=True, default=str) + "\n"
 
 
 def render_model_card(name: str, lineage: Lineage, *, adapter: bool) -> str:
-    """The README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    """Return the README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
+    front_matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if hub := HUB.fullmatch(lineage.base_model):
-        front["base_model"] = hub["id"]
-    front["tags"] = ["polyref", "preference-optimization", lineage.preset]
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        front_matter["base_model"] = hub["id"]
+    front_matter["tags"] = ["polyref", "preference-optimization", lineage.preset]
+    sections = [
+        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n",
         f"# {name}\n",
         f"`{_shorten_model_name(lineage.base_model)}` fine-tuned on human preferences with polyref, "
         f"loss preset `{lineage.preset}`.\n",
@@ -70,7 +70,7 @@ def render_model_card(name: str, lineage: Lineage, *, adapter: bool) -> str:
         "## Loss\n\n```yaml\n" + yaml.safe_dump(_to_plain_settings(lineage.loss), sort_keys=False) + "```\n",
         _render_loading(name, lineage, adapter=adapter),
     ]
-    return redact("\n".join(part for part in parts if part))
+    return redact("\n".join(section for section in sections if section))
 
 
 def _render_references(lineage: Lineage) -> str:
@@ -90,10 +90,10 @@ def _render_references(lineage: Lineage) -> str:
 def _render_search(lineage: Lineage) -> str:
     if not lineage.search:
         return ""
-    found = {name.removeprefix("search."): value for name, value in lineage.search.items()}
+    search = {name.removeprefix("search."): value for name, value in lineage.search.items()}
     return (
-        f"Chosen by the search `{found['search']}`: trial {found['trial']} of {found['trials']}, "
-        f"by {found['objective']}.\n"
+        f"Chosen by the search `{search['search']}`: trial {search['trial']} of {search['trials']}, "
+        f"by {search['objective']}.\n"
     )
 
 
@@ -101,7 +101,7 @@ def _render_data(lineage: Lineage) -> str:
     rows = [["training data", f"`{lineage.data_digest[:16]}`"]]
     if lineage.eval_digest:
         rows.append(["held-out data", f"`{lineage.eval_digest[:16]}`"])
-    rows += [[what, str(count)] for what, count in lineage.counts.items()]
+    rows += [[label, str(count)] for label, count in lineage.counts.items()]
     return "## Data\n\n" + _render_table(["", "digest or count"], rows)
 
 
@@ -117,7 +117,7 @@ def _render_metrics(lineage: Lineage) -> str:
 
 
 def _render_loading(name: str, lineage: Lineage, *, adapter: bool) -> str:
-    ways = f"""## Loading
+    section = f"""## Loading
 
 As a folder, after `polyref models get {name}@ALIAS --to {name}`:
 
@@ -135,7 +135,7 @@ model = mlflow.transformers.load_model("models:/{name}@ALIAS", return_type="comp
 ```
 """
     if adapter:
-        ways += f"""
+        section += f"""
 The adapter alone, on its base model:
 
 ```python
@@ -145,13 +145,13 @@ base = AutoModelForCausalLM.from_pretrained({_render_load_arguments(lineage.base
 model = PeftModel.from_pretrained(base, "{name}/adapter")
 ```
 """
-    return ways
+    return section
 
 
 def _shorten_model_name(model: str) -> str:
-    """A pinned model as others may read it: of a folder only its name, since its place is this machine's."""
-    named = HUB.fullmatch(model) or model.startswith("models:/")
-    return model if named else PurePath(model).name
+    """Return a pinned model's name; of a folder only the last part, since its path is this machine's."""
+    is_public = HUB.fullmatch(model) or model.startswith("models:/")
+    return model if is_public else PurePath(model).name
 
 
 def _render_load_arguments(model: str) -> str:
@@ -174,6 +174,6 @@ def _format_number(value: float | None) -> str:
 
 
 def _to_plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as YAML writes them: no tuples, no enums."""
+    """Convert settings to types that YAML writes: no tuples, no enums."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain

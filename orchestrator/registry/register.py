@@ -1,4 +1,4 @@
-"""Registering a trained policy: packed, uploaded, loaded back, compared; only then does a version count."""
+"""Registration of a trained policy: pack, upload, load back, compare; only then is the version verified."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from orchestrator.files import digest_folder
 from orchestrator.redaction import hide_secrets, redact, summarize_error
 from orchestrator.registry.aliases import (
     EVAL_DIGEST_TAG,
-    JUDGED_BY_TAG,
+    EVALUATION_METRIC_TAG,
     LOSS_DIGEST_TAG,
     METRIC_PREFIX,
     NO_PRIMARY,
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORT_TAG = "polyref.export"
-# Allowed difference of logits in units of the largest: merging an adapter and another device's order of sums
-# move float32 by about 1e-6 a layer, half precision by its own rounding.
+# Allowed difference of logits relative to the largest: merging an adapter, and another order of summation on
+# another device, change float32 by about 1e-6 per layer, half precision by its own rounding.
 _FULL_PRECISION, _HALF_PRECISION = 2e-4, 4e-2
 
 
 class RegistryError(RunFailed):
-    """What came back from the registry is not the model that was trained."""
+    """Error for a registration that failed, or whose files are not the model that was trained."""
 
 
 def register_model(
@@ -61,37 +61,37 @@ def register_model(
     adapter: Path | None = None,
     alias: str | None = None,
 ) -> ResolvedModel:
-    """Make the exported `folder` (with LoRA: the merged model, and `adapter` alone) a version of `name`.
+    """Register the exported `folder` (with LoRA: the merged model, and `adapter`) as a version of `name`.
 
-    Called again for the same run and the same weights it finishes what was cut short, and makes no second
-    version. `alias` is given as `models promote` gives it: where that would refuse, the version stays
-    without, and a warning says why and how to give it all the same.
+    A second call for the same run and the same weights finishes an interrupted registration and makes no
+    second version. `alias` is assigned under the rules of `models promote`: if they refuse it, the version is
+    registered without the alias, and a warning gives the reason and the command that assigns it anyway.
 
-    Raises UsageError when the server does not answer or the folder is not whole; RegistryError when
-    what comes back from the registry is not what was trained: that version is deleted.
+    Raises UsageError if the server does not answer or the folder is incomplete; RegistryError if the upload
+    fails, or if the model loaded back is not the one that was trained: that version is deleted.
     """
     refuse_incomplete_export(folder, adapter)
     client = connect_to_mlflow(tracking_uri)
-    export = digest_folder(folder, ".safetensors")
-    mine = [v for v in client.search_model_versions(f"run_id='{run_id}'") if v.name == name]
-    same = [v for v in mine if v.tags.get(EXPORT_TAG) == export]
-    done = [v for v in same if v.tags.get(STATE_TAG) == VERIFIED]
-    if not done:
-        for stale in (v for v in mine if v.tags.get(STATE_TAG) == VERIFYING and v not in same):
+    export_digest = digest_folder(folder, ".safetensors")
+    of_run = [v for v in client.search_model_versions(f"run_id='{run_id}'") if v.name == name]
+    same_weights = [v for v in of_run if v.tags.get(EXPORT_TAG) == export_digest]
+    verified = next((v for v in same_weights if v.tags.get(STATE_TAG) == VERIFIED), None)
+    if verified is None:
+        for stale in (v for v in of_run if v.tags.get(STATE_TAG) == VERIFYING and v not in same_weights):
             client.delete_model_version(name, str(stale.version))
-        with tempfile.TemporaryDirectory(prefix=".register-", dir=folder.parent) as part:
-            root = Path(part)
+        with tempfile.TemporaryDirectory(prefix=".register-", dir=folder.parent) as scratch:
+            root = Path(scratch)
             tags = _build_tags(lineage) | {
-                EXPORT_TAG: export,
+                EXPORT_TAG: export_digest,
                 DIGEST_TAG: build_artifact(root, name, folder, adapter, lineage),
             }
             if adapter is not None:
                 tags[ADAPTER_DIGEST_TAG] = digest_folder(root / "model" / ADAPTER)
-            version = _upload_version(client, name, root, run_id, tags, same[0] if same else None)
-        done = [_verify_version(client, version, tracking_uri, probe)]
+            version = _upload_version(client, name, root, run_id, tags, next(iter(same_weights), None))
+        verified = _verify_version(client, version, tracking_uri, probe)
     if alias is not None:
-        _try_to_assign_alias(client, done[0], alias, tracking_uri)
-    return resolve_version(client, done[0], tracking_uri)
+        _try_to_assign_alias(client, verified, alias, tracking_uri)
+    return resolve_version(client, verified, tracking_uri)
 
 
 def _try_to_assign_alias(
@@ -103,11 +103,11 @@ def _try_to_assign_alias(
         command = f"polyref models promote {version.name}/{version.version} --alias {alias} --force"
         if os.environ.get(URI_VARIABLE) != tracking_uri:
             command += f" --tracking-uri {redact(tracking_uri)}"
-        log.warning("%s. It is registered without; `%s` gives it all the same", error, command)
+        log.warning("%s. It is registered without the alias; `%s` assigns it anyway", error, command)
 
 
 def verify_export(folder: Path, probe: Probe) -> None:
-    """Load a folder as users will and compare its logits with the probe's. Raises RegistryError."""
+    """Load a folder as users would; raise RegistryError if weights are missing or the logits differ."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -121,10 +121,10 @@ def verify_export(folder: Path, probe: Probe) -> None:
         raise RegistryError(f"its logits are {tuple(logits.shape)}, not {tuple(probe.logits.shape)}")
     full = {model.dtype, probe.dtype} <= {torch.float32, torch.float64}
     allowed = _FULL_PRECISION if full else _HALF_PRECISION
-    apart = ((logits - probe.logits).abs().max() / probe.logits.abs().max()).item()
-    if not apart <= allowed:
+    difference = ((logits - probe.logits).abs().max() / probe.logits.abs().max()).item()
+    if not difference <= allowed:
         raise RegistryError(
-            f"its logits differ by {apart:.1e} of the largest, where {allowed:.0e} is rounding"
+            f"its logits differ by {difference:.1e} of the largest, where {allowed:.0e} is rounding"
         )
 
 
@@ -136,15 +136,18 @@ def _upload_version(
     tags: Mapping[str, str],
     pending: "ModelVersion | None",
 ) -> "ModelVersion":
-    """Upload the packed version as an artifact of the run and enter it, not yet counting, in the registry."""
+    """Upload the packed version as artifacts of the run and register it as not yet verified.
+
+    `pending` is a version of the same weights whose registration was interrupted; it is then updated.
+    """
     from mlflow.exceptions import MlflowException
 
-    place = f"model-{tags[EXPORT_TAG][:12]}"
+    artifact_path = f"model-{tags[EXPORT_TAG][:12]}"
     try:
-        client.log_artifacts(run_id, str(root), place)
+        client.log_artifacts(run_id, str(root), artifact_path)
         _ensure_registered(client, name)
         if pending is None:
-            source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_path}"
             return client.create_model_version(name, source, run_id, tags={**tags, STATE_TAG: VERIFYING})
         for key, value in tags.items():
             client.set_model_version_tag(name, str(pending.version), key, value)
@@ -152,7 +155,7 @@ def _upload_version(
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"{name!r} could not be registered: {summarize_error(error)}; "
-            "the model is kept: start the same run again to register it"
+            "the exported model is kept: start the same run again to register it"
         ) from error
 
 
@@ -171,15 +174,15 @@ def _ensure_registered(client: "MlflowClient", name: str) -> None:
 def _verify_version(
     client: "MlflowClient", version: "ModelVersion", tracking_uri: str, probe: Probe
 ) -> "ModelVersion":
-    """Load the version back from the registry: it counts from here on, or is deleted (RegistryError)."""
-    where = f"models:/{version.name}/{version.version}"
+    """Load the version back and mark it as verified; if it differs, delete it and raise RegistryError."""
+    uri = f"models:/{version.name}/{version.version}"
     try:
-        back = resolve_version(client, version, tracking_uri)
-        check_digest(back.folder, back.digest, where)
-        verify_export(back.folder, probe)
+        loaded = resolve_version(client, version, tracking_uri)
+        check_digest(loaded.folder, loaded.digest, uri)
+        verify_export(loaded.folder, probe)
     except (RegistryError, DamagedError) as error:
         client.delete_model_version(version.name, str(version.version))
-        raise RegistryError(f"{where} is not the model that was trained, and was deleted: {error}") from error
+        raise RegistryError(f"{uri} is not the model that was trained, and was deleted: {error}") from error
     client.set_model_version_tag(version.name, str(version.version), STATE_TAG, VERIFIED)
     return client.get_model_version(version.name, str(version.version))
 
@@ -209,9 +212,9 @@ def _build_tags(lineage: Lineage) -> dict[str, str]:
 
 
 def _build_evaluation_tags(lineage: Lineage) -> dict[str, str]:
-    """What the run was judged by, and a digest of how its samples were drawn and rewarded."""
+    """Return the run's evaluation metric and a digest of how its responses were sampled and rewarded."""
     evaluation = lineage.config.get("evaluation") or {}
-    tags = {JUDGED_BY_TAG: evaluation["metric"]} if evaluation.get("metric") else {}
+    tags = {EVALUATION_METRIC_TAG: evaluation["metric"]} if evaluation.get("metric") else {}
     if evaluation.get("sampling"):
         tags[SAMPLING_DIGEST_TAG] = _digest_settings(
             [evaluation["sampling"], lineage.config.get("training", {}).get("seed")]

@@ -1,8 +1,8 @@
-"""Models in MLflow's registry: what a `models:/` URI stands for, and the folder here that holds it.
+"""Models in MLflow's registry: parse `models:/` URIs, find and list versions.
 
 A version's folder, as `register.py` writes it and `models.load` reads it, is a transformers folder
-(safetensors, config, tokenizer, model card) with the adapter alone in its subfolder `adapter`. Models that
-other programs registered are read too: MLflow's transformers flavour, transformers and PEFT folders.
+(safetensors, config, tokenizer, model card) with the separate adapter in its subfolder `adapter`. Models that
+other programs registered can be read too: MLflow's transformers flavour, transformers and PEFT folders.
 """
 
 import re
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 STATE_TAG, DIGEST_TAG, ADAPTER_DIGEST_TAG = "polyref.state", "polyref.digest", "polyref.adapter_digest"
 VERIFYING, VERIFIED = "verifying", "verified"
-_REF = re.compile(r"(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))?")
+_MODEL_REF = re.compile(r"(?:models:/)?(?P<name>[^@/:]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))?")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A registered model as users write it."""
+    """A parsed reference to a registered model; alias and version are both None if only the name is given."""
 
     name: str
     alias: str | None
     version: str | None
 
     @property
-    def leaves_version_open(self) -> bool:
-        """Whether it leaves the version open."""
+    def is_bare_name(self) -> bool:
+        """Whether it has neither alias nor version."""
         return self.alias is None and self.version is None
 
 
 def parse_model_ref(ref: str) -> ModelRef:
-    """`name`, `name@alias` or `name/3`, with or without `models:/` in front. Raises UsageError."""
-    match = _REF.fullmatch(ref)
+    """Parse `name`, `name@alias` or `name/3`, with or without `models:/` in front. Raises UsageError."""
+    match = _MODEL_REF.fullmatch(ref)
     if match is None:
         raise UsageError(
             f"{ref!r} names no registered model: write models:/NAME@ALIAS or models:/NAME/VERSION"
@@ -46,49 +46,53 @@ def parse_model_ref(ref: str) -> ModelRef:
 
 
 def find_version(client: "MlflowClient", ref: str) -> "ModelVersion":
-    """The registered version of `name@alias` or `name/3`, with or without `models:/` in front.
+    """Return the registered version of `name@alias` or `name/3`, with or without `models:/` in front.
 
-    Raises UsageError as `resolve` does.
+    Raises UsageError for a reference without alias or version, an unknown name, alias or version, and a
+    version that is still being registered.
     """
     from mlflow.exceptions import MlflowException
 
-    wanted = parse_model_ref(ref)
-    name = wanted.name
-    if wanted.leaves_version_open:
+    parsed = parse_model_ref(ref)
+    name = parsed.name
+    if parsed.is_bare_name:
         raise UsageError(f"{ref!r} leaves the version open: {_format_choices(client, name)}")
     try:
-        if wanted.alias is not None:
-            found = client.get_model_version_by_alias(name, wanted.alias)
+        if parsed.alias is not None:
+            version = client.get_model_version_by_alias(name, parsed.alias)
         else:
-            found = client.get_model_version(name, str(wanted.version))
+            version = client.get_model_version(name, str(parsed.version))
     except MlflowException as error:
         raise UsageError(f"{ref!r} is not in the registry: {_format_choices(client, name)}") from error
-    if found.tags.get(STATE_TAG) == VERIFYING:
+    if version.tags.get(STATE_TAG) == VERIFYING:
         raise UsageError(
-            f"version {found.version} of {name!r} was never verified, its registration was cut short: "
+            f"version {version.version} of {name!r} was never verified, its registration was interrupted: "
             "run the training again to finish it, or choose another version"
         )
-    return found
+    return version
 
 
 def list_versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
-    """One registered model's versions that count, newest first. Raises UsageError for an unknown name."""
+    """Return the verified versions of a registered model, and those of other programs, newest first.
+
+    Raises UsageError for an unknown name.
+    """
     aliases = _get_registered_model(client, name).aliases
-    found = [v for v in _search_versions(client, name) if v.tags.get(STATE_TAG) != VERIFYING]
-    for version in found:
+    versions = [v for v in _search_versions(client, name) if v.tags.get(STATE_TAG) != VERIFYING]
+    for version in versions:
         version.aliases = sorted(a for a, number in aliases.items() if int(number) == int(version.version))
-    return sorted(found, key=lambda v: -int(v.version))
+    return sorted(versions, key=lambda v: -int(v.version))
 
 
 def list_model_names(client: "MlflowClient") -> list[str]:
-    """The registered models' names in order."""
-    found, token = [], None
+    """Return the names of all registered models, sorted."""
+    names, token = [], None
     while True:
         page = client.search_registered_models(max_results=100, page_token=token)
-        found += [model.name for model in page]
+        names += [model.name for model in page]
         token = page.token
         if not token:
-            return sorted(found)
+            return sorted(names)
 
 
 def _search_versions(client: "MlflowClient", name: str) -> "Iterable[ModelVersion]":
@@ -113,14 +117,14 @@ def _get_registered_model(client: "MlflowClient", name: str) -> Any:
 
 
 def _format_choices(client: "MlflowClient", name: str) -> str:
-    found = list_versions(client, name)
-    if not found:
+    versions = list_versions(client, name)
+    if not versions:
         return f"{name!r} has no versions yet"
-    written = [f"{name}@{alias}" for version in found for alias in version.aliases]
-    written += [f"{name}/{version.version}" for version in found]
-    return f"choose one of {', '.join(written[:12])}{', …' if len(written) > 12 else ''}"
+    refs = [f"{name}@{alias}" for version in versions for alias in version.aliases]
+    refs += [f"{name}/{version.version}" for version in versions]
+    return f"choose one of {', '.join(refs[:12])}{', …' if len(refs) > 12 else ''}"
 
 
 def shorten_digest(digest: str | None) -> str:
-    """A digest as people read it."""
+    """Return the first 12 characters of a digest, for messages; "unknown" for None."""
     return "unknown" if digest is None else digest[:12]

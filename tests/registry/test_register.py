@@ -133,8 +133,8 @@ def test_an_alias_is_given_by_the_same_checks_as_promote(
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
         "models:/sentiment/2 was not promoted to 'champion': eval/label_nll of version 2 is 0.7000, that of "
-        "version 1, which holds it, is 0.6100. It is registered without; `polyref models promote sentiment/2 "
-        f"--alias champion --force --tracking-uri {uri}` gives it all the same"
+        "version 1, which holds it, is 0.6100. It is registered without the alias; `polyref models "
+        f"promote sentiment/2 --alias champion --force --tracking-uri {uri}` assigns it anyway"
     )
     better = lineage(config=judged, after={"eval/label_nll": 0.5})
     _register(uri, client.create_run(place).info.run_id, policy, alias="champion", lineage=better)

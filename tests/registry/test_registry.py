@@ -170,7 +170,9 @@ def test_an_adapter_whose_base_has_moved(uri: str, exported: Exported, tmp_path:
 
 def test_files_that_are_gone(uri: str, registered: ResolvedModel, tmp_path: Path) -> None:
     shutil.rmtree(registered.folder.parent)
-    with pytest.raises(UsageError, match=r"cannot be had from .*check that the artifact store is reachable"):
+    with pytest.raises(
+        UsageError, match=r"cannot be downloaded from .*check that the artifact store is reachable"
+    ):
         resolve_model(registered.uri_pinned, uri, cache=tmp_path / "cache")
 
 
