@@ -1,4 +1,4 @@
-"""Hiding secrets in what is shown, logged or kept."""
+"""Removal of secrets from text and settings that are shown, logged or stored."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ _SECRET_KEY = re.compile(r"(^|[._-])(token|password|passwd|secret|api_?key|crede
 
 
 _SECRET_VALUES = (
-    # An unescaped secret may hold slashes: up to the last @.
+    # An unescaped secret may contain slashes: everything up to the last @ is hidden.
     (re.compile(r"\b((?:s3[an]?|gs|gcs|abfss?)://)[^/@:?\s]*:[^\s\"']*@"), r"\1***@"),
     (re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+@"), r"\1***@"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "***"),
@@ -20,14 +20,17 @@ _SECRET_VALUES = (
 
 
 def redact(text: str) -> str:
-    """The text without `user:password@` in URIs, signed query parameters and hub tokens."""
-    for pattern, shown in _SECRET_VALUES:
-        text = pattern.sub(shown, text)
+    """Return the text without `user:password@` in URIs, signed query parameters and hub tokens."""
+    for pattern, replacement in _SECRET_VALUES:
+        text = pattern.sub(replacement, text)
     return text
 
 
 def hide_secrets(value: Any, name: str = "") -> Any:
-    """Nested settings with the values of secret fields hidden and all text redacted, fit to be shown."""
+    """Return nested settings with the values of secret fields hidden and all other text redacted.
+
+    `name` is the field that `value` belongs to; its name decides whether the value is secret.
+    """
     if isinstance(value, Mapping):
         return {key: hide_secrets(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -38,6 +41,6 @@ def hide_secrets(value: Any, name: str = "") -> Any:
 
 
 def summarize_error(error: Exception) -> str:
-    """The error in one line, redacted."""
+    """Return the first line of the error's message, redacted; its type's name if it has no message."""
     lines = redact(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

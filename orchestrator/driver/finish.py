@@ -19,7 +19,7 @@ from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import find_working_folder, run_location
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.mlflow import find_run_url, resolve_tracking_uri
-from orchestrator.tracking.plots import FOLDER, draw_run
+from orchestrator.tracking.plots import PLOTS_FOLDER, draw_run
 from orchestrator.worker.setup import EXPORT_FOLDER, METRIC_FILES
 
 
@@ -60,7 +60,7 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
         record.registered = version.uri_pinned
     tracker.finish()
     record.finished = True
-    mirror.push(run_file.name, FOLDER)
+    mirror.push(run_file.name, PLOTS_FOLDER)
     record.write(mirror)
 
 
@@ -74,7 +74,7 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
     if reason := record.training_result.plain_rows_reason:
         console.print(f"prompts were computed once per response: {reason}")
-    console.print(f"plots: {mirror.describe_path(FOLDER)}")
+    console.print(f"plots: {mirror.describe_path(PLOTS_FOLDER)}")
     model = mirror.describe_path(EXPORT_FOLDER, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
     if page := find_run_url(

@@ -1,4 +1,4 @@
-"""Which code ran."""
+"""The version of the code that runs."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def read_code_tags(folder: Path | None = None) -> dict[str, str]:
-    """Which code ran: polyref's version and, inside a git checkout, the commit."""
+    """Return tags with polyref's version and, inside a git checkout, the commit."""
     try:
         tags = {"polyref.version": version("polyref")}
-    except PackageNotFoundError:  # run from a working folder, as in a submitted job
+    except PackageNotFoundError:  # it runs from a working folder, as in a submitted job
         tags = {"polyref.version": "not installed"}
     command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return tags
-    return tags | {"mlflow.source.git.commit": done.stdout.strip()}
+    return tags | {"mlflow.source.git.commit": result.stdout.strip()}

@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` and `dispersion.json`."""
+"""Reading and cutting of a run's `metrics.jsonl` and `dispersion.json`."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` in order; a last line torn by a crash is left out."""
+    """Return the lines of `metrics.jsonl` in order, without a last line that a crash left incomplete."""
     path = folder / METRICS_FILE
     if not path.exists():
         return []
@@ -21,29 +21,34 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics_after(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    """Remove the lines of a `metrics.jsonl` after `step`: a resumed run writes them again."""
+    lines = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_scales(folder: Path) -> list[float]:
-    """The dispersion scales that `Tracker.log_scales` kept."""
+    """Return the dispersion scales that `Tracker.log_scales` wrote."""
     path = folder / SCALES_FILE
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
 def drop_torn_line(path: Path) -> None:
+    """Remove a last line that a crash left incomplete."""
     data = path.read_bytes()
     os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def read_new_lines(path: Path, position: int) -> tuple[int, list[dict[str, float]]]:
-    """Whole lines behind `position`, and where they end; from the start if a resumed run cut the file."""
+    """Read the lines after byte `position`, from the start if a resumed run has cut the file.
+
+    Returns the position after the last line read, and the lines.
+    """
     if not path.exists():
         return 0, []
     with path.open("rb") as file:
         file.seek(0 if path.stat().st_size < position else position)
         lines = []
         for line in iter(file.readline, b""):
-            with contextlib.suppress(ValueError):  # torn by a crash
+            with contextlib.suppress(ValueError):  # a crash left it incomplete
                 lines.append(json.loads(line))
         return file.tell(), lines

@@ -1,4 +1,4 @@
-"""Reaching an MLflow server without its global state, and what may be written to it: no secret."""
+"""Connections to an MLflow server without its global state, and logging of settings without secrets."""
 
 import logging
 import os
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _PARAM_LENGTH, _TAG_LENGTH, _KEY_LENGTH = 6000, 8000, 250  # MLflow's limits
 _SETTINGS_PER_BATCH = 100
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-_environment = threading.Lock()
+_environment_lock = threading.Lock()
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted keys, redacted text values, cut to MLflow's limits."""
+    """Convert nested settings to MLflow parameters: dotted keys, values redacted and cut to length."""
     flat: dict[str, str] = {}
     for key, value in hide_secrets(settings).items():
         name = f"{prefix}{key}"
@@ -37,9 +37,9 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 
 
 def resolve_tracking_uri(uri: str | None, storage_path: str) -> str:
-    """The MLflow server: `uri` as given, else $MLFLOW_TRACKING_URI, else sqlite under the storage path.
+    """Return the MLflow server's URI: `uri`, else $MLFLOW_TRACKING_URI, else `storage_path/mlflow.db`.
 
-    Sqlite paths become absolute. Raises UsageError where MLflow has no such store.
+    Sqlite paths become absolute. Raises UsageError for a store that MLflow does not support.
     """
     source = "tracking.uri"
     if uri is None:
@@ -63,14 +63,13 @@ def resolve_tracking_uri(uri: str | None, storage_path: str) -> str:
 
 
 def connect_to_mlflow(uri: str) -> "MlflowClient":
-    """A client for one server, without MLflow's global state or telemetry.
+    """Return a client for one server, without MLflow's global state or telemetry.
 
-    Raises UsageError within seconds when the server does not answer, where MLflow would retry for minutes.
+    Raises UsageError within seconds if the server does not answer; MLflow itself would retry for minutes.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault(
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
-    )  # `run_url` tells it where it helps
+    # The URL is printed once, at the end of a run (`find_run_url`).
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -90,85 +89,83 @@ def connect_to_mlflow(uri: str) -> "MlflowClient":
 
 
 def _explain_mlflow_error(error: Exception) -> str:
-    """What a server's refusal means, and what to do."""
-    said = str(error).lower()
-    if "error code 401" in said:
+    """Explain a failed connection and what to do about it."""
+    message = str(error).lower()
+    if "error code 401" in message:
         return "knows no such user: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or ..._TOKEN)"
-    if "invalid host header" in said:
-        return (
-            "does not answer to this name: start it with --allowed-hosts naming the host as it is used here"
-        )
+    if "invalid host header" in message:
+        return "does not answer to this name: start it with --allowed-hosts and the host name in this URI"
     return (
-        f"does not answer: {summarize_error(error)}; check tracking.uri (or {URI_VARIABLE}) and that the server "
-        "runs, or leave both out for a sqlite file"
+        f"does not answer: {summarize_error(error)}; check tracking.uri (or {URI_VARIABLE}) and that the "
+        "server runs, or leave both out for a sqlite file"
     )
 
 
 def find_run_url(uri: str, run_id: str | None) -> str | None:
-    """A run's page on a server; None for a database without one, or where the server does not tell."""
+    """Return the URL of a run's page; None for a database without server or if the server does not answer."""
     if run_id is None or not uri.startswith("http"):
         return None
     try:
         experiment = connect_to_mlflow(uri).get_run(run_id).info.experiment_id
-    except Exception:  # whatever the server says, the run has ended well
+    except Exception:  # no failure of the server may fail a finished run
         return None
     return f"{redact(uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 @contextmanager
 def _fail_fast() -> Iterator[None]:
-    # MLflow reads these at every request and offers no argument for them.
+    # MLflow reads these variables at every request and offers no argument for them.
     with (
-        _environment,
+        _environment_lock,
         set_environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="10"),
     ):
         yield
 
 
 _TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
-"""Opens an experiment on its runs; by default MLflow shows the pages for traces of applications."""
+"""Tags that make MLflow open an experiment at its runs; by default it shows pages for application traces."""
 
 
-def find_experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
-    """The experiment's id, made where it is missing. Raises UsageError when it was deleted."""
+def get_or_create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    """Return the id of the experiment, which is created if missing. Raises UsageError if it was deleted."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        # A sqlite file has no server with a place for artifacts; MLflow would choose the current folder.
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # With a sqlite file no server chooses the artifact location; MLflow would take the current folder.
         folder = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
         try:
-            place = folder.as_uri() if uri.startswith("sqlite:///") else None
-            return client.create_experiment(name, place, tags=_TRAINING_PAGES)
+            location = folder.as_uri() if uri.startswith("sqlite:///") else None
+            return client.create_experiment(name, location, tags=_TRAINING_PAGES)
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another run may have made it in between
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # another run may have created it meanwhile
+            if experiment is None:
                 raise UsageError(f"tracking.experiment {name!r}: {summarize_error(error)}") from error
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise UsageError(
             f"tracking.experiment {name!r} was deleted in MLflow: choose another name, or restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def log_settings(
     client: "MlflowClient", run_id: str, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> None:
-    """Write parameters and tags in batches MLflow takes; tag values are redacted and cut."""
+    """Write parameters and tags in batches that MLflow accepts; tag values are redacted and cut."""
     from mlflow.entities import Param, RunTag
 
-    entries = [Param(key, value) for key, value in params.items()]
-    labels = [
+    mlflow_params = [Param(key, value) for key, value in params.items()]
+    mlflow_tags = [
         RunTag(to_metric_key(key), _cut_text(redact(str(value)), _TAG_LENGTH)) for key, value in tags.items()
     ]
-    for start in range(0, max(len(entries), len(labels)), _SETTINGS_PER_BATCH):
-        part = slice(start, start + _SETTINGS_PER_BATCH)
-        client.log_batch(run_id, params=entries[part], tags=labels[part])
+    for start in range(0, max(len(mlflow_params), len(mlflow_tags)), _SETTINGS_PER_BATCH):
+        batch = slice(start, start + _SETTINGS_PER_BATCH)
+        client.log_batch(run_id, params=mlflow_params[batch], tags=mlflow_tags[batch])
 
 
 def to_metric_key(name: str) -> str:
-    """The name with characters MLflow refuses replaced, cut to its length."""
+    """Replace characters that MLflow refuses in a key, and cut it to MLflow's limit."""
     return re.sub(r"[^\w./ -]", "_", name)[:_KEY_LENGTH]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run from its `metrics.jsonl` and `dispersion.json`: what is absent is not drawn."""
+"""Plots of a run from its `metrics.jsonl` and `dispersion.json`; metrics that are absent are not drawn."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FOLDER = "plots"
-"""Of a run's pictures, in its own folder."""
-_TRAINING, _HELD_OUT = "#0072B2", "#D55E00"
-COLOURS = (_TRAINING, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _HELD_OUT, "#000000")
-"""The Okabe-Ito colours, told apart with any colour vision."""
+PLOTS_FOLDER = "plots"
+"""Name of the subfolder of a run's folder for its plots."""
+_TRAINING_COLOUR, _EVAL_COLOUR = "#0072B2", "#D55E00"
+COLOURS = (_TRAINING_COLOUR, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", _EVAL_COLOUR, "#000000")
+"""The Okabe-Ito colours, which can be distinguished with any colour vision."""
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -30,31 +30,31 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
-"""Of every picture, for `matplotlib.rc_context`."""
+"""Style of every plot, for `matplotlib.rc_context`."""
 WIDTH, _PANEL_HEIGHT = 7.5, 2.7
 _LOG_RATIO = "$\\log\\,\\pi - \\log\\,\\pi_\\mathrm{ref}$\n(nats per response)"
-_SMOOTH_FROM = 60  # points; fewer are drawn as they are
+_MIN_SMOOTHED_POINTS = 60  # a series of fewer points is drawn without a running mean
 
 
 @dataclass(frozen=True)
 class _Series:
-    """The steps at which one metric is finite, and its values there."""
+    """The steps at which a metric is finite, and its values there."""
 
     steps: list[int]
     values: list[float]
 
 
-def draw_run(run_folder: Path, to: Path | None = None) -> list[Path]:
-    """Draw what the run's folder has metrics for, as PNG files in `to` (default `run_folder/plots`).
+def draw_run(run_folder: Path, folder: Path | None = None) -> list[Path]:
+    """Draw the metrics in a run's folder, as PNG files in `folder` (default `run_folder/plots`).
 
-    Up to four pictures: learning.png (loss, reward margin, accuracy), references.png (log ratios and weights
+    Up to four plots: learning.png (loss, reward margin, accuracy), references.png (log ratios and weights
     per reference), dispersion.png (scales of the training pairs) and optimizer.png (learning rate, gradient
     norm). Returns their paths.
     """
     import matplotlib
 
     series = _collect_series(read_metrics(run_folder))
-    target = to or run_folder / FOLDER
+    target = folder or run_folder / PLOTS_FOLDER
     with matplotlib.rc_context(STYLE):
         figures = {
             "learning.png": _draw_learning(series),
@@ -70,9 +70,9 @@ def _collect_series(lines: Sequence[Mapping[str, Any]]) -> dict[str, _Series]:
     for line in lines:
         for key, value in line.items():
             if key not in ("step", "time") and value is not None:
-                one = series.setdefault(key, _Series([], []))
-                one.steps.append(line["step"])
-                one.values.append(value)
+                metric = series.setdefault(key, _Series([], []))
+                metric.steps.append(line["step"])
+                metric.values.append(value)
     return series
 
 
@@ -90,7 +90,7 @@ def _draw_learning(series: Mapping[str, _Series]) -> "Figure | None":
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
         if name in series:
-            _draw_line(ax, series[name], _TRAINING, "training")
+            _draw_line(ax, series[name], _TRAINING_COLOUR, "training")
         if f"eval/{name}" in series:
             _draw_evaluations(ax, series[f"eval/{name}"], series.get(f"eval/{name}_interval"))
         if name == "rewards/margins":
@@ -109,12 +109,12 @@ def _draw_references(series: Mapping[str, _Series]) -> "Figure | None":
     present = [group for group in groups if any(key.startswith(group[0]) for key in series)]
     if not present:
         return None
-    # One colour per reference in all panels, whichever panels it is in.
-    found = sorted({key.partition("/")[2] for key in series if key.startswith(("logratio/", "weights/"))})
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(found)}
+    # A reference has the same colour in all panels, also if it is missing in one.
+    names = sorted({key.partition("/")[2] for key in series if key.startswith(("logratio/", "weights/"))})
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     figure, axes = make_panels(len(present))
     _label_smoothing(
-        axes[-1], [one for key, one in series.items() if key.startswith(("logratio/", "weights/"))]
+        axes[-1], [metric for key, metric in series.items() if key.startswith(("logratio/", "weights/"))]
     )
     for ax, (prefix, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
@@ -137,8 +137,8 @@ def _draw_dispersion(scales: Sequence[float]) -> "Figure | None":
     mean = sum(ordered) / len(ordered)
     top = ordered[min(int(0.995 * len(ordered)), len(ordered) - 1)]
     bins = min(50, max(8, len(ordered) // 8))
-    ax.hist(ordered, bins=bins, range=(min(0.0, ordered[0]), top or 1.0), color=_TRAINING, alpha=0.75)
-    ax.axvline(mean, color=_HELD_OUT, linewidth=1.6, label=f"mean {mean:.2f}")
+    ax.hist(ordered, bins=bins, range=(min(0.0, ordered[0]), top or 1.0), color=_TRAINING_COLOUR, alpha=0.75)
+    ax.axvline(mean, color=_EVAL_COLOUR, linewidth=1.6, label=f"mean {mean:.2f}")
     beyond = sum(scale > top for scale in ordered)
     ax.set(
         title=f"Dispersion scale of {len(ordered):,} training pairs",
@@ -163,17 +163,17 @@ def _draw_optimizer(series: Mapping[str, _Series]) -> "Figure | None":
     for ax, (name, title, unit) in zip(axes, present, strict=True):
         ax.set(title=title, ylabel=unit)
         if name == "learning_rate":
-            ax.plot(series[name].steps, series[name].values, color=_TRAINING, linewidth=1.6)
+            ax.plot(series[name].steps, series[name].values, color=_TRAINING_COLOUR, linewidth=1.6)
             ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         else:
-            _draw_line(ax, series[name], _TRAINING, "")
+            _draw_line(ax, series[name], _TRAINING_COLOUR, "")
         ax.set_ylim(bottom=0)
     return figure
 
 
 def make_panels(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, list[Axes]]":
-    """A figure of panels one above the other that share the axis of optimizer steps."""
-    # Figure itself and not pyplot: no display, no global list of open figures.
+    """Return a figure and its `count` panels, stacked with a shared axis of optimizer steps."""
+    # matplotlib.figure and not pyplot: it needs no display and has no global list of open figures.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -185,19 +185,19 @@ def make_panels(count: int, height: float = _PANEL_HEIGHT) -> "tuple[Figure, lis
 
 
 def _draw_line(ax: "Axes", series: _Series, colour: str, label: str) -> None:
-    """Each step thinly and, where there are many, their running mean on top."""
-    if len(series.steps) < _SMOOTH_FROM:
+    """Draw every step; if there are many, as a thin line with their running mean on top."""
+    if len(series.steps) < _MIN_SMOOTHED_POINTS:
         marker = "o" if len(series.steps) == 1 else None
         ax.plot(series.steps, series.values, color=colour, linewidth=1.6, label=label, marker=marker)
         return
     window = _choose_window(series)
     ax.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.3)
-    smooth = _running_mean(series.values, window)
+    smooth = _compute_running_mean(series.values, window)
     ax.plot(series.steps[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
 
 
 def _draw_evaluations(ax: "Axes", series: _Series, interval: _Series | None) -> None:
-    style: dict[str, Any] = {"color": _HELD_OUT, "marker": "o", "markersize": 4, "linewidth": 1.2}
+    style: dict[str, Any] = {"color": _EVAL_COLOUR, "marker": "o", "markersize": 4, "linewidth": 1.2}
     if interval is None or interval.steps != series.steps:
         ax.plot(series.steps, series.values, label="held out", **style)
     else:
@@ -205,8 +205,8 @@ def _draw_evaluations(ax: "Axes", series: _Series, interval: _Series | None) -> 
         ax.errorbar(series.steps, series.values, yerr=interval.values, capsize=2.5, label=label, **style)
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and the `window - 1` before it, from the first value that has so many."""
+def _compute_running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of each value and the `window - 1` values before it, from value number `window` on."""
     means, total = [], sum(values[: window - 1])
     for i in range(window - 1, len(values)):
         total += values[i]
@@ -220,9 +220,9 @@ def _choose_window(series: _Series) -> int:
 
 
 def _label_smoothing(ax: "Axes", drawn: Sequence[_Series]) -> None:
-    """Say below the picture what thin and bold lines are, where there are both."""
-    longest = max(drawn, key=lambda one: len(one.steps), default=None)
-    if longest is not None and len(longest.steps) >= _SMOOTH_FROM:
+    """Explain thin and bold lines in the axis label, if any of the series is drawn with both."""
+    longest = max(drawn, key=lambda series: len(series.steps), default=None)
+    if longest is not None and len(longest.steps) >= _MIN_SMOOTHED_POINTS:
         ax.set_xlabel(f"optimizer step (thin: each step; bold: mean of {_choose_window(longest)} steps)")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, plain lines in a job's log."""
+"""Progress of long tasks: bars on a terminal, plain lines in a job's log."""
 
 import contextlib
 import threading
@@ -12,16 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
 
 LINE_EVERY_S = 20.0
-_SHOWN = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
+_SHOWN_METRICS = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
 
 
 def make_plain_console() -> Console:
-    """Standard output without decoration: paths and numbers can be copied and searched."""
+    """Return a console without decoration on standard output: its text can be copied and searched."""
     return Console(soft_wrap=True, highlight=False, markup=False)
 
 
 class ProgressMeter:
-    """Shows counts of named tasks on `console`, each with `prefix` before its name."""
+    """Progress of named tasks on `console`, each with `prefix` before its name."""
 
     def __init__(self, console: Console, prefix: str = "") -> None:
         self.console, self._prefix = console, prefix
@@ -46,7 +46,7 @@ class ProgressMeter:
         self._bars.stop()
 
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` are done."""
+        """Show that `done` of `total` items of a task are done, with `note` behind the count."""
         task = self._prefix + task
         if self.console.is_terminal:
             if task not in self._tasks:
@@ -61,7 +61,7 @@ class ProgressMeter:
 
 @contextlib.contextmanager
 def follow_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
-    """While inside, show the steps that a run's workers write to its metrics."""
+    """Inside the block, show the steps that a run's workers write to its metrics file."""
     stop = threading.Event()
     thread = threading.Thread(
         target=_follow_metrics,
@@ -85,10 +85,12 @@ def _follow_metrics(path: Path, total: int, console: Console, stop: threading.Ev
             ended = stop.wait(0.5)
             position, lines = read_new_lines(path, position)
             for line in lines:
-                latest |= {name: line[name] for name in ("step", *_SHOWN) if line.get(name) is not None}
+                latest |= {
+                    name: line[name] for name in ("step", *_SHOWN_METRICS) if line.get(name) is not None
+                }
             step = int(latest.get("step", -1))
             if step != shown:
-                note = "  ".join(f"{name} {latest[name]:.4g}" for name in _SHOWN if name in latest)
+                note = "  ".join(f"{name} {latest[name]:.4g}" for name in _SHOWN_METRICS if name in latest)
                 meter.update("training", step, total, note)
                 shown = step
             if ended:

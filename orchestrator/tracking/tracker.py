@@ -1,11 +1,11 @@
-"""What a run was and how it went, in MLflow: one MLflow run per training run, restarts included.
+"""Settings, tags and metrics of a run in MLflow: one MLflow run per training run, restarts included.
 
-`metrics.jsonl` in the run's folder is the record; a background thread feeds MLflow from it. So the training
-loop only ever appends a line to a file, and a server that goes away for an hour costs neither a step nor a
-metric: the thread goes on where the server stopped answering. Its position needs no file of its own, since
-MLflow knows the last step it holds of every metric: after a restart, points up to that step are not sent
-again. A resumed run first cuts from `metrics.jsonl` what came after its checkpoint; it repeats those steps
-exactly, so what MLflow already holds of them stays true.
+`metrics.jsonl` in the run's folder is the record; a background thread sends it to MLflow. The training loop
+only appends a line to a file, so a server that is down for an hour costs neither a step nor a metric: the
+thread resumes where the server stopped answering. The position is not stored in a file, since MLflow knows
+the last step that it has of every metric: after a restart, points up to that step are not sent again. A
+resumed run first removes the steps after its checkpoint from `metrics.jsonl`; it repeats those steps exactly,
+so the values that MLflow already has for them stay correct.
 """
 
 import json
@@ -30,8 +30,8 @@ from orchestrator.tracking.metrics_file import (
 )
 from orchestrator.tracking.mlflow import (
     connect_to_mlflow,
-    find_experiment_id,
     flatten_settings,
+    get_or_create_experiment,
     log_settings,
     to_metric_key,
 )
@@ -41,23 +41,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MOST_SCALES = 20_000
-_KEY = "polyref.key"
+_MAX_SCALES = 20_000
+_KEY_TAG = "polyref.key"
 _METRICS_PER_BATCH = 1000  # MLflow's limit
-_SEND_SECONDS, _LONGEST_BACKOFF_SECONDS = 1.0, 60.0
+_SEND_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
 
 
 class Tracker:
-    """One training run's record: `metrics.jsonl` in `folder`, and an MLflow run.
+    """Tracking of one training run: `metrics.jsonl` in `folder`, and an MLflow run.
 
-    The driver makes it with `resume_or_start` and keeps `run_id` in the run's record; the worker of rank 0
-    makes its own with the constructor. Nothing but `resume_or_start` raises when the server is away.
+    The driver creates it with `resume_or_start` and stores `run_id` in the run's record; the worker of rank 0
+    creates its own with the constructor. Only `resume_or_start` raises if the server does not answer.
     """
 
     def __init__(self, uri: str, run_id: str, folder: Path, *, resume_step: int | None = None) -> None:
-        """`resume_step` is the checkpoint's step, -1 for a start from scratch: later metrics are cut.
+        """Open the run's `metrics.jsonl` and remove the metrics after `resume_step`.
 
-        With None `metrics.jsonl` stays as it is.
+        `resume_step` is the checkpoint's step, or -1 for a start from scratch; with None nothing is removed.
         """
         self.uri, self.run_id, self.folder = uri, run_id, folder
         self._path = folder / METRICS_FILE
@@ -84,35 +84,36 @@ class Tracker:
         parent: str | None = None,
         key: str | None = None,
     ) -> "Tracker":
-        """Open the run `run_id` again, or start one where it is None or gone from the server.
+        """Reopen the run `run_id`, or start one if it is None or no longer on the server.
 
-        `params` may be nested. MLflow parameters never change: one that differs from the first start's goes
-        into the tag `changed.<key>`. `parent` is the MLflow run that this one is nested under. A run that was
-        started with the same `key` is opened even where its id was not recorded.
+        `params` may be nested. MLflow parameters cannot change: a value that differs from the first start's
+        is written to the tag `changed.<key>`. `parent` is the MLflow run that this one is nested under. A run
+        that was started with the same `key` is reopened even if its id was not recorded.
 
-        Raises UsageError when the server does not answer or the experiment was deleted.
+        Raises UsageError if the server does not answer or the experiment was deleted.
         """
         client = connect_to_mlflow(uri)
-        known = _find_run(client, run_id)
-        place = find_experiment_id(client, uri, experiment)
-        if known is None and key is not None:
-            known = next(iter(client.search_runs([place], f"tags.`{_KEY}` = '{key}'", max_results=1)), None)
-        if known is None:
-            labels = {"mlflow.parentRunId": parent} if parent else {}
-            labels |= {_KEY: key} if key else {}
-            run = client.create_run(place, run_name=name, tags=labels)
-            run_id, before = run.info.run_id, {}
+        existing = _find_run(client, run_id)
+        experiment_id = get_or_create_experiment(client, uri, experiment)
+        if existing is None and key is not None:
+            same_key = f"tags.`{_KEY_TAG}` = '{key}'"
+            existing = next(iter(client.search_runs([experiment_id], same_key, max_results=1)), None)
+        if existing is None:
+            initial_tags = {"mlflow.parentRunId": parent} if parent else {}
+            initial_tags |= {_KEY_TAG: key} if key else {}
+            run = client.create_run(experiment_id, run_name=name, tags=initial_tags)
+            run_id, logged = run.info.run_id, {}
         else:
-            run_id, before = known.info.run_id, known.data.params
+            run_id, logged = existing.info.run_id, existing.data.params
             client.update_run(run_id, status="RUNNING")
         flat = flatten_settings(params or {})
-        changed = {f"changed.{key}": flat[key] for key in flat if key in before and before[key] != flat[key]}
-        new = {key: value for key, value in flat.items() if key not in before}
+        changed = {f"changed.{key}": flat[key] for key in flat if key in logged and logged[key] != flat[key]}
+        new = {key: value for key, value in flat.items() if key not in logged}
         log_settings(client, run_id, new, {**(tags or {}), **changed})
         return cls(uri, run_id, folder)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to `metrics.jsonl` and return; a value that is not finite becomes null there."""
+        """Append a line to `metrics.jsonl`, which is sent later; a value that is not finite becomes null."""
         values = {key: float(value) for key, value in metrics.items()}
         line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -121,16 +122,16 @@ class Tracker:
         self._sender.append(json.dumps(line, allow_nan=False) + "\n")
 
     def log_scales(self, scales: Sequence[float]) -> None:
-        """Keep a step's dispersion scales, one per pair, in `dispersion.json`: the first 20,000 of the run.
+        """Add a step's dispersion scales, one per pair, to `dispersion.json`, up to 20,000 of the run.
 
-        Pairs come in shuffled order, so that these are a sample of all.
+        Pairs come in shuffled order, so the first ones are a random sample of all.
         """
         if self._scales is None:
             self._scales = read_scales(self.folder)
             self._scales_written = len(self._scales)
-        room = _MOST_SCALES - len(self._scales)
+        room = _MAX_SCALES - len(self._scales)
         self._scales += [round(float(scale), 6) for scale in scales[: max(room, 0)]]
-        if len(self._scales) >= 2 * self._scales_written + 100:  # few writes, whatever the number of steps
+        if len(self._scales) >= 2 * self._scales_written + 100:  # few writes, for any number of steps
             self._write_scales()
 
     def _write_scales(self) -> None:
@@ -144,46 +145,46 @@ class Tracker:
             log_settings(connect_to_mlflow(self.uri), self.run_id, {}, tags)
 
     def log_files(self, paths: Iterable[Path], under: str | None = None) -> None:
-        """Copy files (pictures, tables) to the MLflow run's artifacts."""
+        """Copy files (plots, tables) to the MLflow run's artifacts, in their folder `under`."""
         with self._warn_on_failure("files"):
             client = connect_to_mlflow(self.uri)
             for path in paths:
                 client.log_artifact(self.run_id, str(path), under)
 
     def catch_up(self) -> None:
-        """Begin to send what a process that was killed left unsent; `close` waits for it."""
+        """Start to send the metrics that a killed process left unsent; `close` waits for it."""
         if self._sender is None and self._path.exists():
             self._sender = _MetricSender(self.uri, self.run_id, self._path)
 
     def flush(self, timeout: float = 30.0) -> bool:
-        """Wait until MLflow has all that was logged; False when it has not within `timeout` seconds."""
+        """Wait until MLflow has all logged metrics; return False if it has not within `timeout` seconds."""
         return self._sender is None or self._sender.flush(timeout)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Send what is left and stop the thread; what cannot be sent stays in `metrics.jsonl`."""
+        """Send the remaining metrics and stop the thread; unsent metrics are still in `metrics.jsonl`."""
         self._write_scales()
         if self._sender is not None and not self._sender.close(timeout):
             log.warning("MLflow at %s misses the last metrics; %s has them all", redact(self.uri), self._path)
         self._sender = None
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Close and set the MLflow run's end status: FINISHED, FAILED or KILLED."""
+        """Close, and set the MLflow run's final status: FINISHED, FAILED or KILLED."""
         self.close()
         with self._warn_on_failure("the run's end"):
             connect_to_mlflow(self.uri).set_terminated(self.run_id, status)
 
     @contextmanager
-    def _warn_on_failure(self, what: str) -> Iterator[None]:
+    def _warn_on_failure(self, content: str) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
 
         try:
             yield
         except (UsageError, MlflowException, OSError) as error:
-            log.warning("MLflow did not take %s of run %s: %s", what, self.run_id, summarize_error(error))
+            log.warning("MLflow did not take %s of run %s: %s", content, self.run_id, summarize_error(error))
 
 
 class _MetricSender:
-    """Feeds MLflow from `metrics.jsonl`: the file is the queue, nothing is dropped, memory is bounded."""
+    """A thread that sends `metrics.jsonl` to MLflow: the file is the queue, so memory use is bounded."""
 
     def __init__(self, uri: str, run_id: str, path: Path) -> None:
         self._uri, self._run_id, self._path = uri, run_id, path
@@ -195,7 +196,7 @@ class _MetricSender:
         self._closing = False
         self._backoff = 0.0
         self._client: MlflowClient | None = None
-        self._last: dict[str, int] = {}  # per metric, the last step MLflow holds
+        self._last_steps: dict[str, int] = {}  # the last step that MLflow has, by metric
         self._thread = threading.Thread(target=self._send_repeatedly, name="mlflow-metrics", daemon=True)
         self._thread.start()
 
@@ -223,8 +224,8 @@ class _MetricSender:
         while True:
             with self._changed:
                 self._changed.wait(self._backoff or _SEND_SECONDS)
-                closing, behind = self._closing, self._sent < self._written
-            if behind:
+                closing, has_unsent = self._closing, self._sent < self._written
+            if has_unsent:
                 self._try_send()
             if closing:
                 return
@@ -233,29 +234,29 @@ class _MetricSender:
         try:
             if self._client is None:
                 client = connect_to_mlflow(self._uri)
-                self._last = _find_last_steps(client, self._run_id)
+                self._last_steps = _find_last_steps(client, self._run_id)
                 self._client = client
             self._send_batches()
             self._backoff = 0.0
-        except Exception as error:  # whatever the server does, the training goes on
+        except Exception as error:  # no failure of the server may stop the training
             if not self._backoff:
                 log.warning("MLflow takes no metrics (kept in %s): %s", self._path, summarize_error(error))
-            self._backoff = min(max(2 * self._backoff, _SEND_SECONDS), _LONGEST_BACKOFF_SECONDS)
+            self._backoff = min(max(2 * self._backoff, _SEND_SECONDS), _MAX_BACKOFF_SECONDS)
 
     def _send_batches(self) -> None:
         assert self._client is not None
         while self._sent < self._written:
-            lines, end = self._next_lines()
-            points = self._list_unsent(lines)
+            lines, end = self._read_next_lines()
+            points = self._list_unsent_points(lines)
             for start in range(0, len(points), _METRICS_PER_BATCH):
                 self._client.log_batch(self._run_id, metrics=points[start : start + _METRICS_PER_BATCH])
-            self._last |= {point.key: point.step for point in points}
+            self._last_steps |= {point.key: point.step for point in points}
             with self._changed:
                 self._sent = end
                 self._changed.notify_all()
 
-    def _next_lines(self) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines after the last one sent, as many as about fill a batch, and where they end."""
+    def _read_next_lines(self) -> tuple[list[dict[str, Any]], int]:
+        """Read about one batch of lines after the last one sent; return them and the position after them."""
         lines, values = [], 0
         with self._path.open("rb") as file:
             file.seek(self._sent)
@@ -264,14 +265,14 @@ class _MetricSender:
                 values += len(lines[-1])
             return lines, file.tell()
 
-    def _list_unsent(self, lines: list[dict[str, Any]]) -> list[Any]:
+    def _list_unsent_points(self, lines: list[dict[str, Any]]) -> list[Any]:
         from mlflow.entities import Metric
 
         points = []
         for line in lines:
             step, stamp = int(line.pop("step")), int(1000 * line.pop("time", 0))
             for key, value in line.items():
-                if step > self._last.get(to_metric_key(key), -1):
+                if step > self._last_steps.get(to_metric_key(key), -1):
                     points.append(
                         Metric(to_metric_key(key), math.nan if value is None else value, stamp, step)
                     )

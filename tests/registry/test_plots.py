@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.tracking.plots import _collect_series, _running_mean, draw_run
+from orchestrator.tracking.plots import _collect_series, _compute_running_mean, draw_run
 
 
 def _write(folder: Path, lines: list[dict[str, Any]], scales: list[float] | None = None) -> Path:
@@ -81,4 +81,4 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
 
 
 def test_the_bold_line_is_the_running_mean() -> None:
-    assert _running_mean([1, 2, 3, 4, 10], 3) == pytest.approx([2, 3, 17 / 3])
+    assert _compute_running_mean([1, 2, 3, 4, 10], 3) == pytest.approx([2, 3, 17 / 3])

@@ -131,7 +131,7 @@ def test_an_outage_costs_no_metric_and_no_step(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "_SEND_SECONDS", 0.02)
-    monkeypatch.setattr(tracking, "_LONGEST_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "_MAX_BACKOFF_SECONDS", 0.05)
     whole, refused = MlflowClient.log_batch, []
 
     def log_batch(client: MlflowClient, *arguments: Any, **more: Any) -> Any:
@@ -215,7 +215,7 @@ def test_files_go_beside_the_database(uri: str, tmp_path: Path) -> None:
 def test_dispersion_scales_are_a_bounded_sample(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_MOST_SCALES", 450)
+    monkeypatch.setattr(tracking, "_MAX_SCALES", 450)
     tracker = _start(uri, tmp_path / "run")
     for step in range(10):
         tracker.log_scales([step / 10] * 64)
