@@ -1,4 +1,7 @@
-"""The commands. Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 everything else."""
+"""The commands of `polyref`.
+
+Exit codes: 0 success; 2 wrong input (one message, no traceback); 130 interrupted; 1 everything else.
+"""
 
 import json
 import os
@@ -35,7 +38,7 @@ Overrides = Annotated[
 @app.callback(invoke_without_command=True)
 def _show_version(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         from orchestrator.tracking.code_version import read_code_tags
@@ -50,9 +53,9 @@ def train(
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="Forget an earlier run of this name and start over.")] = False,
 ) -> None:
-    """Train a policy and register it; the same command again goes on where a killed run was."""
+    """Train a policy and register it; the same command resumes a killed run from its last checkpoint."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import train_run as train_run
+    from orchestrator.driver.train import train_run
 
     with _turn_ctrl_c_into_interruption():
         train_run(config, fresh=fresh)
@@ -65,38 +68,41 @@ def tune(
     fresh: Annotated[bool, typer.Option(help="Forget an earlier search of this name.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(help="Print the space, some points, the placement and what references score."),
+        typer.Option(
+            help="Print the space, some points, the placement and the responses that references must score."
+        ),
     ] = False,
     samples: Annotated[int, typer.Option(help="With --dry-run: how many points.", min=0)] = 5,
     time_budget: Annotated[
         float | None,
-        typer.Option(help="Minutes until the search ends; called again it goes on.", min=0),
+        typer.Option(help="Minutes until the search ends; the same command resumes it.", min=0),
     ] = None,
     max_failures: Annotated[
         int | None, typer.Option(help="More failed trials than this end the search.", min=0)
     ] = None,
     retry_failed: Annotated[bool, typer.Option(help="Try failed trials again.")] = False,
 ) -> None:
-    """Search losses, dispersion and references, and register the best; the same command goes on."""
+    """Search losses, dispersion and references, and register the best; the same command resumes."""
     limits = {"time_budget": time_budget, "max_failures": max_failures}
     limits = {name: value for name, value in limits.items() if value is not None}
     from orchestrator.config.sweep import load_sweep
 
     config = load_sweep(sweep, [*(overrides or ()), *(f"{name}={value}" for name, value in limits.items())])
-    from orchestrator.search import tune as search
+    from orchestrator.search.tune import dry_run as print_dry_run
+    from orchestrator.search.tune import run_sweep
 
     with _turn_ctrl_c_into_interruption():
         if dry_run:
-            search.dry_run(config, samples=samples)
+            print_dry_run(config, samples=samples)
         else:
-            search.run_sweep(config, fresh=fresh, retry_failed=retry_failed)
+            run_sweep(config, fresh=fresh, retry_failed=retry_failed)
 
 
 @app.command()
 def score(run: RunFile, overrides: Overrides = None) -> None:
-    """Score all of a run's data under its references, in bulk, so that training finds the scores stored."""
+    """Score all data of a run with its references and store the scores, so that training only reads them."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import score_run as score_run
+    from orchestrator.driver.train import score_run
 
     with _turn_ctrl_c_into_interruption():
         score_run(config)
@@ -104,36 +110,43 @@ def score(run: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def check(run: RunFile, overrides: Overrides = None) -> None:
-    """Everything that can be refused before a device is held: settings, data, models, placement, tracking."""
+    """Check settings, data, models, placement and tracking of a run without occupying any device."""
     config = load_run(run, overrides or ())
-    from orchestrator.driver.train import check_run as check_run
+    from orchestrator.driver.train import check_run
 
     check_run(config)
 
 
 @app.command()
 def submit(
-    command: Annotated[list[str], typer.Argument(help="What would follow polyref here, after --.")],
+    command: Annotated[list[str], typer.Argument(help="The arguments of polyref, after --.")],
     address: Annotated[
-        str | None, typer.Option(help="The cluster's job server; default: RAY_ADDRESS, or port 8265 here.")
+        str | None,
+        typer.Option(help="The cluster's job server; default: RAY_ADDRESS, or port 8265 of this machine."),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the log, and exit as the job does.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the log, and exit with the job's exit code.")] = True,
     env: Annotated[
-        list[str] | None, typer.Option(help="Name of a variable that the job gets from here; repeatable.")
+        list[str] | None, typer.Option(help="Environment variable to pass to the job, by name; repeatable.")
     ] = None,
     secret: Annotated[
-        list[str] | None, typer.Option(help="The same for what must not be shown or logged; repeatable.")
+        list[str] | None,
+        typer.Option(help="The same, for a value that must not be shown or logged; repeatable."),
     ] = None,
-    code: Annotated[bool, typer.Option(help="Send this polyref, instead of using the nodes'.")] = False,
+    code: Annotated[
+        bool,
+        typer.Option(
+            help="Send the polyref of this machine instead of using the one installed on the nodes."
+        ),
+    ] = False,
 ) -> None:
     """Run a command as a job on a cluster: polyref submit -- train run.yaml loss.beta=0.2."""
-    from orchestrator.jobs.submit import submit_job as submit_job
+    from orchestrator.jobs.submit import submit_job
 
     sys.exit(submit_job(command, address=address, wait=wait, env=env or (), secret=secret or (), code=code))
 
 
 @app.command()
-def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] = "run") -> None:
+def schema(of: Annotated[str, typer.Argument(help="Kind of file: run or sweep.")] = "run") -> None:
     """Print the JSON Schema of the run file or of the sweep file, for editors."""
     if of not in ("run", "sweep"):
         raise UsageError(f"schema {of!r} does not exist; known are: run, sweep")
@@ -144,10 +157,10 @@ def schema(of: Annotated[str, typer.Argument(help="What file: run or sweep.")] =
 
 @app.command()
 def demo(
-    fresh: Annotated[bool, typer.Option(help="Start over instead of reusing what is there.")] = False,
-    folder: Annotated[str, typer.Option(help="Where data, runs and the registry go.")] = ".demo",
+    fresh: Annotated[bool, typer.Option(help="Start over instead of reusing existing files.")] = False,
+    folder: Annotated[str, typer.Option(help="The folder for data, runs and the registry.")] = ".demo",
 ) -> None:
-    """Human ratings to a registered model in some minutes on two CPU cores."""
+    """Train a model on human ratings and register it, in some minutes on two CPU cores."""
     from orchestrator.demo.run import run_demo
 
     with _turn_ctrl_c_into_interruption():
@@ -165,7 +178,7 @@ def main() -> None:
     except RunFailed as error:
         _exit_with_message(str(error), code=1)
     except _Interrupted:
-        _exit_with_message("interrupted; the same command goes on from the last checkpoint", code=130)
+        _exit_with_message("interrupted; the same command resumes from the last checkpoint", code=130)
 
 
 class _Interrupted(Exception):
@@ -186,7 +199,7 @@ def _exit_with_message(message: str, *, code: int) -> NoReturn:
 
 
 def _quiet_libraries() -> None:
-    """Settings that libraries read when they are imported: no bars in logs, no guess about accelerators."""
+    """Set variables that libraries read at import: no bars in logs, no guess about accelerators."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""`polyref models ...`: what is registered, where it comes from, which is better, and how to get it."""
+"""The commands `polyref models ...`: list, show, compare, promote and copy registered models."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ _Uri = Annotated[
     typer.Option(
         "--tracking-uri",
         envvar=URI_VARIABLE,
-        help="The MLflow server; left out, the sqlite file under --storage-path.",
+        help="The MLflow server; default: the sqlite file under --storage-path.",
     ),
 ]
 _Storage = Annotated[str, typer.Option("--storage-path", help="The runs' storage_path.")]
@@ -53,11 +53,14 @@ _Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME@ALIAS or NAME/VER
 
 @dataclass(frozen=True)
 class _Registry:
+    """An MLflow server, and descriptions of the versions in it."""
+
     client: "MlflowClient"
     uri: str
 
     @classmethod
-    def open_registry(cls, uri: str | None, storage: str) -> "_Registry":
+    def open(cls, uri: str | None, storage: str) -> "_Registry":
+        """Connect to the registry at `uri`, or in the storage path; a missing database is not created."""
         address = resolve_tracking_uri(uri, storage)
         database = Path(address.removeprefix("sqlite:///"))
         if address.startswith("sqlite:///") and not database.is_file():
@@ -72,7 +75,7 @@ class _Registry:
 
         try:
             return self.client.get_run(version.run_id) if version.run_id else None
-        except MlflowException:  # the run was deleted, the version stays
+        except MlflowException:  # the run was deleted, the version was not
             return None
 
     def describe_version(self, version: "ModelVersion") -> dict[str, Any]:
@@ -89,14 +92,14 @@ class _Registry:
 
 @app.command("list")
 def list_models(uri: _Uri = None, storage: _Storage = "runs", as_json: _Json = False) -> None:
-    """All registered models, their versions newest first."""
-    registry = _Registry.open_registry(uri, storage)
-    found = [
+    """List the versions of all registered models, newest first."""
+    registry = _Registry.open(uri, storage)
+    versions = [
         registry.describe_version(v)
         for name in list_model_names(registry.client)
         for v in list_versions(registry.client, name)
     ]
-    _print_versions(found, as_json=as_json)
+    _print_versions(versions, as_json=as_json)
 
 
 @app.command()
@@ -106,27 +109,25 @@ def show(
     storage: _Storage = "runs",
     as_json: _Json = False,
 ) -> None:
-    """One version's lineage, metrics and source; for a bare name, its versions."""
-    registry = _Registry.open_registry(uri, storage)
-    if parse_model_ref(ref).leaves_version_open:
-        found = [
-            registry.describe_version(v) for v in list_versions(registry.client, parse_model_ref(ref).name)
-        ]
-        _print_versions(found, as_json=as_json)
+    """Show a version's lineage, metrics and source; for a name alone, list its versions."""
+    registry = _Registry.open(uri, storage)
+    if parse_model_ref(ref).is_bare_name:
+        versions = list_versions(registry.client, parse_model_ref(ref).name)
+        _print_versions([registry.describe_version(v) for v in versions], as_json=as_json)
         return
     version = find_version(registry.client, ref)
-    about = registry.describe_version(version)
-    about["source"] = redact(version.source)
-    about["run_id"] = version.run_id
-    about["lineage"] = {k: v for k, v in sorted(version.tags.items()) if not k.startswith(METRIC_PREFIX)}
-    about["metrics"] = read_metrics_of_version(registry.client, version)
+    details = registry.describe_version(version)
+    details["source"] = redact(version.source)
+    details["run_id"] = version.run_id
+    details["lineage"] = {k: v for k, v in sorted(version.tags.items()) if not k.startswith(METRIC_PREFIX)}
+    details["metrics"] = read_metrics_of_version(registry.client, version)
     if as_json:
-        print(json.dumps(about, indent=2))
+        print(json.dumps(details, indent=2))
         return
-    rows = [[key, _format_value(value)] for key, value in about.items() if not isinstance(value, dict)]
-    rows += [[key, value] for key, value in about["lineage"].items()]
+    rows = [[key, _format_value(value)] for key, value in details.items() if not isinstance(value, dict)]
+    rows += [[key, value] for key, value in details["lineage"].items()]
     rows += [
-        [key, _format_value(value)] for key, value in sorted(about["metrics"].items()) if key != ACCURACY
+        [key, _format_value(value)] for key, value in sorted(details["metrics"].items()) if key != ACCURACY
     ]
     _print_table(["", f"{version.name}/{version.version}"], rows)
 
@@ -136,30 +137,35 @@ def get(
     ref: _Ref,
     to: Annotated[Path, typer.Option("--to", help="A new or empty folder.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="One whole model, no adapter beside it; merges an adapter alone.")
+        bool,
+        typer.Option(
+            "--merge", help="One full model without a separate adapter; merges an adapter into its base."
+        ),
     ] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as peft loads it.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, as peft loads it.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="With --merge: the adapter's base, where it is not where the adapter says."),
+        typer.Option(
+            help="With --merge: the adapter's base model, if it is not where the adapter's config says."
+        ),
     ] = None,
     uri: _Uri = None,
     storage: _Storage = "runs",
 ) -> None:
-    """Copy a version, checked: a transformers folder, with the adapter alone in a subfolder if it has one."""
+    """Copy a version's transformers folder and check it; an adapter is in a subfolder of its own."""
     if merge and adapter:
-        raise UsageError("--merge gives a model without adapter, --adapter the adapter alone: choose one")
+        raise UsageError("--merge gives a model without adapter, --adapter only the adapter: choose one")
     resolve_free_folder(to)  # before anything is downloaded
-    registry = _Registry.open_registry(uri, storage)
+    registry = _Registry.open(uri, storage)
     version = find_version(registry.client, ref)
     model = resolve_adapter(registry.client, version, registry.uri) if adapter else None
-    whole = model is None
+    is_full_version = model is None
     model = model or resolve_version(registry.client, version, registry.uri)
-    only_adapter = is_adapter_folder(model.folder)
-    if adapter and not only_adapter:
+    is_adapter = is_adapter_folder(model.folder)
+    if adapter and not is_adapter:
         raise UsageError(
-            f"{model.uri_pinned} has no adapter that was registered apart: leave out --adapter for the model"
-            + (f", which has it in {ADAPTER}/" if (model.folder / ADAPTER).is_dir() else "")
+            f"{model.uri_pinned} has no separate adapter: leave out --adapter to get the model"
+            + (f", which contains it in {ADAPTER}/" if (model.folder / ADAPTER).is_dir() else "")
         )
     if merge:
         copy_merged_version(model, to, base=base)
@@ -167,28 +173,30 @@ def get(
         copy_version(model, to)
     checked = "checked against its digest" if model.digest else "registered without a digest, so not checked"
     print(f"{model.uri_pinned} is in {to} ({checked})")
-    if only_adapter and not merge:
-        remedy = "--merge makes one model of both" if whole else "without --adapter you get one model of both"
-        print(f"it is an adapter for {_name_adapter_base(version, to)}; {remedy}")
+    if is_adapter and not merge:
+        option = "--merge" if is_full_version else "leaving out --adapter"
+        print(f"it is an adapter for {_name_adapter_base(version, to)}; {option} gives one merged model")
 
 
 @app.command()
 def promote(
     ref: _Ref,
     alias: Annotated[str, typer.Option(help="The alias to give.")] = "champion",
-    force: Annotated[bool, typer.Option(help="Promote in spite of a worse or unknown evaluation.")] = False,
+    force: Annotated[bool, typer.Option(help="Promote despite a worse or unknown evaluation.")] = False,
     uri: _Uri = None,
     storage: _Storage = "runs",
 ) -> None:
     """Give a version an alias, unless the version that has it is better."""
-    registry = _Registry.open_registry(uri, storage)
+    registry = _Registry.open(uri, storage)
     candidate = find_version(registry.client, ref)
     try:
         holder = assign_alias(registry.client, candidate, alias, force=force)
     except PromotionRefused as error:
-        raise UsageError(f"{error}; --force promotes it all the same") from None
-    before = f", until now version {holder.version}" if holder and holder.version != candidate.version else ""
-    print(f"models:/{candidate.name}@{alias} is version {candidate.version}{before}")
+        raise UsageError(f"{error}; --force promotes it anyway") from None
+    previous = (
+        f", until now version {holder.version}" if holder and holder.version != candidate.version else ""
+    )
+    print(f"models:/{candidate.name}@{alias} is version {candidate.version}{previous}")
 
 
 @app.command()
@@ -198,24 +206,24 @@ def compare(
     storage: _Storage = "runs",
     as_json: _Json = False,
 ) -> None:
-    """What was set differently for several versions, and how they did."""
+    """Compare versions: the settings in which their runs differ, and their metrics."""
     if len(refs) < 2:
         raise UsageError("compare needs two versions or more: NAME@ALIAS or NAME/VERSION each")
-    registry = _Registry.open_registry(uri, storage)
-    found = [find_version(registry.client, ref) for ref in refs]
-    runs = [registry.find_run(version) for version in found]
+    registry = _Registry.open(uri, storage)
+    versions = [find_version(registry.client, ref) for ref in refs]
+    runs = [registry.find_run(version) for version in versions]
     params = _align_columns([run.data.params if run else {} for run in runs])
     differing = {key: values for key, values in params.items() if len(set(values)) > 1}
-    measured = _align_columns([read_metrics_of_version(registry.client, version) for version in found])
+    metrics = _align_columns([read_metrics_of_version(registry.client, version) for version in versions])
     if as_json:
-        print(json.dumps({"versions": refs, "params": differing, "metrics": measured}, indent=2))
+        print(json.dumps({"versions": refs, "params": differing, "metrics": metrics}, indent=2))
         return
-    rows = [[key, *map(_format_value, values)] for key, values in (differing | measured).items()]
+    rows = [[key, *map(_format_value, values)] for key, values in (differing | metrics).items()]
     _print_table(["", *refs], rows)
 
 
 def _name_adapter_base(version: "ModelVersion", adapter: Path) -> str:
-    """What an adapter belongs on: as its lineage pins it, else as its own config names it."""
+    """Return the adapter's base model: the one its lineage pins, else the one its own config names."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return redact(str(version.tags.get("base_model") or config.get("base_model_name_or_path")))
 
@@ -224,21 +232,21 @@ def _align_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]
     return {key: [column.get(key) for column in columns] for key in sorted(set().union(*columns))}
 
 
-def _print_versions(found: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+def _print_versions(versions: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(versions, indent=2))
         return
-    if not found:
+    if not versions:
         print("no models are registered yet", file=sys.stderr)
         return
-    _print_table(list(found[0]), [[_format_value(value) for value in line.values()] for line in found])
+    _print_table(list(versions[0]), [[_format_value(value) for value in row.values()] for row in versions])
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A drawn table on a terminal; tab-separated lines, for other programs, on a pipe."""
+    """Print a formatted table on a terminal, tab-separated lines for other programs on a pipe."""
     if not sys.stdout.isatty():
-        for line in (header, *rows):
-            print("\t".join(line))
+        for row in (header, *rows):
+            print("\t".join(row))
         return
     from rich.console import Console
     from rich.table import Table
@@ -247,8 +255,8 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in header:
         table.add_column(Text(title), overflow="fold")
-    for line in rows:
-        table.add_row(*map(Text, line))  # Text: a name in [brackets] is no markup
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: a name in [brackets] is not markup
     Console().print(table)
 
 

@@ -93,7 +93,7 @@ def test_a_search_that_is_killed_and_then_stopped_goes_on_and_repeats_nothing(
     second = started()
     second.until(lambda: at < saved(folder, 2) < STEPS)
     assert second.interrupt(signal.SIGTERM) == 130
-    assert "the same command goes on" in second.log.read_text()
+    assert "the same command resumes" in second.log.read_text()
     stopped = trial(folder, 2)
     assert stopped is not None
     assert stopped.status == "running"

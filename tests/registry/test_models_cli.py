@@ -100,7 +100,7 @@ def test_promote_refuses_the_worse_with_the_numbers(uri: str, tmp_path: Path) ->
     assert (
         "models:/sentiment/2 was not promoted to 'champion': eval/accuracy of version 2 is 0.6500" in message
     )
-    assert "that of version 1, which holds it, is 0.7000; --force promotes it all the same" in message
+    assert "that of version 1, which holds it, is 0.7000; --force promotes it anyway" in message
     assert _champion(uri) == 1
     assert "until now version 1" in _models(uri, "promote", "sentiment/3").stdout
     assert _models(uri, "promote", "sentiment@champion").exit_code == 0  # as it is already
