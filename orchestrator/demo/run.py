@@ -1,4 +1,4 @@
-"""`polyref demo`: people's ratings of film reviews become a registered model, step by step."""
+"""The command `polyref demo`: from human ratings of film reviews to a registered model, step by step."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ from orchestrator.tracking.progress import make_plain_console
 
 _SAMPLED_PROMPTS, _SHOWN_PROMPTS = 24, 4
 _NEW_TOKENS = 20
-_TABLE = (
+_TABLE_METRICS = (
     ("agreement with the majority (eval/accuracy)", "eval/accuracy"),
     ("negative log-likelihood of the votes (eval/label_nll)", "eval/label_nll"),
     ("reward margin, chosen over rejected", "eval/rewards/margins"),
@@ -34,28 +34,28 @@ _TABLE = (
 
 
 def run_demo(folder: str, *, fresh: bool) -> None:
-    """Train a film-review reference, then a policy against it and its own start, and show what changed.
+    """Train a film-review reference, then a policy against it and the base model, and print what changed.
 
-    Everything lies in `folder`; what is there already is not made again unless `fresh`.
+    All files are written to `folder`; existing ones are reused unless `fresh`.
 
     Raises:
-        UsageError: the model or the ratings can neither be fetched nor found in the cache.
+        UsageError: the model or the ratings are not in the cache and cannot be fetched.
     """
     console, root = make_plain_console(), Path(folder).resolve()
     if fresh:
         shutil.rmtree(root, ignore_errors=True)
     try:
-        model, rated, sentiment = fetch_smollm2(), fetch_human_ratings(), load_lexicon()
+        model, ratings, sentiment = fetch_smollm2(), fetch_human_ratings(), load_lexicon()
     except AssetError as error:
         raise UsageError(str(error)) from error
-    rows = build_rows(read_movie_reviews(rated))
+    rows = build_rows(read_movie_reviews(ratings))
     data = write_rows(rows, root / "data")
 
-    reference, policy = (_load_run(name, root, model, data) for name in ("reference", "policy"))
+    reference, policy = (_load_run_config(name, root, model, data) for name in ("reference", "policy"))
     with connect_to_ray():
-        console.print("\n(a) a reference that speaks like film reviews, preset sft")
+        console.print("\n(a) a reference model fine-tuned on film reviews, preset sft")
         train_run(reference)
-        console.print("\n(b) a policy from votes: soft labels, Mallows dispersion, two references")
+        console.print("\n(b) a policy trained on votes: soft labels, Mallows dispersion, two references")
         record = train_run(policy)
     console.print("\n(c) what changed, on pairs whose texts were not trained on")
     _print_evaluation(policy, record, console)
@@ -64,8 +64,8 @@ def run_demo(folder: str, *, fresh: bool) -> None:
     _print_next_commands(root, policy, record, console)
 
 
-def _load_run(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:
-    """One of the two shipped run files with the fetched model, the data and the folder put in."""
+def _load_run_config(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:
+    """Load one of the demonstration's two run files, with the paths of model, data and storage filled in."""
     settings: dict[str, Any] = yaml.safe_load((files("orchestrator.demo") / f"{name}.yaml").read_text())
     settings["storage_path"] = str(root / "runs")
     settings["policy"]["model"] = str(model)
@@ -78,12 +78,12 @@ def _load_run(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunC
 
 
 def _print_evaluation(policy: RunConfig, record: RunRecord, console: Console) -> None:
-    held_out = [line for line in read_metrics(policy.folder) if "eval/accuracy" in line]
-    before, after = held_out[0], held_out[-1]
+    evaluations = [line for line in read_metrics(policy.folder) if "eval/accuracy" in line]
+    before, after = evaluations[0], evaluations[-1]
     table = Table(title=f"{record.counts['eval']['pairs']} held-out pairs", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    for title, metric in _TABLE:
+    for title, metric in _TABLE_METRICS:
         cells = [f"{line[metric]:.3f}" for line in (before, after)]
         if metric == "eval/accuracy":
             cells = [
@@ -96,12 +96,14 @@ def _print_evaluation(policy: RunConfig, record: RunRecord, console: Console) ->
 
 
 def _pick_prompts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Openings of held-out pairs, each once, in the file's order."""
+    """Return the first distinct prompts of the held-out pairs, in the file's order."""
     return list(dict.fromkeys(row["prompt"] for row in rows))[:_SAMPLED_PROMPTS]
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Continuations:
+    """A model's continuations of the prompts, and their sentiment scores."""
+
     texts: list[str]
     scores: list[float]
 
@@ -109,18 +111,18 @@ class _Written:
 def _print_continuations(
     before: Path, after: Path, prompts: list[str], sentiment: Callable[[str], float], console: Console
 ) -> None:
-    written = [_continue_prompts(folder, prompts, sentiment) for folder in (before, after)]
+    continuations = [_continue_prompts(folder, prompts, sentiment) for folder in (before, after)]
     console.print("\ncontinuations, with their sentiment by the lexicon (-1 to 1)")
     for index in range(_SHOWN_PROMPTS):
         console.print(f"  {prompts[index]}...")
-        for label, one in zip(("before", "after"), written, strict=True):
-            console.print(f"    {label:>6} {one.scores[index]:+.2f}  {one.texts[index]}")
-    means = [fmean(one.scores) for one in written]
+        for label, column in zip(("before", "after"), continuations, strict=True):
+            console.print(f"    {label:>6} {column.scores[index]:+.2f}  {column.texts[index]}")
+    means = [fmean(column.scores) for column in continuations]
     console.print(f"  mean over {len(prompts)} prompts: {means[0]:+.3f} before, {means[1]:+.3f} after")
 
 
-def _continue_prompts(folder: Path, prompts: list[str], sentiment: Callable[[str], float]) -> _Written:
-    """Greedy continuations of every prompt, so that both models are asked the same."""
+def _continue_prompts(folder: Path, prompts: list[str], sentiment: Callable[[str], float]) -> _Continuations:
+    """Continue every prompt greedily, so that two models can be compared."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,13 +133,13 @@ def _continue_prompts(folder: Path, prompts: list[str], sentiment: Callable[[str
         out = model.generate(
             **batch, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-    fresh = out[:, batch["input_ids"].shape[1] :]
-    texts = [" ".join(text.split()) for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
-    return _Written(texts, [sentiment(text) for text in texts])
+    new_tokens = out[:, batch["input_ids"].shape[1] :]
+    texts = [" ".join(text.split()) for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+    return _Continuations(texts, [sentiment(text) for text in texts])
 
 
 def _print_next_commands(root: Path, policy: RunConfig, record: RunRecord, console: Console) -> None:
-    """Commands to copy, as seen from the folder the demonstration was started in."""
+    """Print commands to copy, relative to the folder in which the demonstration was started."""
     commands, runs = os.path.relpath(Path(sys.executable).parent), os.path.relpath(root / "runs")
     version = str(record.registered).removeprefix("models:/")
     console.print(f"\nregistered: {record.registered}. Look at it, and at the run's page:")

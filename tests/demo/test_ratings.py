@@ -18,8 +18,8 @@ from orchestrator.demo.ratings import (
     DemoRows,
     RatedText,
     build_rows,
+    compute_vote_share,
     read_movie_reviews,
-    vote_share,
     write_rows,
 )
 from preferences.config import DataConfig
@@ -52,8 +52,8 @@ def full_texts(row: dict) -> list[str]:
 @settings(deadline=None, max_examples=100)
 @given(votes, votes)
 def test_vote_share_is_the_share_of_all_pairings(one, other) -> None:
-    assert vote_share(one, other) == pytest.approx(brute_force(one, other), abs=1e-12)
-    assert vote_share(one, other) + vote_share(other, one) == pytest.approx(1.0)
+    assert compute_vote_share(one, other) == pytest.approx(brute_force(one, other), abs=1e-12)
+    assert compute_vote_share(one, other) + compute_vote_share(other, one) == pytest.approx(1.0)
 
 
 def test_every_review_is_read_with_its_raters(texts) -> None:

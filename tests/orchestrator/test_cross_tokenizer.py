@@ -19,7 +19,7 @@ from models.logprobs import Scorer
 from models.parallel import prepare as make_parallel
 from models.rows import Prompted, build_rows
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.demo.assets import fetch_smollm2, gpt2_tokenizer
+from orchestrator.demo.assets import fetch_gpt2_tokenizer, fetch_smollm2
 from orchestrator.driver.prepare import PreparedRun, prepare_run
 from orchestrator.driver.train import train_run
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
@@ -58,7 +58,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 of few positions behind its own tokenizer, with a template that it lacks by itself."""
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(fetch_gpt2_tokenizer())
     tokenizer.chat_template = FILM_TEMPLATE
     model = tiny.gpt2(
         vocab_size=len(tokenizer),

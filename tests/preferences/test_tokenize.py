@@ -328,7 +328,7 @@ def smollm2() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def gpt2() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(assets.gpt2_tokenizer())
+    return AutoTokenizer.from_pretrained(assets.fetch_gpt2_tokenizer())
 
 
 @pytest.mark.smollm2

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from orchestrator.demo.assets import fetch_smollm2, gpt2_tokenizer
+from orchestrator.demo.assets import fetch_gpt2_tokenizer, fetch_smollm2
 from preferences.config import DataConfig
 from preferences.pairs import Pair
 from preferences.tokenize import Rendering, tokenize_pairs
@@ -141,7 +141,9 @@ def test_cut_tokens_spell_the_cut_text(prompt, chosen, rejected, limit, room):
 
 @pytest.mark.smollm2
 def test_two_real_tokenizers_score_the_same_cut_text():
-    policy, other = (AutoTokenizer.from_pretrained(folder()) for folder in (fetch_smollm2, gpt2_tokenizer))
+    policy, other = (
+        AutoTokenizer.from_pretrained(folder()) for folder in (fetch_smollm2, fetch_gpt2_tokenizer)
+    )
     renderings = {"policy": Rendering(policy), "gpt2": Rendering(other)}
     story = "Once upon a time, \U0001f642\U0001f642 in  a small caf\u00e9, people disagreed about films. " * 4
     pair = Pair(story, story[5:], story[9:], source="t:1")
