@@ -396,8 +396,8 @@ def test_check_score_and_train_a_good_run(case: Case, polyref: Polyref) -> None:
     trained = polyref("train", case.file)
     assert trained.code == 0, trained.err
     record = json.loads((case.storage / "case" / "run.json").read_text())
-    assert record["result"]["scores"]["base"]["scored"] == 0
-    assert record["result"]["scores"]["base"]["replicas_started"] == 0
+    assert record["reference_counts"]["base"]["scored"] == 0
+    assert record["reference_counts"]["base"]["replicas_started"] == 0
     assert record["finished"]
     assert sum(counts["pairs"] for counts in record["counts"].values()) == len(GOOD) + 1
     assert record["counts"]["train"]["skipped"]["missing field"] == 1
