@@ -1,11 +1,11 @@
 """Plots of a run from its `metrics.jsonl` and `dispersion.json`; metrics that are absent are not drawn."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.files import replace_file
 from orchestrator.tracking.metrics_file import read_metrics, read_scales
 
 if TYPE_CHECKING:
@@ -232,9 +232,7 @@ def _add_legend(ax: "Axes") -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> Path:
-    """Write a figure as PNG, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    """Write a figure as PNG in one move; returns its path."""
+    with replace_file(path) as part:
+        figure.savefig(part, format="png")
     return path

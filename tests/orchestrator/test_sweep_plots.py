@@ -11,9 +11,11 @@ import searches
 from searches import ACCURACY, KL
 
 from orchestrator.search.journal import TrialRecord
-from orchestrator.search.report.figures import Evaluated, Search, hull
+from orchestrator.search.report.figures import LineFigure, build_figures
 from orchestrator.search.report.importance import estimate_importance
 from orchestrator.search.report.labels import ABSENT
+from orchestrator.search.report.parallel_axes import build_parallel_axes
+from orchestrator.search.report.search_data import SearchData, compute_frontier
 from orchestrator.search.report.write import draw_search, explain_missing_figures
 
 ALL = ["trials.png", "history.png", "parallel.png", "importance.png", "frontier.png", "search.html"]
@@ -55,6 +57,24 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_best_controls_and_failures_stand_out(tmp_path: Path) -> None:
+    records, folders = searches.search(tmp_path, points=9, controls=True, failed=[3], kl=True, seed=1)
+    data = SearchData.read(records, [ACCURACY], folders, "base")
+    figures = build_figures(data)
+    trials, frontier = figures["trials"], figures["frontier"]
+    assert isinstance(trials, LineFigure)
+    assert isinstance(frontier, LineFigure)
+    *curves, best, failed = trials.panels[0].series
+    controls = sum(record.control_of is not None for record in records)
+    assert sum(series.style.line == "dashed" for series in curves) == controls > 0
+    assert best.style.width > max(series.style.width for series in curves)
+    assert data.best is not None
+    assert best.hover[-1].startswith(f"trial {data.best.point_id}\nloss ")
+    assert (failed.group, list(failed.x), failed.style.marker) == ("failed", [20], "x")
+    assert list(trials.legend)[-3:-1] == ["control", "failed"]
+    assert sum(series.style.hollow for series in frontier.panels[0].series) == controls
+
+
 def test_best_so_far_is_of_points_in_the_order_they_ended(tmp_path: Path) -> None:
     ends = {1: (30, 0.6, None), 2: (10, 0.7, None), 3: (20, 0.9, 1), 4: (40, 0.8, None)}
     records, folders = [], {}
@@ -69,7 +89,7 @@ def test_best_so_far_is_of_points_in_the_order_they_ended(tmp_path: Path) -> Non
         folders[number].mkdir()
         lines = [{"step": 0, "time": 5.0 + number}, {"step": 9, "time": 6.0 + end, **result}]
         (folders[number] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ended = Search.read(records, [ACCURACY], folders).history(ACCURACY)
+    ended = SearchData.read(records, [ACCURACY], folders).list_ended_trials(ACCURACY)
     assert [(one.record.number, one.seconds, one.best) for one in ended] == [
         (2, 10, 0.7),
         (3, 20, 0.7),
@@ -78,27 +98,23 @@ def test_best_so_far_is_of_points_in_the_order_they_ended(tmp_path: Path) -> Non
     ]
 
 
-def test_hull_is_what_no_other_reaches_with_less() -> None:
-    record = TrialRecord(number=1, point_id=1)
-    seen = [(0.0, 0.5), (2.0, 0.6), (1.0, 0.55), (1.5, 0.52), (3.0, 0.6), (2.0, 0.58)]
-    assert hull([Evaluated(record, 0, kl, value) for kl, value in seen]) == [
-        (0.0, 0.5),
-        (1.0, 0.55),
-        (2.0, 0.6),
-    ]
+def test_no_point_reaches_the_frontier_with_less_divergence() -> None:
+    points = [(0.0, 0.5), (2.0, 0.6), (1.0, 0.55), (1.5, 0.52), (3.0, 0.6), (2.0, 0.58)]
+    assert compute_frontier(points) == [(0.0, 0.5), (1.0, 0.55), (2.0, 0.6)]
 
 
 def test_axes_hold_every_value_and_keep_their_order(tmp_path: Path) -> None:
     records, folders = searches.search(tmp_path, points=20)
-    search = Search.read(records, [ACCURACY], folders)
-    axes = {axis.name: axis for axis in search.axes()}
-    assert axes["beta"].note == "log"
+    search = SearchData.read(records, [ACCURACY], folders)
+    axes = {axis.label: axis for axis in build_parallel_axes(search)}
     assert axes["margin"].ticks[0][1] == "not set"
     for axis in axes.values():
-        assert all(-1e-9 <= place <= 1 + 1e-9 for place in axis.at)
+        assert all(-1e-9 <= place <= 1 + 1e-9 for place in axis.positions)
     drawn = [one.point["loss.beta"] for one in search.ranked]
-    assert sorted(drawn) == [value for _, value in sorted(zip(axes["beta"].at, drawn, strict=True))]
-    assert axes["accuracy"].at == sorted(axes["accuracy"].at, reverse=True)
+    assert sorted(drawn) == [
+        value for _, value in sorted(zip(axes["beta (log)"].positions, drawn, strict=True))
+    ]
+    assert axes["accuracy"].positions == sorted(axes["accuracy"].positions, reverse=True)
     labels = [label for _, label in sorted(axes["loss"].ticks)]
     assert set(labels) == {one.point["loss.preset"] for one in search.ranked}
 
@@ -115,11 +131,11 @@ def test_dpo_and_the_best_keep_a_colour_of_their_own() -> None:
         )
         for i, family in enumerate(families, start=1)
     ]
-    looks = Search(records, [ACCURACY], {}).looks
-    own = [family for family, look in looks.items() if look.family == family]
+    shown = SearchData(records, [ACCURACY], {}).families
+    own = [loss for loss, family in shown.items() if family.label == loss]
     assert own == [*families[:6], "dpo"]
-    assert {looks[family].family for family in families[6:9]} == {"3 others"}
-    assert len({(look.colour, look.marker) for look in looks.values()}) == 8
+    assert {shown[loss].label for loss in families[6:9]} == {"3 others"}
+    assert len({(family.colour, family.marker) for family in shown.values()}) == 8
 
 
 def test_importance_finds_the_field_that_decided() -> None:
@@ -150,8 +166,8 @@ def test_importance_finds_the_field_that_decided() -> None:
 def test_any_value_can_be_drawn(tmp_path: Path, value: object) -> None:
     records, folders = searches.search(tmp_path / "trials", points=3)
     records[0].point = {**records[0].point, "training.what": value}
-    search = Search.read(records, [ACCURACY], folders)
-    axes = {axis.name: axis for axis in search.axes()}
+    search = SearchData.read(records, [ACCURACY], folders)
+    axes = {axis.label: axis for axis in build_parallel_axes(search)}
     assert {label for _, label in axes["what"].ticks} >= {"not set"}
     assert ABSENT not in {label for _, label in axes["what"].ticks}
     (page,) = [p for p in draw_search(records, [ACCURACY], folders, tmp_path) if p.suffix == ".html"]

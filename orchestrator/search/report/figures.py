@@ -1,332 +1,255 @@
-"""What a search's pictures show, as plain numbers: PNG and HTML are drawn from the same.
+"""A search's figures, described without a plotting library: `png` and `html` draw the same description."""
 
-Everything comes from the trials' records and their `metrics.jsonl`.
-"""
-
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.search.journal import TrialRecord
-from orchestrator.search.report import labels as points
-from orchestrator.search.report.importance import Importance, estimate_importance
-from orchestrator.search.report.ranking import RankedPoint, rank_points
-from orchestrator.tracking.metrics_file import read_metrics
-from orchestrator.tracking.plots import COLOURS
+from orchestrator.search.report.labels import format_metric_name, format_trials, format_value
+from orchestrator.search.report.parallel_axes import ParallelAxis, build_parallel_axes
+from orchestrator.search.report.search_data import Curve, LossFamily, SearchData, compute_frontier
 
-if TYPE_CHECKING:
-    from orchestrator.config.sweep import Objective
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "p")
-"""matplotlib's, one per colour."""
-OTHER_MARKER = "*"
-_GREY, _BASELINE = "#999999", "dpo"
-_NOT_SET = {points.ABSENT: "not set"}
-_SLOT = 0.1  # of an axis of numbers, for each kind that is no number
-_AXES = 10  # as many as can be read side by side
-_ORDINAL = 6  # distinct numbers; an axis of no more shows each of them
-_GOOD = ("eval/reward", "eval/accuracy", "eval/margin")
+Line = Literal["none", "solid", "dashed"]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One metric of one trial over its steps."""
+class Style:
+    """How points are drawn.
 
-    record: TrialRecord
-    steps: list[int]
-    values: list[float]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """An ended trial: seconds since the search began, its result, and the best of the search until then."""
-
-    record: TrialRecord
-    seconds: float
-    value: float
-    best: float
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One field over all points shown: where each lies between 0 and 1, and what stands beside the axis.
-
-    `bands` are the parts of it over which points of one value are spread.
+    Attributes:
+        colour: `#rrggbb`, of line and marker.
+        marker: by matplotlib's name. Of a line only the last point is marked; a page may mark all points.
+        width: of the line, in typographic points, as is the marker's `size`.
+        opacity: of the line, or of the markers where there is no line.
+        hollow: whether only the marker's edge is drawn.
     """
 
-    name: str
-    at: list[float]
-    ticks: list[tuple[float, str]]
-    bands: list[tuple[float, float]] = field(default_factory=list)
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a family of losses is told from the others: no two have a colour or a marker in common."""
-
-    family: str
     colour: str
-    marker: str
+    marker: str | None = None
+    line: Line = "none"
+    width: float = 1.5
+    size: float = 5.0
+    opacity: float = 1.0
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One evaluation of one trial: the divergence it had and what it was worth."""
+class Series:
+    """Points of one style that belong to the legend's entry `group`.
 
-    record: TrialRecord
-    step: int
-    kl: float
-    value: float
-
-
-_Of = TypeVar("_Of", Curve, Ended, Evaluated)
-
-
-@dataclass(frozen=True)
-class Search:
-    """The records of a search, its objectives and its trials' metrics by number."""
-
-    records: Sequence[TrialRecord]
-    objectives: "Sequence[Objective]"
-    lines: Mapping[int, Sequence[Mapping[str, Any]]]
-    primary: str | None = None
-
-    @classmethod
-    def read(
-        cls,
-        records: Iterable[TrialRecord],
-        objectives: "Sequence[Objective]",
-        folders: Mapping[int, Path],
-        primary: str | None = None,
-    ) -> "Search":
-        """With the metrics in the trials' folders; a trial without a folder has none."""
-        records = sorted(records, key=lambda record: record.number)
-        lines = {r.number: read_metrics(folders[r.number]) for r in records if r.number in folders}
-        return cls(records, objectives, lines, primary)
-
-    @cached_property
-    def ranked(self) -> list[RankedPoint]:
-        """Points and controls with a result, best first."""
-        return [one for one in rank_points(self.records, self.objectives) if one.rank is not None]
-
-    @cached_property
-    def names(self) -> dict[str, str]:
-        """Fields that vary, with their short names."""
-        return points.shorten_field_names(points.list_shown_fields(self.records))
-
-    @cached_property
-    def looks(self) -> dict[str, Look]:
-        """By family, the best first. DPO and the best have a colour each; the others have one in common."""
-        ranked = [trial for one in self.ranked for trial in one.trials]
-        families = list(dict.fromkeys(points.loss_family(record) for record in [*ranked, *self.records]))
-        count = len(COLOURS)
-        if len(families) <= count:
-            named = families
-        else:
-            named = [family for family in families if family != _BASELINE][: count - (_BASELINE in families)]
-            named = [family for family in families if family in (*named, _BASELINE)]
-        looks = {
-            family: Look(family, colour, marker)
-            for family, colour, marker in zip(named, COLOURS, MARKERS, strict=False)
-        }
-        others = [family for family in families if family not in named]
-        other = Look(f"{len(others)} other{'s' * (len(others) > 1)}", _GREY, OTHER_MARKER)
-        return looks | dict.fromkeys(others, other)
-
-    def look(self, record: TrialRecord) -> Look:
-        """That of the trial's family."""
-        return self.looks[points.loss_family(record)]
-
-    def by_look(self, evaluations: "Iterable[_Of]") -> dict[Look, "list[_Of]"]:
-        """What belongs to a trial, by the look that its family has."""
-        found: dict[Look, list[_Of]] = {look: [] for look in self.looks.values()}
-        for one in evaluations:
-            found[self.look(one.record)].append(one)
-        return {look: own for look, own in found.items() if own}
-
-    @property
-    def best(self) -> RankedPoint | None:
-        """The first of the ranking that is no control."""
-        return next(iter(self.tried), None)
-
-    @cached_property
-    def importances(self) -> dict[str, Importance]:
-        """By objective; empty where there are too few points."""
-        drawn = [
-            {field: value for field, value in points.flatten_point(one.point).items() if field in self.names}
-            for one in self.ranked
-        ]
-        found = {
-            o.metric: estimate_importance(drawn, [one.estimates[o.metric].mean for one in self.ranked])
-            for o in self.objectives
-        }
-        return {metric: one for metric, one in found.items() if one is not None}
-
-    @property
-    def kl(self) -> str | None:
-        """The metric of the divergence from the primary reference, if it was measured."""
-        return points.find_kl_metric(self.records, self.primary)
-
-    def curves(self, metric: str) -> list[Curve]:
-        """One per trial that measured it, controls and failed trials too."""
-        found = []
-        for record in self.records:
-            pairs = [
-                (int(line["step"]), float(line[metric]))
-                for line in self.lines.get(record.number, ())
-                if line.get(metric) is not None
-            ]
-            if pairs:
-                found.append(Curve(record, [step for step, _ in pairs], [value for _, value in pairs]))
-        return found
-
-    def history(self, objective: "Objective") -> list[Ended]:
-        """Trials with a result in the order they ended; controls are in it but are never the best."""
-        stamps = {
-            number: [line["time"] for line in lines if "time" in line] for number, lines in self.lines.items()
-        }
-        started = min((min(times) for times in stamps.values() if times), default=0.0)
-        ended = [
-            (max(stamps[record.number]) - started, record, value)
-            for record in self.records
-            if stamps.get(record.number)
-            and (value := points.read_result(record, objective.metric)) is not None
-        ]
-        better = max if objective.mode == "max" else min
-        best: float | None = None
-        found = []
-        for seconds, record, value in sorted(ended, key=lambda item: item[0]):
-            if record.control_of is None:
-                best = value if best is None else better(best, value)
-            found.append(Ended(record, seconds, value, math.nan if best is None else best))
-        return found
-
-    def evaluated(self, metric: str) -> list[Evaluated]:
-        """Every evaluation at which both the divergence and `metric` were measured."""
-        kl = self.kl
-        if kl is None:
-            return []
-        return [
-            Evaluated(record, int(line["step"]), float(line[kl]), float(line[metric]))
-            for record in self.records
-            for line in self.lines.get(record.number, ())
-            if line.get(kl) is not None and line.get(metric) is not None
-        ]
-
-    def frontiers(self) -> dict[str, list[Evaluated]]:
-        """What was measured beside the divergence, and all evaluations of it: reward, accuracy, margin."""
-        found = {metric: self.evaluated(metric) for metric in _GOOD}
-        return {metric: evaluations for metric, evaluations in found.items() if evaluations}
-
-    @property
-    def tried(self) -> list[RankedPoint]:
-        """Those of the ranking that are no controls."""
-        return [one for one in self.ranked if one.control_of is None]
-
-    def axes(self) -> list[Axis]:
-        """Of the points tried: one per field that varies, the ten most set of more, and one per objective.
-
-        None with fewer than two points, or where nothing varies.
-        """
-        shown = self.tried
-        if len(shown) < 2:
-            return []
-        drawn = [points.flatten_point(one.point) for one in shown]
-        fields = points.find_varied_fields(drawn)
-        common = sorted(fields, key=lambda field: -sum(field in point for point in drawn))[:_AXES]
-        fields = [field for field in fields if field in common]
-        if not fields:
-            return []
-        axes = [
-            _axis(self.names[field], [point.get(field, points.ABSENT) for point in drawn]) for field in fields
-        ]
-        for objective in self.objectives:
-            values = [one.estimates[objective.metric].mean for one in shown]
-            axes.append(_number_axis(points.format_metric_name(objective.metric), values))
-        return axes
-
-
-def time_unit(seconds: float) -> tuple[str, float]:
-    """What to count so long a time in, and how many seconds that has."""
-    return next(
-        (unit for unit in (("hours", 3600.0), ("minutes", 60.0)) if seconds > 2 * unit[1]), ("seconds", 1.0)
-    )
-
-
-def hull(evaluations: Sequence[Evaluated]) -> list[tuple[float, float]]:
-    """The evaluations that none reaches with less divergence, from little to much."""
-    best, found = -math.inf, []
-    for one in sorted(evaluations, key=lambda one: (one.kl, -one.value)):
-        if one.value > best:
-            best = one.value
-            found.append((one.kl, one.value))
-    return found
-
-
-def _axis(name: str, values: Sequence[Any]) -> Axis:
-    """Numbers on a scale if there are many; below them what is no number: not set, none, auto.
-
-    `values` come best first: other kinds than numbers stand in the order of how well they did, the best on
-    top.
+    `hover` has a text per point, or none; if `stepped`, each value holds until the next point.
     """
-    if len({value for value in values if points.is_number(value)}) > _ORDINAL:
-        return _number_axis(name, values)
-    kinds = _kinds(values)
-    kinds += [points.format_value(value) for value in sorted({v for v in values if points.is_number(v)})]
-    places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
-    at, bands = _spread([places[points.format_value(value)] for value in values], 0.28 / len(kinds))
-    return Axis(name, at, [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()], bands)
+
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Style
+    group: str
+    hover: Sequence[str] = ()
+    stepped: bool = False
 
 
-def _number_axis(name: str, values: Sequence[Any]) -> Axis:
-    from matplotlib.ticker import LogLocator, MaxNLocator
+@dataclass(frozen=True)
+class Panel:
+    """Series on one pair of axes; the later ones are on top."""
 
-    present = [float(value) for value in values if points.is_number(value)]
-    places = {kind: _SLOT * (i + 0.5) for i, kind in enumerate(_kinds(values))}
-    floor = _SLOT * (len(places) + 0.5 * bool(places))
-    log = points.spans_decades(present)
-    scale = math.log10 if log else float
-    low, high = min(present), max(present)
-
-    def place(value: float) -> float:
-        spread = scale(high) - scale(low)
-        return floor + (1 - floor) * ((scale(value) - scale(low)) / spread if spread else 0.5)
-
-    locator = LogLocator(subs=(1.0, 3.0), numticks=20) if log else MaxNLocator(5)
-    located = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
-    ticks = [(y, _NOT_SET.get(kind, kind)) for kind, y in places.items()]
-    ticks += [(place(tick), points.format_value(tick)) for tick in located]
-    others, bands = _spread(
-        [places[points.format_value(v)] for v in values if not points.is_number(v)], 0.28 * _SLOT
-    )
-    beside = iter(others)
-    at = [place(float(value)) if points.is_number(value) else next(beside) for value in values]
-    return Axis(name, at, ticks, bands, "log" if log else "")
+    title: str
+    y_label: str
+    series: Sequence[Series]
 
 
-def _kinds(values: Sequence[Any]) -> list[str]:
-    """What is no number, the worst first; not set is below all of them."""
-    ranks: dict[str, list[int]] = {}
-    for i, value in enumerate(values):
-        if not points.is_number(value):
-            ranks.setdefault(points.format_value(value), []).append(i)
-    return sorted(ranks, key=lambda kind: (kind != points.ABSENT, -fmean(ranks[kind])))
+@dataclass(frozen=True)
+class LineFigure:
+    """Panels one above the other that share the horizontal axis and a legend: styles by label."""
+
+    x_label: str
+    panels: Sequence[Panel]
+    legend: Mapping[str, Style]
 
 
-def _spread(at: Sequence[float], most: float) -> tuple[list[float], list[tuple[float, float]]]:
-    """Points of one place a little apart, the first on top, so that lines can be followed; and the bands."""
-    members: dict[float, list[int]] = {}
-    for i, place in enumerate(at):
-        members.setdefault(place, []).append(i)
-    spread, bands = list(at), []
-    for place, own in members.items():
-        half = min(most, 0.012 * (len(own) - 1))
-        bands.append((place - half, place + half))
-        for order, i in enumerate(own):
-            spread[i] = place + half * (1 - 2 * order / max(len(own) - 1, 1))
-    return spread, bands
+@dataclass(frozen=True)
+class BarPanel:
+    """Horizontal bars, the first on top; `errors` are the half-lengths of their error bars."""
+
+    title: str
+    x_label: str
+    labels: Sequence[str]
+    values: Sequence[float]
+    errors: Sequence[float]
+
+
+@dataclass(frozen=True)
+class BarFigure:
+    """Panels of bars one above the other, each with its own horizontal axis."""
+
+    panels: Sequence[BarPanel]
+
+
+@dataclass(frozen=True)
+class ParallelFigure:
+    """Parallel coordinates: a line per point across all axes, the best point first."""
+
+    title: str
+    axes: Sequence[ParallelAxis]
+
+
+Figure = LineFigure | BarFigure | ParallelFigure
+
+_GREY, _BLACK = "#888888", "#000000"
+_FAILED, _FAILED_STYLE = "failed", Style(_BLACK, "x", size=6)
+_BEST_SO_FAR, _BEST_SO_FAR_STYLE = "best so far", Style(_BLACK, line="solid")
+_HOLLOW_CONTROL, _DASHED_CONTROL = Style(_GREY, "o", hollow=True), Style(_GREY, line="dashed")
+_FRONTIER_METRICS = ("eval/reward", "eval/accuracy", "eval/margin")
+
+
+def build_figures(data: SearchData) -> dict[str, Figure]:
+    """Describe the figures that the search has numbers for, by name: what was not measured is not drawn."""
+    figures = {
+        "trials": _build_trials(data),
+        "history": _build_history(data),
+        "parallel": _build_parallel(data),
+        "importance": _build_importance(data),
+        "frontier": _build_frontier(data),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _build_trials(data: SearchData) -> LineFigure | None:
+    """Objectives over steps: a line per trial, with a cross where a trial failed."""
+    best = {trial.number for trial in data.best.trials} if data.best else set()
+    panels = []
+    for objective in data.objectives:
+        curves = data.collect_curves(objective.metric)
+        curves.sort(key=lambda curve: curve.record.number in best)
+        series = [_build_curve(data, curve, is_best=curve.record.number in best) for curve in curves]
+        failed = [curve for curve in curves if curve.record.status == "failed"]
+        series += [Series(curve.x[-1:], curve.values[-1:], _FAILED_STYLE, _FAILED) for curve in failed]
+        if curves:
+            panels.append(_build_panel(objective.metric, f"of {len(curves)} trials", series))
+    also = {_FAILED: _FAILED_STYLE} if any(record.status == "failed" for record in data.records) else {}
+    if data.best:
+        label = f"the first of the ranking:\n{format_trials(data.best.trials)}"
+        also[label] = Style(_GREY, line="solid", width=2.4)
+    legend = _build_legend(data, "solid", _DASHED_CONTROL, also)
+    return LineFigure("optimizer step", panels, legend) if panels else None
+
+
+def _build_curve(data: SearchData, curve: Curve, *, is_best: bool) -> Series:
+    """A line, dashed for a control; at its end the family's marker, or none if the trial failed."""
+    record, family = curve.record, data.find_family(curve.record)
+    marker = None if record.status == "failed" else family.marker
+    line: Line = "solid" if record.control_of is None else "dashed"
+    if is_best:
+        style = Style(family.colour, marker, line, width=2.4, size=6)
+    else:
+        style = Style(family.colour, marker, line, width=1.1, size=3.5, opacity=0.55)
+    texts = [f"step {step}: {value:.4g}" for step, value in zip(curve.x, curve.values, strict=True)]
+    return _build_trial_series(data, record, curve.x, curve.values, texts, style)
+
+
+def _build_history(data: SearchData) -> LineFigure | None:
+    """Results in the order they came, and the best so far."""
+    ended = {objective.metric: data.list_ended_trials(objective) for objective in data.objectives}
+    ended = {metric: trials for metric, trials in ended.items() if trials}
+    if not ended:
+        return None
+    unit, scale = _choose_time_unit(max(one.seconds for trials in ended.values() for one in trials))
+    panels = []
+    for metric, trials in ended.items():
+        times, bests = [one.seconds / scale for one in trials], [one.best for one in trials]
+        series = [Series(times, bests, _BEST_SO_FAR_STYLE, _BEST_SO_FAR, stepped=True)]
+        for time, one in zip(times, trials, strict=True):
+            style = _build_marker_style(data, one.record, size=6)
+            texts = [f"{one.value:.4g}"]
+            series.append(_build_trial_series(data, one.record, [time], [one.value], texts, style))
+        panels.append(_build_panel(metric, "of trials as they ended", series))
+    legend = _build_legend(data, "none", _HOLLOW_CONTROL, {_BEST_SO_FAR: _BEST_SO_FAR_STYLE})
+    return LineFigure(f"{unit} since the search began", panels, legend)
+
+
+def _build_parallel(data: SearchData) -> ParallelFigure | None:
+    """Which fields went with which results."""
+    axes = build_parallel_axes(data)
+    title = f"{len(data.ranked_points)} points: the darker, the higher in the ranking"
+    return ParallelFigure(title, axes) if axes else None
+
+
+def _build_importance(data: SearchData) -> BarFigure | None:
+    """Which fields the objectives depended on."""
+    panels = []
+    for metric, importance in data.importances.items():
+        title, fields = f"What {format_metric_name(metric)} depended on", importance.shown_fields
+        names = [data.field_names[field] for field in fields]
+        shares, errors = ([values[f] for f in fields] for values in (importance.shares, importance.errors))
+        panels.append(BarPanel(title, importance.explanation, names, shares, errors))
+    return BarFigure(panels) if panels else None
+
+
+def _build_frontier(data: SearchData) -> LineFigure | None:
+    """What was gained at which divergence, and the frontier of each family of losses."""
+    kl = data.kl_metric
+    if kl is None:
+        return None
+    panels = []
+    for metric in _FRONTIER_METRICS:
+        series: list[Series] = []
+        points: dict[LossFamily, list[tuple[float, float]]] = {}
+        for curve in data.collect_curves(metric, over=kl):
+            rows = list(zip(curve.steps, curve.x, curve.values, strict=True))
+            texts = [f"step {step}\nKL {x:.3g}: {y:.4g}" for step, x, y in rows]
+            style = _build_marker_style(data, curve.record, size=4, opacity=0.35)
+            series.append(_build_trial_series(data, curve.record, curve.x, curve.values, texts, style))
+            points.setdefault(data.find_family(curve.record), []).extend((x, y) for _, x, y in rows)
+        for family, pairs in points.items():
+            x, y = zip(*compute_frontier(pairs), strict=True)
+            style = Style(family.colour, line="solid", width=1.8)
+            series.append(Series(x, y, style, family.label, stepped=True))
+        if series:
+            panels.append(_build_panel(metric, "against divergence; lines: the best of each loss", series))
+    legend = _build_legend(data, "solid", _HOLLOW_CONTROL, {})
+    return LineFigure(f"{format_metric_name(kl)} (nats per response)", panels, legend) if panels else None
+
+
+def _build_marker_style(data: SearchData, record: TrialRecord, size: float, opacity: float = 1.0) -> Style:
+    """The marker of the trial's family, hollow for a control."""
+    family, hollow = data.find_family(record), record.control_of is not None
+    return Style(family.colour, family.marker, size=size, opacity=opacity, hollow=hollow)
+
+
+def _build_trial_series(
+    data: SearchData,
+    record: TrialRecord,
+    x: Sequence[float],
+    y: Sequence[float],
+    texts: Sequence[str],
+    style: Style,
+) -> Series:
+    """Points of one trial; `texts` have what is hovered over each beside the trial's description."""
+    fields = [(name, field) for field, name in data.field_names.items() if field in record.point]
+    about = f"trial {record.number}" + (f", control of {record.control_of}" if record.control_of else "")
+    about += "".join(f"\n{name} {format_value(record.point[field])}" for name, field in fields)
+    return Series(x, y, style, data.find_family(record).label, [f"{about}\n{text}" for text in texts])
+
+
+def _build_panel(metric: str, about: str, series: Sequence[Series]) -> Panel:
+    name = format_metric_name(metric)
+    return Panel(f"{name[:1].upper()}{name[1:]} {about}", name, series)
+
+
+def _build_legend(
+    data: SearchData, line: Line, control: Style, also: Mapping[str, Style]
+) -> dict[str, Style]:
+    """Styles of the families, of controls if there are any, and `also`; a single one needs no legend."""
+    families = data.families.values()
+    legend = {family.label: Style(family.colour, family.marker, line) for family in families}
+    if any(record.control_of is not None for record in data.records):
+        legend["control"] = control
+    legend |= also
+    return legend if len(legend) > 1 else {}
+
+
+def _choose_time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit to show so long a time in, and its seconds."""
+    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds > 2 * length:
+            return unit, length
+    return "seconds", 1.0
