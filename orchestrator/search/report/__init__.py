@@ -1,1 +1,1 @@
-"""What a search found, for a person: ranking, tables and pictures."""
+"""Reports of a search for people: ranking, tables and figures."""

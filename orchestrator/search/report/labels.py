@@ -1,4 +1,4 @@
-"""A search's points as a person reads them: which fields vary, by short names, with short values."""
+"""Labels of a search's points, metrics and trials: the fields that vary, their short names and values."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,20 +9,20 @@ from orchestrator.search.journal import TrialRecord
 KL = "eval/kl/"
 FAMILY, BETA = "loss.preset", "loss.beta"
 ABSENT = "–"
-_DECADES = 20.0  # largest over smallest, from which an axis is logarithmic
-_ALIASES = {"learning_rate": "lr"}  # by which everybody knows it
-_SILENT = ("preset", "type", "use")  # last parts of a field that say less than what they are of
+_LOG_RATIO = 20.0  # largest over smallest number, from which a scale is logarithmic
+_ALIASES = {"learning_rate": "lr"}  # the usual abbreviation
+_SILENT = ("preset", "type", "use")  # last parts of a field that say less than the part before them
 
 
 def find_varied_fields(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Fields of which not all points have the same value, as drawn; absent is a value."""
+    """Return the fields whose values differ between the points as drawn; absence is a value."""
     points = list(points)
     fields = dict.fromkeys(field for point in points for field in point)
     return [field for field in fields if len({repr(point.get(field, ABSENT)) for point in points}) > 1]
 
 
 def flatten_point(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field on its own, those of a stage that was set as a whole too."""
+    """Return every field by its dotted name, also those of a section that was set as a whole."""
     fields: dict[str, Any] = {}
     for field, value in point.items():
         if isinstance(value, Mapping):
@@ -33,35 +33,39 @@ def flatten_point(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_shown_fields(records: Iterable[TrialRecord]) -> list[str]:
-    """Fields that a search's points differ in, and in which loss and beta controls differ from them."""
+    """Return the fields that a search's points differ in, or controls from them in loss and beta."""
     records = list(records)
     fields = find_varied_fields(
         flatten_point(record.point) for record in records if record.control_of is None
     )
-    apart = find_varied_fields(flatten_point(record.point) for record in records)
-    return [field for field in (FAMILY, BETA) if field in apart and field not in fields] + fields
+    varied = find_varied_fields(flatten_point(record.point) for record in records)
+    return [field for field in (FAMILY, BETA) if field in varied and field not in fields] + fields
 
 
 def shorten_field_names(fields: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted field, or as many parts as tell it from the others.
+    """Shorten each dotted field to its last part, or to as many parts as distinguish it from the others.
 
     `loss.dispersion.type` is `dispersion`, `references.use` is `references`, `loss.preset` is `loss`.
     """
     parts = {field: _drop_silent_part(field.split(".")) for field in fields}
     names = {}
-    for field, own in parts.items():
+    for field, path in parts.items():
         others = [other for name, other in parts.items() if name != field]
         length = next(
-            (n for n in range(1, len(own)) if len(own[-n]) > 2 and all(own[-n:] != o[-n:] for o in others)),
-            len(own),
+            (
+                n
+                for n in range(1, len(path))
+                if len(path[-n]) > 2 and all(path[-n:] != o[-n:] for o in others)
+            ),
+            len(path),
         )
-        name = ".".join(own[-length:])
+        name = ".".join(path[-length:])
         names[field] = _ALIASES.get(name, name)
     return names
 
 
 def format_value(value: Any) -> str:
-    """A drawn value, short: 1e-6, base+sft, none."""
+    """Format a drawn value shortly: 1e-6, base+sft, none."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -76,7 +80,7 @@ def format_value(value: Any) -> str:
 
 
 def describe_point(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The fields of `names` that do something in a point: `gdpo, beta 0.2, lr 5e-6`."""
+    """Describe a point by its fields in `names` that are set: `gdpo, beta 0.2, lr 5e-6`."""
     values = flatten_point(point)
     items = [(field, name, format_value(values.get(field))) for field, name in names.items()]
     items = [item for item in items if item[2] != format_value(None)]
@@ -84,17 +88,17 @@ def describe_point(point: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a drawn value lies on a scale; yes and no do not."""
+    """Whether a drawn value lies on a scale of numbers; booleans do not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def spans_decades(values: Sequence[float]) -> bool:
-    """Whether numbers span more than a linear axis can show."""
-    return min(values) > 0 and max(values) / min(values) >= _DECADES
+    """Whether numbers span more than a linear scale can show."""
+    return min(values) > 0 and max(values) / min(values) >= _LOG_RATIO
 
 
 def format_metric_name(metric: str) -> str:
-    """`accuracy`, `KL to base`, `margin at KL` for a metric's key."""
+    """Format a metric's key for people: `accuracy`, `KL to base`, `margin at KL`."""
     if metric.startswith(KL):
         return f"KL to {metric.removeprefix(KL)}"
     name = metric.removeprefix("eval/").replace("_", " ")
@@ -102,18 +106,18 @@ def format_metric_name(metric: str) -> str:
 
 
 def loss_family(record: TrialRecord) -> str:
-    """The loss that a trial drew; searches that draw none have one family."""
+    """Return the loss that a trial drew; the trials of a search that draws none are one family."""
     return str(record.point.get(FAMILY, "the run file's loss"))
 
 
 def read_result(record: TrialRecord, metric: str) -> float | None:
-    """What a trial that ended gave for a metric; None for one that failed or gave nothing finite."""
+    """Return the metric of a trial that ended; None if the trial failed or the value is not finite."""
     value = record.result.get(metric) if record.status in ("finished", "stopped") else None
     return value if value is not None and math.isfinite(value) else None
 
 
 def format_trial_numbers(records: Iterable[TrialRecord]) -> str:
-    """Trial numbers, runs of them joined: `4–6`, `4, 9`."""
+    """Format trial numbers, consecutive ones as a range: `4–6`, `4, 9`."""
     spans: list[list[int]] = []
     for number in sorted(record.number for record in records):
         if spans and number == spans[-1][1] + 1:
@@ -124,14 +128,14 @@ def format_trial_numbers(records: Iterable[TrialRecord]) -> str:
 
 
 def format_trials(records: Sequence[TrialRecord]) -> str:
-    """`trial 4`, `trials 4–6`."""
+    """Format trials by number: `trial 4`, `trials 4–6`."""
     return f"trial{'s' if len(records) > 1 else ''} {format_trial_numbers(records)}"
 
 
 def find_kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str | None:
-    """The key of the policy's divergence from `primary`, if any trial measured it.
+    """Return the key of the policy's divergence from `primary`, if any trial measured it.
 
-    Without `primary` it is the one reference that was measured, or None where there are several.
+    Without `primary` it is that of the only reference measured, or None if there are several.
     """
     measured = {key for record in records for key in record.result if key.startswith(KL)}
     if primary is not None:

@@ -1,4 +1,4 @@
-"""A search's results for a person: ranked with confidence, compared with controls, failures with reasons."""
+"""A search's results: points ranked, with confidence intervals, and compared with their controls."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ ACCURACY = "eval/accuracy"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` trials with the half-width of its 95 % interval, where one can be given."""
+    """A mean over `count` trials and the half-width of its 95 % interval, None where it is not known."""
 
     mean: float
     half_width: float | None
@@ -29,10 +29,10 @@ class RankedPoint:
     """One point, or one control, with all its repeats.
 
     Attributes:
-        rank: from 1; None where no repeat gave every objective.
+        rank: from 1; None if an objective has no value from any repeat.
         trials: its repeats.
-        estimates: by metric; those that at least one repeat gave.
-        front: with several objectives, whether no other point is better in all of them.
+        estimates: by metric; those that at least one repeat measured.
+        front: with several objectives, whether it is on the Pareto front: no other point dominates it.
     """
 
     rank: int | None
@@ -42,23 +42,23 @@ class RankedPoint:
 
     @property
     def point(self) -> Mapping[str, Any]:
-        """The fields it drew."""
+        """The fields that the point drew."""
         return self.trials[0].point
 
     @property
     def point_id(self) -> int:
-        """The number of its first trial."""
+        """The number of the point's first trial."""
         return self.trials[0].point_id
 
     @property
     def control_of(self) -> int | None:
-        """The point whose control it is."""
+        """The point whose control this is, or None."""
         return self.trials[0].control_of
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A point less its control, by objective; `paired` when the interval is over seeds that both have."""
+    """A point minus its control, by objective; `paired` if the interval is over seeds that both have."""
 
     point: RankedPoint
     control: RankedPoint
@@ -66,15 +66,12 @@ class Difference:
     paired: bool
 
 
-# ---------------------------------------------------------------- ranking
-
-
 def rank_points(records: Sequence[TrialRecord], objectives: "Sequence[Objective]") -> list[RankedPoint]:
-    """Points and controls, best first by the mean of the first objective over the repeats that gave one.
+    """Rank points and controls, best first, by the mean of the first objective over repeats with a result.
 
-    The interval of a mean is Student's t over the repeats; the one trial of a point has its own interval of
-    `eval/accuracy` over the held-out pairs, and none for other metrics. With several objectives those that
-    no other is better than in all come first. Points without a result come last, without a rank.
+    The interval of a mean is Student's t over the repeats; a point with one trial has that trial's interval
+    of `eval/accuracy` over the held-out pairs, and none for other metrics. With several objectives the points
+    on the Pareto front come first. Points without a result come last, without a rank.
     """
     grouped: dict[int, list[TrialRecord]] = {}
     for record in sorted(records, key=lambda record: record.number):
@@ -82,7 +79,11 @@ def rank_points(records: Sequence[TrialRecord], objectives: "Sequence[Objective]
     candidates = [RankedPoint(None, tuple(trials), _estimate_metrics(trials)) for trials in grouped.values()]
     complete = [one for one in candidates if all(o.metric in one.estimates for o in objectives)]
     scores = {one.point_id: _objective_scores(one, objectives) for one in complete}
-    front = {key for key, own in scores.items() if not any(_is_dominating(o, own) for o in scores.values())}
+    front = {
+        point_id
+        for point_id, own in scores.items()
+        if not any(_is_dominating(other, own) for other in scores.values())
+    }
     several = len(objectives) > 1
     ordered = sorted(
         complete, key=lambda one: (several and one.point_id not in front, -scores[one.point_id][0])
@@ -99,9 +100,9 @@ def compare_with_controls(
     objectives: "Sequence[Objective]",
     control: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
 ) -> list[Difference]:
-    """What each point has gained over its control, in the order of the ranking.
+    """Compare each point with its control, in the order of the ranking.
 
-    `control` gives the fields of a point's control, so that one control can serve many points; without it
+    `control` returns the fields of a point's control, so that one control can serve many points; without it
     a control serves the point that it was entered for.
     """
     found = []
@@ -128,10 +129,10 @@ def _find_control(
 
 
 def _estimate_difference(one: RankedPoint, control: RankedPoint, metric: str) -> Estimate:
-    """Over the seeds that both have; with fewer than two of them, of the means.
+    """Estimate the difference over the seeds that both have, or of the means with fewer than two of them.
 
-    The latter's interval adds both in squares: too wide where the same held-out pairs are easy for both,
-    never too narrow.
+    The interval of the latter is the root of the sum of both squared: too wide where the same held-out pairs
+    are easy for both, never too narrow.
     """
     ours, theirs = _values_by_repeat(one, metric), _values_by_repeat(control, metric)
     common = sorted(ours.keys() & theirs.keys())
@@ -154,10 +155,10 @@ def _estimate_metrics(trials: Sequence[TrialRecord]) -> dict[str, Estimate]:
         values = [value for trial in trials if (value := read_result(trial, metric)) is not None]
         if values:
             found[metric] = _estimate_mean(values)
-    alone = found.get(ACCURACY)
-    if alone is not None and alone.count == 1:
-        own = next(t for t in trials if read_result(t, ACCURACY) is not None).result
-        found[ACCURACY] = Estimate(alone.mean, own.get(f"{ACCURACY}_interval"), 1)
+    accuracy = found.get(ACCURACY)
+    if accuracy is not None and accuracy.count == 1:
+        result = next(t for t in trials if read_result(t, ACCURACY) is not None).result
+        found[ACCURACY] = Estimate(accuracy.mean, result.get(f"{ACCURACY}_interval"), 1)
     return found
 
 
@@ -172,18 +173,9 @@ def _estimate_mean(values: Sequence[float]) -> Estimate:
 
 
 def _objective_scores(one: RankedPoint, objectives: "Sequence[Objective]") -> tuple[float, ...]:
-    """Means, turned so that more is better."""
+    """Return the means of the objectives, negated where less is better."""
     return tuple(one.estimates[o.metric].mean * (1 if o.mode == "max" else -1) for o in objectives)
 
 
 def _is_dominating(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-
-# ---------------------------------------------------------------- tables
-
-
-# ---------------------------------------------------------------- files
-
-
-# ---------------------------------------------------------------- cells

@@ -1,4 +1,4 @@
-"""Tables of a search: ranking, differences to controls, failures, and the live view."""
+"""Tables of a search: ranking, differences from controls, failures, and the live view."""
 
 import math
 from collections import Counter
@@ -34,20 +34,10 @@ from orchestrator.search.report.ranking import (
 if TYPE_CHECKING:
     from orchestrator.config.sweep import Objective
 
-
 WIDTH = 80
-
-
-_BEST = "bold"
-
-
-_CONTROL = "dim"
-
-
-_TOLD = ("steps", "status")  # below the table where they are the same for all
-
-
-_POINT = 20  # characters; less cannot be read
+_BEST, _CONTROL = "bold", "dim"
+_SHARED = ("steps", "status")  # columns that become a note below the table if all their cells are the same
+_MIN_POINT_WIDTH = 20  # characters
 
 
 def build_summary(
@@ -59,7 +49,7 @@ def build_summary(
     width: int = WIDTH,
     rows: int | None = None,
 ) -> Group:
-    """All that is said at a search's end: ranking, differences to controls, failures."""
+    """Build the tables for a search's end: ranking, differences from controls, failures."""
     ranked = rank_points(records, objectives)
     parts: list[Table | Text] = [
         build_ranking_table(ranked, objectives, primary=primary, width=width, rows=rows)
@@ -81,16 +71,16 @@ def build_ranking_table(
     width: int = WIDTH,
     rows: int | None = None,
 ) -> Table:
-    """The ranking, best first; at most `rows` of it.
+    """Build the table of the ranking, best first, of at most `rows` rows.
 
-    Every field that varies has a column of its own if all fit in `width` characters, else they share one.
+    Every field that varies has its own column if all fit in `width` characters, else they share one.
     `primary` names the reference whose KL is shown if it was measured.
     """
-    wide = _build_table(ranked, objectives, primary, rows, apart=True)
+    wide = _build_table(ranked, objectives, primary, rows, one_column=False)
     console = Console(width=10_000)
     if console.measure(wide).maximum <= width:
         return wide
-    return _build_table(ranked, objectives, primary, rows, apart=False)
+    return _build_table(ranked, objectives, primary, rows, one_column=True)
 
 
 def _build_table(
@@ -99,73 +89,81 @@ def _build_table(
     primary: str | None,
     rows: int | None,
     *,
-    apart: bool,
+    one_column: bool,
 ) -> Table:
     metrics = _list_metrics(ranked, objectives, primary)
+    columns = _build_columns(ranked, metrics, one_column=one_column)
+    same = {name: cells[0] for name, cells in columns.items() if name in _SHARED and len(set(cells)) == 1}
+    table = _new_table("Result of the search", _build_footnotes(ranked, rows, same))
+    right = {"rank", "control of", "steps", *map(format_metric_name, metrics)}
+    shown = {name: cells for name, cells in columns.items() if name not in same}
+    for name in shown:
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        table.add_column(
+            Text(name),
+            justify=justify,
+            no_wrap=not one_column or name in right,
+            min_width=_MIN_POINT_WIDTH if name == "point" else None,
+        )
+    for row, one in enumerate(ranked[:rows]):
+        style = _CONTROL if one.control_of is not None else _BEST if one.rank == 1 or one.front else ""
+        # Text, since "[a]" in a plain string would be markup.
+        table.add_row(*(Text(cells[row]) for cells in shown.values()), style=style)
+    return table
+
+
+def _build_columns(
+    ranked: Sequence[RankedPoint], metrics: Sequence[str], *, one_column: bool
+) -> dict[str, list[str]]:
+    """Build the ranking's columns by heading, with the fields that vary in one column or in one each."""
     names = shorten_field_names(list_shown_fields(trial for one in ranked for trial in one.trials))
     columns = {
         "rank": [_format_rank(one) for one in ranked],
         "trials": [format_trial_numbers(one.trials) for one in ranked],
     }
-    if apart:
+    if one_column:
+        columns["point"] = [_describe_ranked(one, names) for one in ranked]
+    else:
         if any(one.control_of is not None for one in ranked):
             columns["control of"] = [str(one.control_of or "") for one in ranked]
         columns |= {name: [_format_field(one, field) for one in ranked] for field, name in names.items()}
-    else:
-        columns["point"] = [_describe_ranked(one, names) for one in ranked]
     estimates = {metric: [one.estimates.get(metric) for one in ranked] for metric in metrics}
     columns |= {format_metric_name(metric): _format_estimates(column) for metric, column in estimates.items()}
-    columns |= {
+    return columns | {
         "steps": [_format_steps(one) for one in ranked],
         "status": [_format_status(one) for one in ranked],
     }
-    same = {name: cells[0] for name, cells in columns.items() if name in _TOLD and len(set(cells)) == 1}
-    made = _new_table("Result of the search", _build_footnotes(ranked, rows, same))
-    right = {"rank", "control of", "steps", *map(format_metric_name, metrics)}
-    kept = {name: cells for name, cells in columns.items() if name not in same}
-    for name in kept:
-        justify: Literal["left", "right"] = "right" if name in right else "left"
-        made.add_column(
-            Text(name),
-            justify=justify,
-            no_wrap=apart or name in right,
-            min_width=_POINT if name == "point" else None,
-        )
-    for row, one in enumerate(ranked[:rows]):
-        style = _CONTROL if one.control_of is not None else _BEST if one.rank == 1 or one.front else ""
-        made.add_row(*(Text(cells[row]) for cells in kept.values()), style=style)  # Text: "[a]" is no markup
-    return made
 
 
 def build_difference_table(compared: Sequence[Difference], objectives: "Sequence[Objective]") -> Table:
-    """Points less their controls; below it how the intervals came about."""
+    """Build the table of points minus their controls; a note says how the intervals are computed."""
     names = shorten_field_names(find_varied_fields(_select_loss_fields(one.point) for one in compared))
     paired = "over the seeds that both have" if all(one.paired for one in compared) else None
     note = paired or "over the seeds that both have; of one seed, from both intervals over held-out pairs"
-    made = _new_table("Point less its control: DPO of matched beta", f"± is a 95 % interval {note}")
-    made.add_column("trials")
-    made.add_column("control")
-    made.add_column("point", overflow="fold")
+    table = _new_table("Point less its control: DPO of matched beta", f"± is a 95 % interval {note}")
+    table.add_column("trials")
+    table.add_column("control")
+    table.add_column("point", overflow="fold")
     for objective in objectives:
-        made.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
+        table.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
     columns = [
         _format_estimates([one.estimates[o.metric] for one in compared], signed=True) for o in objectives
     ]
     for row, one in enumerate(compared):
-        told = [format_trial_numbers(one.point.trials), format_trial_numbers(one.control.trials)]
-        told.append(describe_point(one.point.point, names) or ABSENT)
-        made.add_row(*map(Text, told), *(Text(column[row]) for column in columns))
-    return made
+        cells = [format_trial_numbers(one.point.trials), format_trial_numbers(one.control.trials)]
+        cells.append(describe_point(one.point.point, names) or ABSENT)
+        table.add_row(*map(Text, cells), *(Text(column[row]) for column in columns))
+    return table
 
 
 def build_failure_table(failed: Sequence[TrialRecord]) -> Table:
-    """Trials that failed, each with its reason."""
-    made = _new_table("Failed trials")
-    made.add_column("trial", justify="right")
-    made.add_column("reason", overflow="fold")
+    """Build the table of failed trials with their reasons."""
+    table = _new_table("Failed trials")
+    table.add_column("trial", justify="right")
+    table.add_column("reason", overflow="fold")
     for record in failed:
-        made.add_row(str(record.number), Text(record.reason or "no reason was recorded"))
-    return made
+        table.add_row(str(record.number), Text(record.reason or "no reason was recorded"))
+    return table
 
 
 def build_live_table(
@@ -175,9 +173,9 @@ def build_live_table(
     max_steps: int | None = None,
     rows: int = 20,
 ) -> Table:
-    """A search as it stands: what runs first, then the best of what ended; at most `rows` trials.
+    """Build the live table: running trials first, then the best of those that ended; at most `rows` trials.
 
-    `max_steps` is how far a trial goes when nothing stops it.
+    `max_steps` is the step at which a trial ends if nothing stops it earlier.
     """
     first = objectives[0]
 
@@ -188,23 +186,23 @@ def build_live_table(
 
     shown = sorted(records, key=order)[:rows]
     names = shorten_field_names(list_shown_fields(records))
-    made = _new_table(None, _format_counts(records))
-    made.add_column("trial", justify="right", no_wrap=True)
-    made.add_column("status", no_wrap=True)
-    made.add_column("step", justify="right", no_wrap=True)
+    table = _new_table(None, _format_counts(records))
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
     for objective in objectives:
-        made.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
-    made.add_column("point")
+        table.add_column(Text(format_metric_name(objective.metric)), justify="right", no_wrap=True)
+    table.add_column("point")
     for record in shown:
         step = f"{record.step}/{max_steps}" if max_steps else str(record.step)
         values = [record.result.get(o.metric) for o in objectives]
-        told = [record.name.lstrip("0"), record.status, step]
-        told += [ABSENT if value is None else f"{value:.4g}" for value in values]
+        cells = [record.name.lstrip("0"), record.status, step]
+        cells += [ABSENT if value is None else f"{value:.4g}" for value in values]
         about = f"control of {record.control_of}: " if record.control_of is not None else ""
         about += describe_point(record.point, names)
-        # A line each: the table is drawn over and over.
-        made.add_row(*map(Text, told), Text(about, no_wrap=True, overflow="ellipsis"))
-    return made
+        # One line per trial: the table is redrawn all the time.
+        table.add_row(*map(Text, cells), Text(about, no_wrap=True, overflow="ellipsis"))
+    return table
 
 
 def _new_table(title: str | None, caption: str | None = None) -> Table:
@@ -222,14 +220,14 @@ def _new_table(title: str | None, caption: str | None = None) -> Table:
 def _list_metrics(
     ranked: Sequence[RankedPoint], objectives: "Sequence[Objective]", primary: str | None
 ) -> list[str]:
-    """Objectives, and beside them accuracy and KL where they were measured."""
+    """Return the objectives, and accuracy and KL where they were measured."""
     kl = find_kl_metric((trial for one in ranked for trial in one.trials), primary)
     also = [ACCURACY] if any(ACCURACY in one.estimates for one in ranked) else []
     return list(dict.fromkeys([*(o.metric for o in objectives), *also, *([kl] if kl else [])]))
 
 
 def _format_estimates(estimates: Sequence[Estimate | None], *, signed: bool = False) -> list[str]:
-    """Three digits of the column's largest number, and as many decimals in all its cells."""
+    """Format a column: three digits of its largest number, and as many decimals in all cells."""
     largest = max((abs(one.mean) for one in estimates if one is not None), default=0.0)
     decimals = min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest else 3
     sign = "+" if signed else ""
@@ -260,7 +258,7 @@ def _describe_ranked(one: RankedPoint, names: Mapping[str, str]) -> str:
 
 
 def _format_steps(one: RankedPoint) -> str:
-    """Of the trials that count."""
+    """Format the steps of the trials that count: of a ranked point, those that did not fail."""
     steps = [trial.step for trial in one.trials if one.rank is None or trial.status != "failed"]
     return str(min(steps)) if min(steps) == max(steps) else f"{min(steps)}–{max(steps)}"
 
