@@ -1,1 +1,1 @@
-"""Where runs are kept: a folder that all nodes share, or an object store by URI."""
+"""Storage of runs: a folder that all nodes share, or an object store by URI."""

@@ -1,7 +1,8 @@
-"""One process at a time trains a run: a lock beside its folder, or a sign of life on an object store.
+"""One process at a time trains a run: a lock file beside its folder, or a lease on an object store.
 
-A lock goes with its process. An object store knows no locks, so there the process signs again and again:
-who finds another's sign waits whether it changes, and who has signed looks whether the sign stayed its own.
+The operating system releases a lock when its process ends. Object stores have no locks, so the owner of a
+run writes a lease file there and renews it periodically. A process that finds another's lease waits to see
+whether it is renewed; a process that has written its own reads it back to check that no other replaced it.
 """
 
 import contextlib
@@ -26,19 +27,19 @@ from preferences import buckets
 log = logging.getLogger(__name__)
 
 LEASE_FILE = ".held.json"
-"""The sign's name in the run's folder on an object store."""
+"""The lease's file name in the run's folder on an object store."""
 _RENEW_S = 5.0
-_EXPIRY_S = 120.0  # clients try for up to a minute before they say that a store does not answer
-_SETTLE_S = 2.0  # within which another who saw no sign either has signed
+_EXPIRY_S = 120.0  # clients retry for up to a minute before they report that a store does not answer
+_SETTLE_S = 2.0  # within which another process that saw no lease either has written its own
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Inside, this process has the run; the lock goes with the process, however it ends.
+    """Lock a run's folder for this process inside the block; the lock ends with the process in any case.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process has locked it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -53,24 +54,26 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 class RunLease:
-    """This process's claim to a run on an object store.
+    """This process's lease of a run on an object store.
 
     Args:
         store: the object store.
         folder: the run's folder there.
-        shown: the run's place, as a person is told.
+        place: the run's location as messages show it, without credentials.
     """
 
-    def __init__(self, store: pafs.FileSystem, folder: str, shown: str) -> None:
-        self._store, self._path, self._place = store, f"{folder}/{LEASE_FILE}", shown
+    def __init__(self, store: pafs.FileSystem, folder: str, place: str) -> None:
+        self._store, self._path, self._place = store, f"{folder}/{LEASE_FILE}", place
         self._owner = {"id": uuid.uuid4().hex, "where": _identify_machine(), "pid": os.getpid()}
         self._loss_message: str | None = None
 
     def acquire(self) -> None:
-        """Sign, unless another does; after a process that was killed elsewhere this waits for two minutes.
+        """Write the lease, unless another process renews one.
+
+        Where the lease of a process that was killed on another machine is left, this waits for two minutes.
 
         Raises:
-            UsageError: another process trains the run.
+            UsageError: another process is training the run.
             OSError, ArrowException: the store does not answer.
         """
         self._wait_for_expiry()
@@ -80,43 +83,46 @@ class RunLease:
         self._refuse_other_owner()
 
     def _refuse_other_owner(self) -> None:
-        seen = self._read_lease()
-        if seen is None or seen["id"] != self._owner["id"]:
-            raise UsageError(_format_refusal(self._place, _describe_owner(seen)))
+        lease = self._read_lease()
+        if lease is None or lease["id"] != self._owner["id"]:
+            raise UsageError(_format_refusal(self._place, _describe_owner(lease)))
 
     def _wait_for_expiry(self) -> None:
-        """Wait until another's sign of life is old, unless its process is known to be gone."""
-        seen = self._read_lease()
-        if seen is None or _is_owner_gone(seen):
+        """Wait until another's lease has expired, unless its process is known to have ended."""
+        found = self._read_lease()
+        if found is None or _is_owner_gone(found):
             return
-        give_up, told = time.monotonic() + _EXPIRY_S, time.monotonic() + 2 * _RENEW_S
-        while time.monotonic() < give_up:
+        expires_at, warn_at = time.monotonic() + _EXPIRY_S, time.monotonic() + 2 * _RENEW_S
+        while time.monotonic() < expires_at:
             time.sleep(1)
-            now = self._read_lease()
-            if now is None:
+            current = self._read_lease()
+            if current is None:
                 return
-            if now != seen:
-                raise UsageError(_format_refusal(self._place, _describe_owner(now)))
-            if time.monotonic() >= told:
-                told = give_up
+            if current != found:
+                raise UsageError(_format_refusal(self._place, _describe_owner(current)))
+            if time.monotonic() >= warn_at:
+                warn_at = expires_at
                 log.warning(
-                    "%s was being trained by %s, which has not signed since; after %.0f s it counts as gone",
+                    "%s was being trained by %s, which has not renewed its lease since; after "
+                    "%.0f s it counts as gone",
                     self._place,
-                    _describe_owner(seen),
+                    _describe_owner(found),
                     _EXPIRY_S,
                 )
 
     @contextlib.contextmanager
     def keep_renewed(self) -> Iterator[None]:
-        """Inside, the sign is renewed; at the end it goes.
+        """Renew the lease inside the block and delete it at the end.
 
         Raises:
-            RunFailed: another process has taken the run meanwhile; entered in the main thread, this ends
-                what runs inside at once.
+            RunFailed: another process has taken the run meanwhile. Entered in the main thread, the block is
+                interrupted at once.
         """
         stop = threading.Event()
-        interrupts = threading.current_thread() is threading.main_thread()
-        thread = threading.Thread(target=self._renew_until, args=(stop, interrupts), name="hold", daemon=True)
+        interrupt_main = threading.current_thread() is threading.main_thread()
+        thread = threading.Thread(
+            target=self._renew_until, args=(stop, interrupt_main), name="lease", daemon=True
+        )
         thread.start()
         try:
             try:
@@ -132,43 +138,43 @@ class RunLease:
             with contextlib.suppress(*buckets.STORE_ERRORS):
                 self._release()
 
-    def _renew_until(self, stop: threading.Event, interrupts: bool) -> None:
-        away = False
+    def _renew_until(self, stop: threading.Event, interrupt_main: bool) -> None:
+        unreachable = False
         while not stop.wait(_RENEW_S):
             try:
-                seen = self._read_lease()
-                if seen is not None and seen["id"] == self._owner["id"]:
+                lease = self._read_lease()
+                if lease is not None and lease["id"] == self._owner["id"]:
                     self._write_lease()
-                    away = False
+                    unreachable = False
                     continue
             except buckets.STORE_ERRORS as error:
-                if not away:
+                if not unreachable:
                     log.warning("%s does not answer (%s)", self._place, buckets.describe_error(error))
-                away = True
+                unreachable = True
                 continue
             self._loss_message = (
-                f"{self._place} was taken by {_describe_owner(seen)} while this process was training it, "
+                f"{self._place} was taken by {_describe_owner(lease)} while this process was training it, "
                 "so this one stops"
             )
             log.error(self._loss_message)
-            if interrupts and not stop.is_set():
+            if interrupt_main and not stop.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             return
 
     def _release(self) -> None:
-        seen = self._read_lease()
-        if seen is not None and seen["id"] == self._owner["id"]:
+        lease = self._read_lease()
+        if lease is not None and lease["id"] == self._owner["id"]:
             self._store.delete_file(self._path)
 
     def _read_lease(self) -> dict[str, Any] | None:
         try:
             with self._store.open_input_file(self._path) as file:
-                signed = file.read()
+                content = file.read()
         except FileNotFoundError:
             return None
         try:
-            return dict(json.loads(signed))
-        except ValueError:  # no process of ours wrote that
+            return dict(json.loads(content))
+        except ValueError:  # polyref did not write it
             return None
 
     def _write_lease(self) -> None:
@@ -176,31 +182,31 @@ class RunLease:
             stream.write(json.dumps(self._owner | {"beat": time.time()}).encode())
 
 
-def _format_refusal(place: str, by: str) -> str:
+def _format_refusal(place: str, owner: str) -> str:
     name = place.rpartition("/")[2]
-    return f"run {name!r} in {place} is being trained by {by}; wait for it, or give this run another name"
+    return f"run {name!r} in {place} is being trained by {owner}; wait for it, or give this run another name"
 
 
-def _describe_owner(signed: dict[str, Any] | None) -> str:
-    return "another process" if signed is None else f"process {signed['pid']} on {signed['where'][0]}"
+def _describe_owner(lease: dict[str, Any] | None) -> str:
+    return "another process" if lease is None else f"process {lease['pid']} on {lease['where'][0]}"
 
 
 def _identify_machine() -> list[str]:
-    """What a process id is unique in: the machine since it was started, and the container on it."""
-    container = Path("/proc/self/ns/pid")
+    """Return what a process id is unique in: a machine's host name, its container and its last boot."""
+    namespace = Path("/proc/self/ns/pid")
     return [
         socket.gethostname(),
-        os.readlink(container) if container.is_symlink() else "",
+        os.readlink(namespace) if namespace.is_symlink() else "",
         _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
     ]
 
 
-def _is_owner_gone(signed: dict[str, Any]) -> bool:
-    """Whether a sign is of a process of this very machine that has ended."""
-    if signed["where"] != _identify_machine():
+def _is_owner_gone(lease: dict[str, Any]) -> bool:
+    """Whether a lease belongs to a process of this same machine that has ended."""
+    if lease["where"] != _identify_machine():
         return False
     try:
-        os.kill(signed["pid"], 0)
+        os.kill(lease["pid"], 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -1,7 +1,8 @@
-"""Where runs are kept: a folder that all nodes share, or an object store by URI.
+"""The files of one run: in a folder that all nodes share, or on an object store by URI.
 
-Of a run on an object store every process has a working copy in a local folder, which stands for nothing: it
-is made from the store when the process starts, and what is worth keeping is put there as whole objects.
+For a run on an object store every process has a working copy in a local folder. The store alone is
+authoritative: the copy is made from it when the process starts, and files worth keeping are uploaded to it as
+whole objects.
 """
 
 import contextlib
@@ -23,37 +24,31 @@ from preferences import buckets
 
 log = logging.getLogger(__name__)
 
-_PAUSE_FACTOR = 20  # seconds of copying, of a thread that copies now and then
-
-
-# ---- one storage for all nodes ----
-
-
-# ---- a run's files ----
+_PAUSE_FACTOR = 20  # a periodic copy pauses for at least this many times as long as it took
 
 
 class Mirror:
-    """A run's own files: worked on in `folder`, kept at `home`.
+    """A run's own files: read and written in `folder`, stored at `location`.
 
-    Where `home` is a folder both are the same and nothing is copied, so that callers need not tell.
+    Where `location` is a folder both are the same and nothing is copied: callers need not distinguish.
 
     Args:
-        kept_at: the run's folder, or its URI on an object store; see `home`.
+        location: the run's folder, or its URI on an object store.
         worker: the rank of a worker, None for the command.
     """
 
-    def __init__(self, kept_at: str, *, worker: int | None = None) -> None:
-        self.location, self.folder = kept_at, find_working_folder(kept_at, worker)
+    def __init__(self, location: str, *, worker: int | None = None) -> None:
+        self.location, self.folder = location, find_working_folder(location, worker)
         self._is_worker, self._copy_lock = worker is not None, threading.Lock()
         self._store: pafs.FileSystem | None = None
-        if is_uri(kept_at):
+        if is_uri(location):
             with self.explain_failures():
-                self._store, self._root = buckets.open_bucket(kept_at)
+                self._store, self._root = buckets.open_bucket(location)
                 self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def remote(self) -> bool:
-        """Whether files are kept elsewhere than they are worked on."""
+        """Whether files are stored on an object store, apart from the working folder."""
         return self._store is not None
 
     def __str__(self) -> str:
@@ -61,19 +56,19 @@ class Mirror:
 
     @contextlib.contextmanager
     def explain_failures(self) -> Iterator[None]:
-        """`answering`, but for a worker: it sees the error itself, upon which Ray starts it again."""
+        """Do as `explain_storage_failures`, but not in a worker: Ray restarts it upon the error itself."""
         with contextlib.nullcontext() if self._is_worker else explain_storage_failures(self.location):
             yield
 
     def describe_path(self, *names: str) -> str:
-        """Where something of the run is kept, as a person is told."""
+        """Return where a file of the run is stored, without credentials, for messages."""
         return buckets.join_path(str(self), *names)
 
     def pull(self, *names: str) -> None:
-        """Make files and folders here what is kept; what is not kept goes.
+        """Make files and folders in the working folder equal to the stored ones; delete those not stored.
 
         Raises:
-            RunFailed: the store does not give them; OSError or ArrowException for a worker.
+            RunFailed: they cannot be downloaded; OSError or ArrowException for a worker.
         """
         with self.explain_failures():
             self._pull_names(*names)
@@ -86,10 +81,10 @@ class Mirror:
                 download_path(self._store, f"{self._root}/{name}", self.folder / name)
 
     def push(self, *names: str) -> None:
-        """Keep files and folders as they are here; each file appears whole or not at all.
+        """Store files and folders as they are in the working folder; each file appears whole or not at all.
 
         Raises:
-            RunFailed: the store does not take them; OSError or ArrowException for a worker.
+            RunFailed: they cannot be uploaded; OSError or ArrowException for a worker.
         """
         with self.explain_failures():
             self._push_names(*names)
@@ -103,29 +98,29 @@ class Mirror:
                     upload_path(self.folder / name, self._store, f"{self._root}/{name}")
 
     def list_folders(self, under: str) -> list[str]:
-        """Names of the folders that are kept under a folder, sorted."""
+        """Return the names of the stored folders inside a folder, sorted."""
         if self._store is None:
             return sorted(path.name for path in (self.folder / under).glob("*/"))
         with self.explain_failures():
-            found = self._store.get_file_info(
+            entries = self._store.get_file_info(
                 pafs.FileSelector(f"{self._root}/{under}", allow_not_found=True)
             )
-        return sorted(entry.base_name for entry in found if entry.type == pafs.FileType.Directory)
+        return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
 
     @contextlib.contextmanager
     def fetch_folder(self, name: str) -> Iterator[Path]:
-        """A folder that is kept, for reading: itself, or a copy that goes afterwards."""
+        """Yield a stored folder for reading: itself, or a copy that is deleted afterwards."""
         if self._store is None:
             yield self.folder / name
             return
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetched-") as room:
-            copy = Path(room) / Path(name).name
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetched-") as parent:
+            copy = Path(parent) / Path(name).name
             with self.explain_failures():
                 download_path(self._store, f"{self._root}/{name}", copy)
             yield copy
 
     def remove_run(self) -> None:
-        """Forget the run: all that is kept of it, and the working copy. It stays held by who holds it."""
+        """Delete the run's stored files and the working copy, but not its lease."""
         with self.explain_failures():
             if self._store is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -136,14 +131,14 @@ class Mirror:
                     elif entry.base_name != LEASE_FILE:
                         self._store.delete_file(entry.path)
             elif self.folder.exists():
-                doomed = self.folder.with_name(f".{self.folder.name}.removed")
-                shutil.rmtree(doomed, ignore_errors=True)
-                self.folder.rename(doomed)
-                shutil.rmtree(doomed)
+                removed = self.folder.with_name(f".{self.folder.name}.removed")
+                shutil.rmtree(removed, ignore_errors=True)
+                self.folder.rename(removed)
+                shutil.rmtree(removed)
 
     @contextlib.contextmanager
     def write_probe(self) -> Iterator[str]:
-        """`beacon` in the run's folder; those go that a command left there when it was killed."""
+        """Delete probes that killed commands left in the run's folder, and write one as `probe.write_probe`."""
         with self.explain_failures():
             if self._store is None:
                 for old in self.folder.glob(f"{PROBE_PREFIX}*"):
@@ -154,30 +149,30 @@ class Mirror:
                         self._store.delete_file(entry.path)
         with contextlib.ExitStack() as stack:
             with self.explain_failures():
-                seen = stack.enter_context(write_probe(self.location))
-            yield seen
+                probe = stack.enter_context(write_probe(self.location))
+            yield probe
 
     def discard_copy(self) -> None:
-        """The working copy goes, where there is one, with whatever was not pushed."""
+        """Delete the working copy, where there is one, with whatever was not pushed."""
         if self.remote:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def push_periodically(self, *names: str, every_s: float = 15.0) -> Iterator[None]:
-        """Inside, files are kept again and again while they grow; a store that is away only delays that."""
+        """Push growing files periodically inside the block; an unreachable store only delays that."""
         with self._run_periodically(every_s, lambda: self._push_names(*names)):
             yield
 
     @contextlib.contextmanager
     def pull_periodically(self, *names: str, every_s: float = 10.0) -> Iterator[None]:
-        """Inside, files here follow what is kept; at the end they are as it is."""
+        """Pull files periodically inside the block, and once more at its end."""
         with self._run_periodically(every_s, lambda: self._pull_names(*names)):
             yield
         self.pull(*names)
 
     @contextlib.contextmanager
     def hold_lease(self) -> Iterator[None]:
-        """Hold the run for this process; see `hold`.
+        """Reserve the run for this process inside the block; see `lease`.
 
         Raises:
             UsageError: another process is training this run.
@@ -188,9 +183,9 @@ class Mirror:
                 if self._store is None:
                     stack.enter_context(lock_folder(self.folder))
                 else:
-                    mine = RunLease(self._store, self._root, str(self))
-                    mine.acquire()
-                    stack.enter_context(mine.keep_renewed())
+                    lease = RunLease(self._store, self._root, str(self))
+                    lease.acquire()
+                    stack.enter_context(lease.keep_renewed())
             yield
 
     @contextlib.contextmanager
@@ -209,16 +204,16 @@ class Mirror:
 
 
 def _repeat_action(action: Callable[[], None], seconds: float, stop: threading.Event, place: str) -> None:
-    away, pause = False, seconds
+    unreachable, pause = False, seconds
     while not stop.wait(pause):
         began = time.monotonic()
         try:
             action()
-            away = False
+            unreachable = False
         except buckets.STORE_ERRORS as error:
-            if not away:
-                log.warning(
-                    "%s does not answer (%s); it is tried again", place, buckets.describe_error(error)
-                )
-            away = True
-        pause = max(seconds, _PAUSE_FACTOR * (time.monotonic() - began))  # files grow, and so does the time
+            if not unreachable:
+                log.warning("%s does not answer (%s); retrying", place, buckets.describe_error(error))
+            unreachable = True
+        pause = max(
+            seconds, _PAUSE_FACTOR * (time.monotonic() - began)
+        )  # files grow, and so does the time a copy takes

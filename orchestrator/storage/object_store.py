@@ -11,25 +11,23 @@ import pyarrow.fs as pafs
 from preferences import buckets
 
 _CHUNK_BYTES = 64 * 2**20
-
-
 _LOCAL = pafs.LocalFileSystem()
 
 
-def ray_storage_arguments(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
-    """Ray Train's `storage_filesystem` and `storage_path` of a run's checkpoints.
+def ray_storage_arguments(location: str) -> tuple[pafs.FileSystem | None, str]:
+    """Return Ray Train's `storage_filesystem` and `storage_path` for a run's checkpoints.
 
-    Ray's own processes do not get the keys that the command has in its environment, so the filesystem takes
-    them along; it crosses processes in memory and is never written.
+    Ray's own processes do not get the keys from the command's environment, so the filesystem carries them; it
+    is sent between processes in memory and never written to disk.
     """
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    where = urlsplit(kept_at)
-    if where.scheme != "s3" or "@" in where.netloc or not key or not secret:
-        return None, kept_at
-    store, path = buckets.open_bucket(kept_at)
-    named = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-    options = {"endpoint_override": named.netloc, "scheme": named.scheme} if named.netloc else {}
-    options |= {k: v for k, v in parse_qsl(where.query) if k in ("endpoint_override", "scheme")}
+    parts = urlsplit(location)
+    if parts.scheme != "s3" or "@" in parts.netloc or not key or not secret:
+        return None, location
+    store, path = buckets.open_bucket(location)
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    options = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
+    options |= {k: v for k, v in parse_qsl(parts.query) if k in ("endpoint_override", "scheme")}
     session = os.environ.get("AWS_SESSION_TOKEN")
     return (
         pafs.S3FileSystem(
@@ -40,7 +38,7 @@ def ray_storage_arguments(kept_at: str) -> tuple[pafs.FileSystem | None, str]:
 
 
 def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
-    """Replace `target` with a copy of the file or folder kept at `path`; without one it goes."""
+    """Replace `target` with a copy of the file or folder stored at `path`; delete it if there is none."""
     kind = store.get_file_info(path).type
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,18 +59,19 @@ def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
 
 
 def upload_path(source: Path, store: pafs.FileSystem, path: str) -> None:
-    """Keep a file or a folder; what a folder held before and no longer holds goes after the rest is there."""
+    """Upload a file or a folder; then delete what the stored folder contains and the local one does not."""
     pafs.copy_files(  # one thread: Arrow's parallel uploads may block each other
         str(source), path, source_filesystem=_LOCAL, destination_filesystem=store, use_threads=False
     )
     if source.is_dir():
-        here = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+        local_files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
         for entry in store.get_file_info(pafs.FileSelector(path, recursive=True)):
-            if entry.is_file and os.path.relpath(entry.path, path) not in here:
+            if entry.is_file and os.path.relpath(entry.path, path) not in local_files:
                 store.delete_file(entry.path)
 
 
 def remove_path(path: Path) -> None:
+    """Delete a file, if it exists, or a folder with its contents."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""Folders and URIs that runs are kept at."""
+"""Folders and URIs that runs are stored at."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,18 @@ from preferences import buckets
 
 
 def is_uri(place: str) -> bool:
-    """Whether a `storage_path` is an object store's URI, not a folder."""
+    """Whether a `storage_path` is the URI of an object store, not a folder."""
     return "://" in place
 
 
 def run_location(config: RunConfig) -> str:
-    """The folder or URI that a run is kept at."""
+    """Return the folder or URI that a run is stored at."""
     return buckets.join_path(config.storage_path, config.name)
 
 
 @contextlib.contextmanager
 def explain_storage_failures(place: str) -> Iterator[None]:
-    """Inside, a storage that fails ends the command with one line.
+    """Turn a storage failure inside the block into an error that ends the command with one line.
 
     Raises:
         RunFailed: the storage failed.
@@ -35,24 +35,24 @@ def explain_storage_failures(place: str) -> Iterator[None]:
             buckets.suggest_remedy(place) if is_uri(place) else "check the disk, or what is mounted there"
         )
         raise RunFailed(
-            f"{redact_location(place)} cannot be read or written ({buckets.describe_error(error)}); {remedy}. "
-            "The same command goes on from what is kept"
+            f"{redact_location(place)} cannot be read or written ({buckets.describe_error(error)}); "
+            f"{remedy}. The same command resumes from what is stored"
         ) from error
 
 
 def redact_location(place: str) -> str:
-    """Return a storage's folder or URI without credentials."""
+    """Return a folder or URI without credentials."""
     return buckets.redact_uri(place) if is_uri(place) else place
 
 
-def find_working_folder(kept_at: str, worker: int | None = None) -> Path:
-    """Where a run is worked on: its folder itself, or on this machine a copy of what an object store keeps.
+def find_working_folder(location: str, worker: int | None = None) -> Path:
+    """Return where a process works on a run: its folder, or a local copy of its files on an object store.
 
-    The command has one, and each worker that writes, by its rank: they may be on one machine.
+    The command and each worker that writes (by its rank) have copies of their own: they may share a machine.
     """
-    if not is_uri(kept_at):
-        return Path(kept_at)
-    place = kept_at.partition("?")[0]
-    whose = "driver" if worker is None else f"worker-{worker}"
+    if not is_uri(location):
+        return Path(location)
+    place = location.partition("?")[0]
+    process = "driver" if worker is None else f"worker-{worker}"
     digest = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
-    return cache_folder("runs", f"{place.rpartition('/')[2]}-{digest}", whose)
+    return cache_folder("runs", f"{place.rpartition('/')[2]}-{digest}", process)

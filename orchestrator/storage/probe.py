@@ -1,4 +1,4 @@
-"""Whether a storage can be written, and whether another process sees what was written."""
+"""Check that a storage can be written, and that other processes see what was written."""
 
 import contextlib
 import tempfile
@@ -14,16 +14,14 @@ from orchestrator.storage.paths import is_uri
 from preferences import buckets
 
 PROBE_PREFIX = ".seen-"
-
-
 _VISIBLE_WITHIN_S = 5.0
 
 
 def refuse_unwritable(storage_path: str) -> None:
-    """Try it: write a file and remove it.
+    """Check that a storage can be written by writing a file and deleting it.
 
     Raises:
-        UsageError: nothing can be written there; says why and what to do.
+        UsageError: nothing can be written there; the message says why and what to do.
     """
     if not is_uri(storage_path):
         folder = Path(storage_path)
@@ -52,21 +50,24 @@ def refuse_unwritable(storage_path: str) -> None:
         ) from None
 
 
-def why_invisible(written: str) -> str | None:
-    """Why this process does not see a file that another one wrote; None if it does.
+def why_invisible(place: str) -> str | None:
+    """Return why this process does not see a probe that another one wrote; None if it sees it.
 
-    A mount may lag behind: it is looked for during some seconds.
+    A mount may lag behind, so a file is looked for during some seconds.
+
+    Args:
+        place: the probe's path or URI, as `write_probe` yields it.
     """
     try:
-        if is_uri(written):
-            store, path = buckets.open_bucket(written)
-            found = store.get_file_info(path).type == pafs.FileType.File
-            return None if found else "the store has no such object there"
-        give_up = time.monotonic() + _VISIBLE_WITHIN_S
-        while not Path(written).exists():
-            if time.monotonic() >= give_up:
-                above = Path(written).parent
-                return "the folder there is another one" if above.is_dir() else "no such folder there"
+        if is_uri(place):
+            store, path = buckets.open_bucket(place)
+            exists = store.get_file_info(path).type == pafs.FileType.File
+            return None if exists else "the store has no such object there"
+        deadline = time.monotonic() + _VISIBLE_WITHIN_S
+        while not Path(place).exists():
+            if time.monotonic() >= deadline:
+                folder = Path(place).parent
+                return "the folder there is another one" if folder.is_dir() else "no such folder there"
             time.sleep(0.2)
     except buckets.STORE_ERRORS as error:
         return buckets.describe_error(error)
@@ -75,7 +76,7 @@ def why_invisible(written: str) -> str | None:
 
 @contextlib.contextmanager
 def write_probe(storage_path: str) -> Iterator[str]:
-    """Inside, a small file of a name that never was lies in the storage; yields its place."""
+    """Write a small file of a unique name to the storage, yield its path or URI, and delete it at the end."""
     place = buckets.join_path(storage_path, f"{PROBE_PREFIX}{uuid.uuid4().hex}")
     if is_uri(place):
         store, path = buckets.open_bucket(place)

@@ -144,7 +144,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(bucket, monkeypatch, cap
     with mirror.push_periodically("metrics.jsonl", every_s=0.01):
         assert tried.wait(60)
     assert [entry.getMessage() for entry in caplog.records] == [
-        f"{bucket.uri}/one does not answer (gone); it is tried again"
+        f"{bucket.uri}/one does not answer (gone); retrying"
     ]
 
 
@@ -306,9 +306,7 @@ def test_a_store_that_goes_away_fails_the_run_with_a_line(bucket, tmp_path, monk
     worker = Mirror(f"{bucket.uri}/one", worker=0)
     monkeypatch.setattr(storage, "download_path", _gone)
     monkeypatch.setattr(storage, "upload_path", _gone)
-    said = (
-        rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command goes"
-    )
+    said = rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command resumes"
     for act in (lambda: kept.pull("x"), lambda: read_record(kept), lambda: record().write(kept)):
         with pytest.raises(RunFailed, match=said):
             act()
