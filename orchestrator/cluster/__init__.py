@@ -1,1 +1,1 @@
-"""The Ray cluster: connecting to it, what its nodes offer, and what a run needs of them."""
+"""The Ray cluster: connecting to it, the resources of its nodes, and what a run needs of them."""

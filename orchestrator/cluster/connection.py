@@ -1,4 +1,4 @@
-"""Connecting to Ray: an existing cluster when there is one, else one on this machine."""
+"""Connecting to Ray: to an existing cluster if there is one, else to a new one on this machine."""
 
 import contextlib
 import logging
@@ -28,9 +28,15 @@ NAMESPACE = "polyref"
 
 @contextlib.contextmanager
 def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
-    """Inside, `ray` is connected to RAY_ADDRESS, to this machine's running cluster, or to a new local one.
+    """Connect `ray` in the block: to RAY_ADDRESS, this machine's running cluster, or a new local one.
 
-    A connection that was there before is left as it is. Raises UsageError where RAY_ADDRESS does not answer.
+    An existing connection is used and left open.
+
+    Args:
+        wait_minutes: how long Ray Train may wait for workers to start.
+
+    Raises:
+        UsageError: RAY_ADDRESS does not answer.
     """
     for name, value in (DRIVER_ENVIRONMENT | _build_start_timeout(wait_minutes)).items():
         os.environ.setdefault(name, value)
@@ -41,8 +47,8 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     address = _find_address()
     local = address == "local"
     if local:
-        # Workers of a cluster of our own inherit this process's environment. The variable does what `ray.init`
-        # makes of `worker_process_setup_hook`, without which Ray's prestarted workers would be of no use.
+        # Workers of a cluster that this process starts inherit its environment. `ray.init` sets the same variable
+        # for `worker_process_setup_hook`, with which Ray's prestarted workers could not be used.
         hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK}
         for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT | hook).items():
             os.environ.setdefault(name, value)
@@ -60,9 +66,10 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
 
 
 def _find_address() -> str:
-    """RAY_ADDRESS; else the cluster that runs on this machine; else "local", a new one.
+    """Return RAY_ADDRESS; else the address of this machine's running cluster; else "local", for a new one.
 
-    Tried first: Ray itself would try for minutes, also where a killed cluster left its address behind.
+    The address is tried here first, because Ray itself would retry for minutes, also where a killed cluster
+    left its address behind.
     """
     given = os.environ.get("RAY_ADDRESS") or "auto"
     if given == "local":
@@ -71,12 +78,12 @@ def _find_address() -> str:
         if not _is_reachable(given):
             raise UsageError(
                 f"no Ray answers at {given}, which RAY_ADDRESS names: start it (`ray up`, `ray start "
-                "--head`), correct the address, or unset it for a Ray of this machine's own"
+                "--head`), correct the address, or unset it to start Ray on this machine"
             )
         return given
-    noted = get_ray_address_file(None)
-    started = Path(noted).read_text().strip() if os.path.exists(noted) else ""
-    return started if started and _is_reachable(started) else "local"
+    address_file = get_ray_address_file(None)
+    running = Path(address_file).read_text().strip() if os.path.exists(address_file) else ""
+    return running if running and _is_reachable(running) else "local"
 
 
 def _is_reachable(address: str) -> bool:
@@ -90,7 +97,7 @@ def _is_reachable(address: str) -> bool:
 
 @contextlib.contextmanager
 def keep_ctrl_c_handler() -> Iterator[None]:
-    """Around a run of Ray Train or Tune, which leave their handler of Ctrl-C in place: puts ours back."""
+    """Restore our Ctrl-C handler after the block: Ray Train and Tune leave theirs in place."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,7 +110,7 @@ def keep_ctrl_c_handler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _convert_sigterm_to_ctrl_c() -> Iterator[None]:
-    """A job that is stopped gets SIGTERM: it ends as by Ctrl-C and leaves nothing behind."""
+    """Treat SIGTERM, which a stopped job gets, as Ctrl-C in the block: it ends and leaves nothing behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,5 +122,5 @@ def _convert_sigterm_to_ctrl_c() -> Iterator[None]:
 
 
 def _build_start_timeout(minutes: float) -> dict[str, str]:
-    """A finite wait for workers that other jobs keep from starting."""
+    """Return the variable that limits how long workers wait to start while other jobs use the cluster."""
     return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(60 * minutes)}

@@ -1,10 +1,10 @@
-"""Secrets on their way from `polyref submit` to the job: in no command line, no job's description and no log.
+"""Sending secrets from `polyref submit` to the job: through no command line, job description or log.
 
-What Ray's job API takes (entrypoint, runtime environment, metadata) is kept by the cluster, shown by the
-dashboard and partly logged. So secrets go beside it, into the memory of the cluster's head under a random
-name. The job takes them out once, at its start, and they are gone; a job that never starts leaves them until
-the head forgets them, ten minutes later by default. As all of Ray's job API they travel over HTTP and are
-kept from others by the cluster's token: use https or a tunnel, as for the token itself.
+What Ray's job API takes (entrypoint, runtime environment, metadata) is stored by the cluster, shown by the
+dashboard and partly logged. So secrets are sent separately, into the memory of the cluster's head under a
+random name. The job reads them once, at its start, which deletes them; those of a job that never starts stay
+until the head drops them, ten minutes later by default. Like all of Ray's job API they travel over HTTP and
+are protected by the cluster's token: use https or a tunnel, as for the token itself.
 """
 
 import json
@@ -15,27 +15,30 @@ from collections.abc import Mapping
 from orchestrator.errors import RunFailed
 
 SECRETS_LOCATION = "POLYREF_MAILBOX"
-"""Set for a job that was given secrets: the name they are kept under."""
+"""Set for a job with secrets: the name that they are stored under."""
 SECRET_NAMES = "POLYREF_SECRETS"
-"""Set in such a job once it has them: their names, with commas between."""
+"""Set in such a job once it has loaded them: their names, separated by commas."""
 _TIMEOUT_S = 60
 
 
 def upload_secrets(secrets: Mapping[str, str], *, server: str, headers: Mapping[str, str]) -> str:
-    """Leave secrets with the job server at `server`; what `BOX` must be for the job to find them.
+    """Upload secrets to the job server at `server`.
+
+    Returns:
+        The value that SECRETS_LOCATION must have for the job to find them.
 
     Raises:
-        RunFailed: the server would not take them.
+        RunFailed: the server did not accept them.
     """
     import requests
 
-    name = f"polyref-{random.token_hex(16)}.zip"  # the server takes what is named as packages are
+    name = f"polyref-{random.token_hex(16)}.zip"  # the server accepts names of packages only
     url = f"{server}/api/packages/gcs/{name}"
     try:
-        # Asking for a package first is what makes Ray forget it in time when nobody fetches it.
+        # Requesting a package first makes Ray delete it in time when nobody fetches it.
         requests.get(url, headers=headers, timeout=_TIMEOUT_S)
-        sent = requests.put(url, data=json.dumps(dict(secrets)), headers=headers, timeout=_TIMEOUT_S)
-        sent.raise_for_status()
+        response = requests.put(url, data=json.dumps(dict(secrets)), headers=headers, timeout=_TIMEOUT_S)
+        response.raise_for_status()
     except requests.RequestException as error:
         raise RunFailed(
             f"the cluster did not take the secrets: {type(error).__name__}; nothing was submitted"
@@ -44,10 +47,10 @@ def upload_secrets(secrets: Mapping[str, str], *, server: str, headers: Mapping[
 
 
 def load_secrets() -> None:
-    """In a job: move what was left for it into the environment, once. Does nothing where nothing was.
+    """Move a job's secrets into the environment, once. Does nothing where the job has none.
 
     Raises:
-        RunFailed: it is gone.
+        RunFailed: the secrets are gone.
     """
     name = os.environ.pop(SECRETS_LOCATION, None)
     if name is None:
@@ -59,7 +62,7 @@ def load_secrets() -> None:
     head.internal_kv_del(name.encode(), False, None)
     if not content:
         raise RunFailed(
-            "the secrets of this job are gone: they are kept for some minutes and handed out once; "
+            "the secrets of this job are gone: they are kept for some minutes and can be read once; "
             "submit the job again"
         )
     secrets = json.loads(content)

@@ -1,11 +1,12 @@
-"""How much device memory a policy and its references take, under every strategy, before anything is loaded.
+"""Estimates of the device memory of a policy and its references, under every strategy, before any is loaded.
 
-Weights, gradients and AdamW's moments are counted exactly as `models.parallel` holds them: float32 each for
-what is trained, so 4 + 4 + 8 bytes a weight, split over N workers as ZeRO splits them (Rajbhandari et al.
+Weights, gradients and AdamW's moments are counted exactly as `models.parallel` stores them: float32 each for
+trained weights, so 4 + 4 + 8 bytes a weight, split over N workers as ZeRO splits them (Rajbhandari et al.
 2020, arXiv:1910.02054, section 5 and figure 1): stage 1 the moments, stage 2 gradients too, stage 3 and FSDP
-weights too. DeepSpeed steps on masters of its own, 4 more bytes a weight, split in every stage. Activations
-are an upper bound counted over one decoder layer of attention and a gated MLP, in the manner of Korthikanti
-et al. 2022 (arXiv:2205.05198, section 4), with attention fused so that no tokens x tokens scores exist.
+weights too. DeepSpeed updates master weights of its own, 4 more bytes a weight, split in every stage.
+Activations are an upper bound counted over one decoder layer of attention and a gated MLP, in the manner of
+Korthikanti et al. 2022 (arXiv:2205.05198, section 4), with attention fused so that no tokens x tokens scores
+exist.
 """
 
 from collections.abc import Mapping
@@ -20,33 +21,33 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DEVICE_SIZES_GIB = (24, 40, 80, 141)
-"""Device memories in GiB that people have."""
+"""Memory of common devices, in GiB."""
 USABLE_SHARE = 0.9
-"""Share of a device that may be planned for: CUDA's context and fragmentation take the rest."""
+"""Usable share of a device's memory: CUDA's context and fragmentation take the rest."""
 MAX_WORKERS = 256
 CHUNK_TOKENS = 1024
-"""Response tokens whose logits exist at a time: `models.logprobs.Scorer`'s default."""
+"""Response tokens whose logits exist at the same time: `models.logprobs.Scorer`'s default."""
 REFERENCE_TOKENS = 16384
-"""Tokens that a replica on a GPU scores at a time."""
+"""Tokens that a replica on a GPU scores in one batch."""
 _ACTIVATION_MARGIN = 1.15  # architectures differ: norms on queries and keys, nonlinearities in several steps
 _BUCKET_BYTES = 4 * 50_000_000  # DeepSpeed's gradient bucket, see models.zero
-_LIVE_WEIGHTS = 1_000_000_000  # weights that stage 3 keeps whole for their next use: DeepSpeed's default
+_LIVE_WEIGHTS = 1_000_000_000  # unsplit weights that stage 3 keeps for their next use: DeepSpeed's default
 _MASTER_BYTES, _MOMENT_BYTES = 4, 8  # float32 bytes
 
 
 @dataclass(frozen=True)
 class PolicyWorkload:
-    """A policy as it is trained: its shape, dtypes and micro-batches.
+    """A policy in training: its shape, dtypes and micro-batches.
 
     Attributes:
-        shape: of the model; with an adapter only that is trained.
-        frozen_bytes: of a frozen weight in a layer. Not used where every weight is trained.
-        outer_bytes: of a frozen weight outside the layers, which quantisation leaves alone.
-        compute_bytes: of an element of a matrix product.
-        tokens: of a micro-batch, padding included.
-        row_tokens: of its longest row.
+        shape: the model's shape; with an adapter, only the adapter is trained.
+        frozen_bytes: bytes of a frozen weight in a layer. Not used where every weight is trained.
+        outer_bytes: bytes of a frozen weight outside the layers, which quantisation does not change.
+        compute_bytes: bytes of an element of a matrix product.
+        tokens: tokens of a micro-batch, padding included.
+        row_tokens: tokens of its longest row.
         checkpointing: whether layers' activations are computed again in the backward pass.
-        quantized: whether frozen weights are, which cannot be split.
+        quantized: whether frozen weights are quantised; such weights cannot be split.
     """
 
     shape: Shape
@@ -65,7 +66,7 @@ class PolicyWorkload:
 
     @property
     def trained_weights(self) -> int:
-        """How many weights are trained."""
+        """Number of trained weights."""
         return self.shape.parameters if self.trains_all_weights else self.shape.adapter
 
     @property
@@ -77,20 +78,20 @@ class PolicyWorkload:
 
     @property
     def layer_bytes(self) -> float:
-        """Bytes of the largest layer's weights, whole, with its part of the adapter."""
+        """Bytes of the largest layer's unsplit weights, with its share of the adapter."""
         if self.trains_all_weights:
             return float(_MASTER_BYTES * self.shape.layer)
         return self.frozen_bytes * self.shape.layer + _MASTER_BYTES * self.shape.adapter / self.shape.layers
 
     @property
     def root_bytes(self) -> float:
-        """Bytes of the weights outside the layers, whole."""
+        """Bytes of the unsplit weights outside the layers."""
         return (_MASTER_BYTES if self.trains_all_weights else self.outer_bytes) * self.shape.root
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to share a policy, as a run file's `parallel` names it."""
+    """A way to split a policy among workers, as a run file's `parallel` names it."""
 
     name: str
     stage: int = 0
@@ -115,9 +116,9 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one worker needs at its fullest moment; `host` in main memory, the rest on its device.
+    """Peak memory of one worker in bytes; `host` is in main memory, the rest on its device.
 
-    `working` is what comes and goes: the head's logits, weights that are whole for a while, casts of weights
+    `working` is temporary memory: the head's logits, weights that are gathered for a while, casts of weights
     that the backward pass needs, and communication buffers.
     """
 
@@ -130,30 +131,30 @@ class Memory:
 
     @property
     def device(self) -> float:
-        """All that lies on the device."""
+        """Bytes on the device."""
         return self.weights + self.gradients + self.moments + self.activations + self.working
 
     def fits_device(self, gib: float) -> bool:
-        """Whether a device of that many GiB holds it, with room for CUDA itself."""
+        """Whether it fits a device of that many GiB, with room for CUDA itself."""
         return self.device <= USABLE_SHARE * gib * GIB
 
 
-def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: int) -> Memory:
-    """What each of `workers` needs under the strategy."""
-    trained, frozen = load.trained_weights, load.frozen_weight_bytes
+def estimate_worker_memory(workload: PolicyWorkload, strategy: Strategy, workers: int) -> Memory:
+    """Estimate the memory that each of `workers` workers needs under the strategy."""
+    trained, frozen = workload.trained_weights, workload.frozen_weight_bytes
     weights, gradients, moments = (
         _MASTER_BYTES * trained + frozen,
         float(_MASTER_BYTES * trained),
         float(_MOMENT_BYTES * trained),
     )
-    whole = weights  # read into main memory where it is cut, before a device has any of it
-    working, host = _count_head(load) + _count_casts(load), 0.0
+    unsplit = weights  # read into main memory, where they are split before a device gets any of them
+    working, host = _count_head(workload) + _count_casts(workload), 0.0
     if strategy.name == "fsdp" and (workers > 1 or strategy.offload):
         weights, gradients, moments = weights / workers, gradients / workers, moments / workers
-        working += _count_gathered_weights(load)
+        working += _count_gathered_weights(workload)
         if strategy.offload:
             weights, gradients, moments, host = 0.0, 0.0, 0.0, weights + gradients + moments
-        host = max(host, whole)
+        host = max(host, unsplit)
     elif strategy.name == "deepspeed":
         masters, moments = _MASTER_BYTES * trained / workers, moments / workers
         working += 2 * _BUCKET_BYTES
@@ -161,7 +162,7 @@ def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: in
             gradients /= workers
         if strategy.stage == 3:
             weights /= workers
-            working += _count_live_weights(load)
+            working += _count_live_weights(workload)
         else:
             working += 0.0 if strategy.offload else gradients / workers if strategy.stage == 1 else gradients
         if strategy.offload:
@@ -173,86 +174,90 @@ def estimate_worker_memory(load: PolicyWorkload, strategy: Strategy, workers: in
         else:
             moments += masters
         if strategy.stage == 3:
-            host = max(host, whole)
-    return Memory(weights, gradients, moments, _count_activations(load), working, host)
+            host = max(host, unsplit)
+    return Memory(weights, gradients, moments, _count_activations(workload), working, host)
 
 
-def find_fewest_workers(load: PolicyWorkload, strategy: Strategy, gib: float) -> int | None:
-    """The fewest workers (a power of two) whose devices of `gib` GiB hold the policy; None: not so."""
+def find_fewest_workers(workload: PolicyWorkload, strategy: Strategy, gib: float) -> int | None:
+    """Find the fewest workers (a power of two) whose devices of `gib` GiB fit the policy; None if none do."""
     count = 1
     while count <= MAX_WORKERS:
-        if estimate_worker_memory(load, strategy, count).fits_device(gib):
+        if estimate_worker_memory(workload, strategy, count).fits_device(gib):
             return count
         count *= 2
     return None
 
 
-def can_train(load: PolicyWorkload, strategy: Strategy) -> bool:
-    """Whether the policy can be trained so at all: quantised weights cannot be split."""
-    return not (load.quantized and (strategy.name == "fsdp" or strategy.stage == 3))
+def can_train(workload: PolicyWorkload, strategy: Strategy) -> bool:
+    """Whether the strategy can train the policy at all: quantised weights cannot be split."""
+    return not (workload.quantized and (strategy.name == "fsdp" or strategy.stage == 3))
 
 
-def _count_activations(load: PolicyWorkload) -> float:
-    """What the backward pass keeps of the forward pass.
+def _count_activations(workload: PolicyWorkload) -> float:
+    """Count the bytes of activations that the forward pass keeps for the backward pass.
 
     Per token and layer: both norms keep their float32 input and output (16 d bytes); every linear layer its
     input, cast for each of the five that read one of width d where products are in half precision; attention
     its q, k, v (k and v repeated for grouped queries), output, and that output again in the next layer's
-    layout; the MLP its gate before and behind the nonlinearity, its up projection, and their product. On top
-    of the sum comes a margin for what other architectures keep.
+    layout; the MLP its gate before and after the nonlinearity, its up projection, and their product. A margin
+    for what other architectures keep is added to the sum.
     """
-    shape, size = load.shape, load.compute_bytes
+    shape, size = workload.shape, workload.compute_bytes
     inputs = 5 if size < _MASTER_BYTES else 2
     layer = (16 + inputs * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
-    residual = max(_MASTER_BYTES if load.trains_all_weights else load.outer_bytes, size) * shape.hidden
-    layers = shape.layers * residual + layer if load.checkpointing else shape.layers * layer
-    ends = 4 * _MASTER_BYTES * shape.hidden  # embeddings, the last norm, the states that meet the head
-    mask = load.row_tokens * (1 + size)  # of rows that share their prompt: which token sees which
-    return float(_ACTIVATION_MARGIN * load.tokens * (layers + ends + mask))
+    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.outer_bytes
+    residual = max(weight_bytes, size) * shape.hidden
+    layers = shape.layers * residual + layer if workload.checkpointing else shape.layers * layer
+    ends = 4 * _MASTER_BYTES * shape.hidden  # embeddings, the last norm, the head's input
+    mask = workload.row_tokens * (1 + size)  # of rows that share their prompt: which token attends to which
+    return float(_ACTIVATION_MARGIN * workload.tokens * (layers + ends + mask))
 
 
-def _count_head(load: PolicyWorkload) -> float:
-    """A chunk's logits, log-probs, probabilities and gradient, and the head's own cast and gradient."""
-    shape, size = load.shape, load.compute_bytes
-    chunk = min(CHUNK_TOKENS, load.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER_BYTES)
+def _count_head(workload: PolicyWorkload) -> float:
+    """Count the bytes of a chunk's logits, log-probs, probabilities and gradient, and of the head's own."""
+    shape, size = workload.shape, workload.compute_bytes
+    chunk = min(CHUNK_TOKENS, workload.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER_BYTES)
     matrix = shape.vocabulary * shape.hidden
-    cast = matrix * size if (_MASTER_BYTES if load.trains_all_weights else load.outer_bytes) != size else 0
-    gradient = (
-        matrix * (_MASTER_BYTES + size) if load.trains_all_weights else 0
-    )  # its sum and a chunk's part, before it is added
+    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.outer_bytes
+    cast = matrix * size if weight_bytes != size else 0
+    # The head's gradient: the sum over chunks, and a chunk's part before it is added.
+    gradient = matrix * (_MASTER_BYTES + size) if workload.trains_all_weights else 0
     return float(chunk + cast + gradient)
 
 
-def _count_casts(load: PolicyWorkload) -> float:
-    """Half-precision copies of layers' weights that autocast makes and the backward pass needs."""
-    bytes_in_memory = _MASTER_BYTES if load.trains_all_weights else load.frozen_bytes
-    if bytes_in_memory <= load.compute_bytes:
+def _count_casts(workload: PolicyWorkload) -> float:
+    """Count the bytes of layers' half-precision weights that autocast makes and the backward pass needs."""
+    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.frozen_bytes
+    if weight_bytes <= workload.compute_bytes:
         return 0.0
-    return float(load.compute_bytes * (load.shape.layer if load.checkpointing else load.shape.body))
+    return float(
+        workload.compute_bytes * (workload.shape.layer if workload.checkpointing else workload.shape.body)
+    )
 
 
-def _count_gathered_weights(load: PolicyWorkload) -> float:
-    """FSDP: a layer and the next one, the weights outside the layers, and their gradients, whole."""
+def _count_gathered_weights(workload: PolicyWorkload) -> float:
+    """Count FSDP's unsplit bytes: two layers, the weights outside the layers, and their gradients."""
+    # A layer and the next one are gathered at the same time.
     gradients = (
-        2 * _MASTER_BYTES * load.shape.layer + _MASTER_BYTES * load.shape.root
-        if load.trains_all_weights
+        2 * _MASTER_BYTES * workload.shape.layer + _MASTER_BYTES * workload.shape.root
+        if workload.trains_all_weights
         else 0
     )
-    return 2 * load.layer_bytes + load.root_bytes + gradients
+    return 2 * workload.layer_bytes + workload.root_bytes + gradients
 
 
-def _count_live_weights(load: PolicyWorkload) -> float:
-    """Stage 3: weights that DeepSpeed keeps whole for their next use, and a layer's gradients."""
-    share = min(1.0, _LIVE_WEIGHTS / load.shape.parameters)
-    everything = _MASTER_BYTES * load.trained_weights + load.frozen_weight_bytes
-    gradients = _MASTER_BYTES * load.shape.layer if load.trains_all_weights else 0
-    return max(share * everything, 2 * load.layer_bytes + load.root_bytes) + gradients
+def _count_live_weights(workload: PolicyWorkload) -> float:
+    """Count stage 3's unsplit bytes: weights kept for their next use, and a layer's gradients."""
+    share = min(1.0, _LIVE_WEIGHTS / workload.shape.parameters)
+    all_bytes = _MASTER_BYTES * workload.trained_weights + workload.frozen_weight_bytes
+    gradients = _MASTER_BYTES * workload.shape.layer if workload.trains_all_weights else 0
+    return max(share * all_bytes, 2 * workload.layer_bytes + workload.root_bytes) + gradients
 
 
 def estimate_replica_memory(
     shape: Shape, weight_bytes: float, outer_bytes: float, *, tokens: int = REFERENCE_TOKENS
 ) -> Memory:
-    """What one copy of a frozen reference needs: its weights, and the widest moment of a forward pass."""
+    """Estimate the memory of one replica of a reference: its weights, and a forward pass at its peak."""
     size = 4 if outer_bytes == _MASTER_BYTES else 2
     weights = weight_bytes * shape.body + outer_bytes * shape.root + _MASTER_BYTES * shape.adapter
     widest = 2 * _MASTER_BYTES * shape.hidden + size * (4 * shape.attention + 3 * shape.intermediate)
@@ -265,10 +270,10 @@ class Sizing:
     """A run's memory.
 
     Attributes:
-        load: the policy as the run file trains it.
-        own: the run file's strategy.
-        workers: its workers.
-        references: one replica of each reference that is served, by name.
+        workload: the policy as the run file trains it.
+        strategy: the run file's strategy.
+        workers: number of its workers.
+        references: memory of one replica of each served reference, by name.
     """
 
     workload: PolicyWorkload
@@ -278,18 +283,18 @@ class Sizing:
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """All that could train this policy, the run's own among them."""
-        every = STRATEGIES if self.strategy in STRATEGIES else (*STRATEGIES, self.strategy)
-        return tuple(s for s in every if can_train(self.workload, s))
+        """All strategies that can train this policy, the run's own among them."""
+        candidates = STRATEGIES if self.strategy in STRATEGIES else (*STRATEGIES, self.strategy)
+        return tuple(s for s in candidates if can_train(self.workload, s))
 
     @property
     def memory(self) -> Memory:
-        """What each worker of the run needs."""
+        """Memory that each worker of the run needs."""
         return estimate_worker_memory(self.workload, self.strategy, self.workers)
 
     @property
     def other_checkpointing(self) -> Memory:
-        """The same with the other choice of `training.gradient_checkpointing`."""
+        """Memory that each worker needs with the other value of `training.gradient_checkpointing`."""
         other = replace(self.workload, checkpointing=not self.workload.checkpointing)
         return estimate_worker_memory(other, self.strategy, self.workers)
 
@@ -301,13 +306,13 @@ def size_run(
     *,
     device_type: str = "cuda",
 ) -> Sizing:
-    """A run's memory, from its models' configs alone.
+    """Estimate a run's memory from its models' configs alone.
 
     Args:
         config: the run file.
-        policy: where the policy's start lies.
-        references: where references lie, by name; those scored in process are left out.
-        device_type: what `dtype: auto` and `precision: auto` are decided for.
+        policy: the located model that the policy starts from.
+        references: located references by name; those scored in process are left out.
+        device_type: the device that `dtype: auto` and `precision: auto` are resolved for.
 
     Raises:
         ModelError: a config cannot be read, or its architecture is unknown.
@@ -315,13 +320,13 @@ def size_run(
     precision = config.training.precision
     half = precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
     layer, outer = get_bytes_per_weight(config.policy, device_type)
-    load = PolicyWorkload(
+    workload = PolicyWorkload(
         shape=read_model_shape(policy, config.policy, lora=config.policy.adapter),
         frozen_bytes=layer,
         outer_bytes=outer,
         compute_bytes=2 if half else 4,
         tokens=config.training.tokens_per_microbatch,
-        # A prompt with two responses behind it, each pair of prompt and response within max_length.
+        # A prompt followed by two responses, each pair of prompt and response within max_length.
         row_tokens=min(config.training.tokens_per_microbatch, 2 * config.data.max_length),
         checkpointing=config.training.gradient_checkpointing,
         quantized=config.policy.quantization != "none",
@@ -329,7 +334,7 @@ def size_run(
     parallel = config.parallel
     stage = parallel.stage if parallel.strategy == "deepspeed" else 0
     return Sizing(
-        workload=load,
+        workload=workload,
         strategy=Strategy(parallel.strategy, stage, parallel.offload),
         workers=parallel.workers,
         references={

@@ -1,4 +1,4 @@
-"""Sizes as people read them: the table of `polyref check`, and those in the documentation."""
+"""Tables of memory estimates: the one of `polyref check`, and those in the documentation."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -42,34 +42,36 @@ _LORA_RANK = 16
 
 
 def format_memory_table(sizing: Sizing) -> RenderableType:
-    """Every strategy's need for a run: what a worker holds, and how few workers do on common devices."""
-    load = sizing.workload
-    drawn = Table(box=None, padding=(0, 2, 0, 0))
-    drawn.add_column("strategy")
+    """Format a run's memory per worker under every strategy, and the fewest workers on common devices."""
+    workload = sizing.workload
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("strategy")
     for name in ("GiB", "main memory", *(f"{device} GiB" for device in DEVICE_SIZES_GIB)):
-        drawn.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for strategy in sizing.strategies:
-        need, own = estimate_worker_memory(load, strategy, sizing.workers), strategy == sizing.strategy
-        cells = [f"{strategy} *" if own else str(strategy), format_gib(need.device), format_gib(need.host)]
+        need = estimate_worker_memory(workload, strategy, sizing.workers)
+        is_own = strategy == sizing.strategy
+        cells = [f"{strategy} *" if is_own else str(strategy), format_gib(need.device), format_gib(need.host)]
         cells += [
-            _format_worker_count(find_fewest_workers(load, strategy, device)) for device in DEVICE_SIZES_GIB
+            _format_worker_count(find_fewest_workers(workload, strategy, device))
+            for device in DEVICE_SIZES_GIB
         ]
-        drawn.add_row(*cells, style="bold" if own else None)
+        table.add_row(*cells, style="bold" if is_own else None)
     trained = (
         "all trained"
-        if load.trains_all_weights
-        else f"and {_format_weight_count(load.trained_weights)} of LoRA that are trained"
+        if workload.trains_all_weights
+        else f"and {_format_weight_count(workload.trained_weights)} of LoRA that are trained"
     )
-    head = (
-        f"policy: {_format_weight_count(load.shape.parameters)} weights, {trained}. On GPUs, GiB that each of "
-        f"{sizing.workers} worker(s) needs, and the fewest workers whose devices hold it:"
+    heading = (
+        f"policy: {_format_weight_count(workload.shape.parameters)} weights, {trained}. On GPUs, GiB that "
+        f"each of {sizing.workers} worker(s) needs, and the fewest workers whose devices hold it:"
     )
-    return Group(Text(head), drawn, *(Text(line) for line in _format_notes(sizing)))
+    return Group(Text(heading), table, *(Text(line) for line in _format_notes(sizing)))
 
 
 def _format_notes(sizing: Sizing) -> list[str]:
-    """What the table leaves out: the run's own parts, the other choice of checkpointing, and references."""
-    load, need = sizing.workload, sizing.memory
+    """Format what the table omits: the run's own parts, the other choice of checkpointing, and references."""
+    workload, need = sizing.workload, sizing.memory
     parts = {
         "weights": need.weights,
         "gradients": need.gradients,
@@ -77,52 +79,64 @@ def _format_notes(sizing: Sizing) -> list[str]:
         "activations": need.activations,
         "logits, casts and buffers": need.working,
     }
-    other = "false" if load.checkpointing else "true"
+    other = "false" if workload.checkpointing else "true"
     lines = [
         f"* this run: {', '.join(f'{format_gib(value)} {name}' for name, value in parts.items())}; "
         f"{format_gib(sizing.other_checkpointing.device)} in all with gradient_checkpointing: {other}"
     ]
-    for name, one in sizing.references.items():
+    for name, replica in sizing.references.items():
         lines.append(
-            f"reference {name}: {format_gib(one.device)} GiB a replica, {format_gib(one.weights)} of it weights"
+            f"reference {name}: {format_gib(replica.device)} GiB a replica, "
+            f"{format_gib(replica.weights)} of it weights"
         )
     lines.append(
-        f"estimates for {load.tokens} tokens a micro-batch; {1 - USABLE_SHARE:.0%} of a device is left to CUDA itself"
+        f"estimates for {workload.tokens} tokens a micro-batch; {1 - USABLE_SHARE:.0%} of a device is left "
+        "to CUDA itself"
     )
     return lines
 
 
 def format_documented_tables() -> str:
-    """The documentation's tables in Markdown: a run file's defaults, but `gradient_checkpointing: true`."""
-    loads = {
+    """Format the documentation's tables in Markdown, with defaults but `gradient_checkpointing: true`."""
+    workloads = {
         f"{name} {'LoRA' if rank else 'full'}": PolicyWorkload(shape.with_lora(rank), checkpointing=True)
         for name, shape in MODELS.items()
         for rank in (_LORA_RANK, 0)
     }
-    fewest = [[str(s), *(_format_fewest_workers(load, s) for load in loads.values())] for s in STRATEGIES]
+    fewest = [
+        [str(strategy), *(_format_fewest_workers(workload, strategy) for workload in workloads.values())]
+        for strategy in STRATEGIES
+    ]
     needs = [
         [
-            str(s),
-            *(_format_memory(estimate_worker_memory(load, s, DOCUMENTED_WORKERS)) for load in loads.values()),
+            str(strategy),
+            *(
+                _format_memory(estimate_worker_memory(workload, strategy, DOCUMENTED_WORKERS))
+                for workload in workloads.values()
+            ),
         ]
-        for s in STRATEGIES
+        for strategy in STRATEGIES
     ]
     references = [
         [form, *(format_gib(estimate_replica_memory(shape, inner, 2.0).device) for shape in MODELS.values())]
         for form, inner in (("bfloat16", 2.0), ("8bit", 1.0), ("4bit", 0.516))
     ]
-    tables = (("strategy", loads, fewest), ("strategy", loads, needs), ("reference", MODELS, references))
+    tables = (
+        ("strategy", workloads, fewest),
+        ("strategy", workloads, needs),
+        ("reference", MODELS, references),
+    )
     return "\n".join(_format_markdown([corner, *columns], rows) for corner, columns, rows in tables)
 
 
 def format_gib(size: float) -> str:
-    """Bytes as GiB, rounded up to a tenth."""
+    """Format bytes as GiB, rounded up to a tenth."""
     return f"{ceil(10 * size / GIB) / 10:.1f}"
 
 
-def _format_fewest_workers(load: PolicyWorkload, strategy: Strategy) -> str:
+def _format_fewest_workers(workload: PolicyWorkload, strategy: Strategy) -> str:
     return " / ".join(
-        _format_worker_count(find_fewest_workers(load, strategy, device)) for device in DEVICE_SIZES_GIB
+        _format_worker_count(find_fewest_workers(workload, strategy, device)) for device in DEVICE_SIZES_GIB
     )
 
 

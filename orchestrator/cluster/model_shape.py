@@ -1,4 +1,4 @@
-"""A model's numbers of weights and widths, counted without reading any weight."""
+"""A model's number of weights and its widths, counted without reading any weight."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,26 +14,24 @@ if TYPE_CHECKING:
 
 
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-
-
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.516}  # NF4 with doubly quantised scales: 4.127 bits a weight
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a decoder-only model decides memory: numbers of weights, and widths of its activations.
+    """The numbers of a decoder-only model that determine its memory: weights, and widths of activations.
 
     Attributes:
-        layers: decoder layers.
+        layers: number of decoder layers.
         hidden: width of the residual stream.
-        intermediate: width of a token's MLP (of all the experts it is sent to).
+        intermediate: width of a token's MLP (of all the experts it is routed to).
         attention: heads times head width.
         vocabulary: rows of the lm head.
         body: weights in all layers.
         layer: weights in the largest layer.
-        root: weights outside the layers, a tied head once.
+        root: weights outside the layers, a tied head counted once.
         adapter: weights of a LoRA adapter.
-        lora: of them per rank, with one on every linear layer; 0 where that was not counted.
+        lora: weights per rank of a LoRA adapter on every linear layer; 0 where they were not counted.
     """
 
     layers: int
@@ -49,7 +47,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the model without an adapter."""
+        """Number of the model's weights without an adapter."""
         return self.body + self.root
 
     @classmethod
@@ -65,7 +63,7 @@ class Shape:
         head_width: int | None = None,
         tied: bool = False,
     ) -> "Shape":
-        """A Llama-like model from its config's numbers."""
+        """Build the shape of a Llama-like model from its config's numbers."""
         query = heads * (head_width or hidden // heads)
         key = kv_heads * (head_width or hidden // heads)
         linear = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
@@ -84,20 +82,21 @@ class Shape:
         )
 
     def with_lora(self, rank: int) -> "Shape":
-        """The same model with a LoRA adapter of that rank on every linear layer; 0 for none."""
+        """Return the shape with a LoRA adapter of that rank on every linear layer; 0 for no adapter."""
         return replace(self, adapter=rank * self.lora)
 
 
 def get_bytes_per_weight(config: ModelConfig, device_type: str) -> tuple[float, float]:
-    """Bytes of a frozen weight in a layer and outside the layers."""
+    """Return the bytes of a frozen weight in a layer, and outside the layers."""
     outer = _DTYPE_BYTES[config.dtype_on(device_type)]
     return _QUANTIZED_BYTES.get(config.quantization, outer), outer
 
 
 def read_model_shape(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
-    """Count a located model's weights without reading any, with a new adapter where `lora` asks for one.
+    """Count a located model's weights without reading any, with a new adapter where `lora` is given.
 
-    Raises ModelError where the config cannot be read or its architecture is unknown.
+    Raises:
+        ModelError: the config cannot be read, or its architecture is unknown.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -123,26 +122,26 @@ def _count_shape(model: "nn.Module") -> Shape:
 
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    each = [_count_weights(layer) for layer in max(lists, key=_count_weights, default=())]
+    layers = [_count_weights(layer) for layer in max(lists, key=_count_weights, default=())]
     hidden = text.hidden_size
     heads = getattr(text, "num_attention_heads", None) or 1
     experts = getattr(text, "num_experts_per_tok", None) or 1
-    wide = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
-    wide = wide or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    width = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
+    width = width or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     return Shape(
-        layers=len(each),
+        layers=len(layers),
         hidden=hidden,
-        intermediate=experts * wide,
+        intermediate=experts * width,
         attention=heads * (getattr(text, "head_dim", None) or hidden // heads),
         vocabulary=text.vocab_size,
-        body=sum(each),
-        layer=max(each, default=0),
-        root=_count_weights(model) - sum(each),
+        body=sum(layers),
+        layer=max(layers, default=0),
+        root=_count_weights(model) - sum(layers),
     )
 
 
 def _count_weights(module: "nn.Module") -> int:
-    """Weights of a module; a tied one once."""
+    """Count the weights of a module, tied ones once."""
     return sum(weight.numel() for weight in module.parameters())
 
 
@@ -159,7 +158,7 @@ def _count_adapter_weights(model: Any, lora: LoraSettings) -> int:
 
 
 def _count_stored_weights(file: Path) -> int:
-    """Weights in a safetensors file, by its header: 8 bytes of length, then JSON."""
+    """Count the weights in a safetensors file from its header: 8 bytes of length, then JSON."""
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]

@@ -1,4 +1,4 @@
-"""What a run needs against what the cluster has: refused with the arithmetic, never left pending."""
+"""Comparing a run's needs with the cluster's resources: refused with the arithmetic, never left pending."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,21 @@ from orchestrator.errors import UsageError
 
 REFERENCE_ROLE, TRAINER_ROLE = "polyref_reference", "polyref_trainer"
 """Custom resources that a cluster file gives to the nodes meant for references and for workers. Where some
-node has one, what belongs there asks for a crumb of it."""
+node has one, the actors that belong there request ROLE_AMOUNT of it."""
 ROLE_AMOUNT = 0.001
 
 REPLICA_CPU = 0.1
 WORKER_CPU = 0.75
 TRIAL_CPU = 0.1
-"""Requests on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs the whole.
+"""Cores requested on a cluster without GPUs: small fractions, so that a laptop with 2 cores runs everything.
 
-A trial of several workers needs a little for the process that starts them; a trial of one is its worker."""
+A trial of several workers needs a little for the process that starts them; a trial of one worker is that
+worker."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """`count` equal bundles of resources, and whose they are."""
+    """A number of equal bundles of resources, and the role that needs them."""
 
     role: str
     count: int
@@ -31,15 +32,15 @@ class Need:
 
 
 Node = Mapping[str, float]
-"""Total resources of a node that is there or that an autoscaler may start."""
+"""Total resources of a node that is alive or that an autoscaler may start."""
 
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """What requests of unsaid size depend on: whether there are GPUs, and nodes kept for one role.
+    """The properties of a cluster that default resource requests depend on.
 
     Attributes:
-        gpus: whether any node has one.
+        gpus: whether any node has a GPU.
         roles: those of REFERENCE_ROLE and TRAINER_ROLE that some node has.
     """
 
@@ -48,107 +49,108 @@ class ClusterProfile:
 
     @classmethod
     def from_nodes(cls, nodes: Sequence[Node]) -> "ClusterProfile":
-        """Of a cluster of these nodes."""
+        """Return the profile of a cluster of these nodes."""
         offered = {name for node in nodes for name, amount in node.items() if amount > 0}
         return cls("GPU" in offered, frozenset(offered & {REFERENCE_ROLE, TRAINER_ROLE}))
 
     @property
     def device_type(self) -> str:
-        """What models run on here."""
+        """Device type that models run on in this cluster: "cuda" or "cpu"."""
         return "cuda" if self.gpus else "cpu"
 
 
-def build_replica_bundle(resources: Resources, kind: ClusterProfile) -> dict[str, float]:
-    """What one replica of a reference asks for; a whole GPU by default where the cluster has GPUs."""
-    return _build_bundle(resources, kind, cpu=REPLICA_CPU, role=REFERENCE_ROLE)
+def build_replica_bundle(resources: Resources, profile: ClusterProfile) -> dict[str, float]:
+    """Return one reference replica's resources; a whole GPU by default where the cluster has GPUs."""
+    return _build_bundle(resources, profile, cpu=REPLICA_CPU, role=REFERENCE_ROLE)
 
 
-def build_worker_bundle(resources: Resources, kind: ClusterProfile) -> dict[str, float]:
-    """What one policy worker asks for; a whole GPU by default where the cluster has GPUs."""
-    return _build_bundle(resources, kind, cpu=WORKER_CPU, role=TRAINER_ROLE)
+def build_worker_bundle(resources: Resources, profile: ClusterProfile) -> dict[str, float]:
+    """Return one policy worker's resources; a whole GPU by default where the cluster has GPUs."""
+    return _build_bundle(resources, profile, cpu=WORKER_CPU, role=TRAINER_ROLE)
 
 
-def _build_bundle(resources: Resources, kind: ClusterProfile, *, cpu: float, role: str) -> dict[str, float]:
-    default_cpu, default_gpu = (1.0, 1.0) if kind.gpus else (cpu, 0.0)
+def _build_bundle(
+    resources: Resources, profile: ClusterProfile, *, cpu: float, role: str
+) -> dict[str, float]:
+    default_cpu, default_gpu = (1.0, 1.0) if profile.gpus else (cpu, 0.0)
     bundle = {
         "CPU": default_cpu if resources.cpu is None else resources.cpu,
         "GPU": default_gpu if resources.gpu is None else resources.gpu,
-        **({role: ROLE_AMOUNT} if role in kind.roles else {}),
+        **({role: ROLE_AMOUNT} if role in profile.roles else {}),
         **resources.custom,
     }
     return {name: amount for name, amount in bundle.items() if amount > 0}
 
 
-def list_reference_needs(config: RunConfig, kind: ClusterProfile) -> list[Need]:
-    """Bundles of the served references and of a reward model; those scored in process need none."""
+def list_reference_needs(config: RunConfig, profile: ClusterProfile) -> list[Need]:
+    """List the bundles of served references and of a reward model; references scored in process need none."""
     needs = [
-        Need(f"reference {name}", reference.replicas, build_replica_bundle(reference.resources, kind))
+        Need(f"reference {name}", reference.replicas, build_replica_bundle(reference.resources, profile))
         for name, reference in config.references.models.items()
         if not reference.scored_by_workers
     ]
     reward = config.evaluation.sampling and config.evaluation.sampling.reward
     if reward and reward.model:
-        needs.append(Need("reward model", 1, build_replica_bundle(reward.resources, kind)))
+        needs.append(Need("reward model", 1, build_replica_bundle(reward.resources, profile)))
     return needs
 
 
-def list_worker_needs(config: RunConfig, kind: ClusterProfile) -> list[Need]:
-    """Bundles of the policy's workers."""
-    bundle = build_worker_bundle(config.parallel.resources, kind)
+def list_worker_needs(config: RunConfig, profile: ClusterProfile) -> list[Need]:
+    """List the bundles of the policy's workers."""
+    bundle = build_worker_bundle(config.parallel.resources, profile)
     return [Need("worker", config.parallel.workers, bundle)]
 
 
 def refuse_impossible(config: RunConfig, nodes: Sequence[Node]) -> None:
-    """Check a run against the nodes' total resources.
+    """Refuse a run that needs more than the nodes' total resources.
 
     Raises:
-        UsageError: with the arithmetic, e.g. "needs 3 GPUs: 2 references + 1 worker; the cluster has 2".
+        UsageError: the message has the arithmetic, e.g.
+            "needs 3 GPUs: 2 references + 1 worker; the cluster has 2".
     """
-    kind = ClusterProfile.from_nodes(nodes)
-    references, workers = list_reference_needs(config, kind), list_worker_needs(config, kind)
+    profile = ClusterProfile.from_nodes(nodes)
+    references, workers = list_reference_needs(config, profile), list_worker_needs(config, profile)
     stages = [references + workers] if config.references.mode == "live" else [references, workers]
     for stage in stages:
         _refuse_if_short(stage, nodes)
         _refuse_if_scattered(stage, nodes)
 
 
-def list_trial_bundles(config: RunConfig, kind: ClusterProfile) -> list[dict[str, float]]:
-    """What one trial asks for: its only worker's bundle, or its driver's and then its workers'."""
-    workers = [build_worker_bundle(config.parallel.resources, kind)] * config.parallel.workers
+def list_trial_bundles(config: RunConfig, profile: ClusterProfile) -> list[dict[str, float]]:
+    """Return one trial's bundles: its only worker's, or its driver's followed by its workers'."""
+    workers = [build_worker_bundle(config.parallel.resources, profile)] * config.parallel.workers
     return workers if len(workers) == 1 else [{"CPU": TRIAL_CPU}, *workers]
 
 
 def count_trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: float) -> int:
-    """How many trials run at once beside the references, which are placed first.
+    """Count the trials that can run at the same time beside the references, which are placed first.
 
     Args:
         config: the run file that trials start from.
         nodes: total resources of every node.
-        routers: cores that the references' routers hold.
+        routers: cores that the references' routers reserve.
 
     Raises:
-        UsageError: not even one fits; with the arithmetic.
+        UsageError: not even one trial fits; the message has the arithmetic.
     """
     refuse_impossible(config, nodes)
-    kind, free = ClusterProfile.from_nodes(nodes), [defaultdict(float, node) for node in nodes]
-    served = list_reference_needs(config, kind)
-    if config.references.mode == "precompute":  # they have gone by then, all but a judge of samples
+    profile, free = ClusterProfile.from_nodes(nodes), [defaultdict(float, node) for node in nodes]
+    served = list_reference_needs(config, profile)
+    if config.references.mode == "precompute":  # they have ended by then; a reward model for samples has not
         served = [need for need in served if not need.role.startswith("reference")]
-    beside = [("reference", need.bundle) for need in served for _ in range(need.count)]
-    _place_bundles([("routers", {"CPU": routers}), *beside], free)
-    trial = [("trial", bundle) for bundle in list_trial_bundles(config, kind)]
+    reference_bundles = [("reference", need.bundle) for need in served for _ in range(need.count)]
+    _place_bundles([("routers", {"CPU": routers}), *reference_bundles], free)
+    trial = [("trial", bundle) for bundle in list_trial_bundles(config, profile)]
     if not all(bundle for _, bundle in trial):
-        raise UsageError("a trial asks for nothing; set parallel.resources.cpu or .gpu to more than 0")
+        raise UsageError("a trial requests no resources; set parallel.resources.cpu or .gpu to more than 0")
     slots = 0
     while _place_bundles(trial, free) is None:
         slots += 1
     if not slots:
-        offers, held = (
-            _format_nodes(nodes),
-            _format_terms([(need, need.count) for need in served]) or "nothing",
-        )
+        reserved = _format_terms([(need, need.count) for need in served]) or "nothing"
         raise UsageError(
-            f"not even one trial fits: it asks for {_format_bundle_sum(trial)}, beside {held}; nodes offer {offers}. "
+            f"not even one trial fits: it requests {_format_bundle_sum(trial)}, beside {reserved}; "
+            f"nodes offer {_format_nodes(nodes)}. "
             "Lower parallel.workers or resources (fractions are allowed, e.g. {gpu: 0.5}); "
             "references.mode: precompute scores everything first and frees the references' devices"
         )
@@ -158,44 +160,50 @@ def count_trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: floa
 def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
     for resource in sorted({name for need in needs for name in need.bundle}):
         terms = [(need, need.count * need.bundle[resource]) for need in needs if resource in need.bundle]
-        wanted, offered = sum(amount for _, amount in terms), sum(node.get(resource, 0) for node in nodes)
+        wanted = sum(amount for _, amount in terms)
+        offered = sum(node.get(resource, 0) for node in nodes)
         if wanted > offered + 1e-9:
             raise UsageError(
-                f"needs {_format_amount(wanted, resource)}: {_format_terms(terms)}; the cluster has {offered:g}. "
+                f"needs {_format_amount(wanted, resource)}: {_format_terms(terms)}; "
+                f"the cluster has {offered:g}. "
                 "Lower parallel.workers, a reference's replicas, or resources (fractions are allowed, "
                 "e.g. {gpu: 0.5}); references.mode: precompute lets references and workers take turns"
             )
 
 
 def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
-    """Enough in total, but no node with room for a whole bundle, is refused too.
+    """Refuse needs that fit in total, but have a bundle that fits on no single node.
 
-    The scarce first: what asks for GPUs or custom resources is placed before what asks for cores alone, and
-    that goes to the nodes with the fewest GPUs.
+    The scarcest bundles are placed first: those with GPUs or custom resources before those with cores alone,
+    which are placed on the nodes with the fewest GPUs.
     """
     bundles = [(need.role, need.bundle) for need in needs for _ in range(need.count)]
-    homeless = _place_bundles(bundles, [defaultdict(float, node) for node in nodes])
-    if homeless is not None:
+    unplaced = _place_bundles(bundles, [defaultdict(float, node) for node in nodes])
+    if unplaced is not None:
         raise UsageError(
-            f"{homeless[0]} needs {_format_bundle_sum([homeless])} on one node, and no node has room for it beside "
-            f"the rest (nodes offer: {_format_nodes(nodes)}). Lower its resources or use larger nodes"
+            f"{unplaced[0]} needs {_format_bundle_sum([unplaced])} on one node, and no node has room for it "
+            f"beside the rest (nodes offer: {_format_nodes(nodes)}). Lower its resources or use larger nodes"
         )
 
 
 Bundle = tuple[str, Mapping[str, float]]
-"""Whose it is, and what it asks for on one node."""
+"""A role, and the resources that it needs on one node."""
 
 
 def _place_bundles(bundles: Sequence[Bundle], free: list[defaultdict[str, float]]) -> Bundle | None:
-    """Take the bundles from what is free; the first that finds no room, and then nothing is taken."""
+    """Subtract the bundles from the free resources.
+
+    Returns:
+        The first bundle that does not fit, in which case nothing is subtracted; None if all fit.
+    """
     left = [node.copy() for node in free]
     for role, bundle in sorted(bundles, key=lambda item: _rank_scarcity(item[1]), reverse=True):
-        homes = [node for node in left if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
-        home = min(homes, key=lambda node: (node["GPU"], node["CPU"]), default=None)
-        if home is None:
+        candidates = [node for node in left if all(node[r] + 1e-9 >= a for r, a in bundle.items())]
+        chosen = min(candidates, key=lambda node: (node["GPU"], node["CPU"]), default=None)
+        if chosen is None:
             return role, bundle
         for resource, amount in bundle.items():
-            home[resource] -= amount
+            chosen[resource] -= amount
     free[:] = left
     return None
 
@@ -206,7 +214,7 @@ def _rank_scarcity(bundle: Mapping[str, float]) -> tuple[int, float, float]:
 
 
 def _format_nodes(nodes: Sequence[Node]) -> str:
-    """`1 CPU; 4 x 8 CPU, 1 GPU (polyref_trainer)`."""
+    """Format nodes as in `1 CPU; 4 x 8 CPU, 1 GPU (polyref_trainer)`."""
     counts = Counter(_format_node(node) for node in nodes)
     return "; ".join(offer if count == 1 else f"{count} x {offer}" for offer, count in counts.items())
 
@@ -230,7 +238,7 @@ def _format_amount(count: float, resource: str) -> str:
 
 
 def _format_terms(terms: Sequence[tuple[Need, float]]) -> str:
-    """'2 references + 1 worker' when each asks for one, '2 references x 0.5 + ...' otherwise."""
+    """Format `2 references + 1 worker` where each needs one, `2 references x 0.5 + ...` otherwise."""
     counts: Counter[tuple[str, float]] = Counter()
     for need, amount in terms:
         counts[need.role.split()[0], amount / need.count] += need.count

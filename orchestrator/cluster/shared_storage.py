@@ -1,4 +1,4 @@
-"""Whether all nodes of a cluster share a run's storage."""
+"""Check that all nodes of a cluster share a run's storage."""
 
 import contextlib
 import logging
@@ -16,10 +16,10 @@ _ANSWER_TIMEOUT_S = 60.0
 
 
 def refuse_unshared(storage_path: str) -> None:
-    """Nothing with one node; else every node looks for a file that is written here.
+    """Let every node look for a file that is written here; does nothing with a single node.
 
     Raises:
-        UsageError: a node does not see it, which names the node and the remedy.
+        UsageError: a node does not see the file; the message names the node and the remedy.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,48 +27,46 @@ def refuse_unshared(storage_path: str) -> None:
     alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(alive) < 2:
         return
-    gone = (  # a node that has just gone says nothing
+    node_lost = (  # errors of a node that has just gone, which say nothing about the storage
         ray.exceptions.NodeDiedError,
         ray.exceptions.LocalRayletDiedError,
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.ObjectLostError,
         ray.exceptions.TaskUnschedulableError,
     )
-    look, environment = (
-        ray.remote(num_cpus=0, max_retries=0)(_check_visibility),
-        ray.put(collect_secrets(os.environ)),
-    )
+    check = ray.remote(num_cpus=0, max_retries=0)(_check_visibility)
+    environment = ray.put(collect_secrets(os.environ))
     with contextlib.ExitStack() as stack:
         with explain_storage_failures(storage_path):
-            written = stack.enter_context(write_probe(storage_path))
-        asked = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                written, environment
+            place = stack.enter_context(write_probe(storage_path))
+        addresses = {
+            check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                place, environment
             ): address
             for node, address in alive.items()
         }
-        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
-        for answer in answered:
+        done, silent = ray.wait(list(addresses), num_returns=len(addresses), timeout=_ANSWER_TIMEOUT_S)
+        for answer in done:
             try:
                 why = ray.get(answer)
-            except gone:
+            except node_lost:
                 continue
             except ray.exceptions.RayError as error:
-                raise UsageError(_explain_failed_check(asked[answer], error)) from error
+                raise UsageError(_explain_failed_check(addresses[answer], error)) from error
             if why is not None:
-                raise UsageError(explain_unshared_storage(storage_path, asked[answer], why))
+                raise UsageError(explain_unshared_storage(storage_path, addresses[answer], why))
     if silent:
         log.warning(
             "whether storage_path %s is shared was not answered within %.0f s by: %s",
             redact_location(storage_path),
             _ANSWER_TIMEOUT_S,
-            ", ".join(sorted(asked[answer] for answer in silent)),
+            ", ".join(sorted(addresses[answer] for answer in silent)),
         )
 
 
-def _check_visibility(written: str, environment: dict[str, str]) -> str | None:
+def _check_visibility(place: str, environment: dict[str, str]) -> str | None:
     os.environ.update(environment)
-    return why_invisible(written)
+    return why_invisible(place)
 
 
 def _explain_failed_check(node: str, error: BaseException) -> str:
@@ -80,7 +78,7 @@ def _explain_failed_check(node: str, error: BaseException) -> str:
 
 
 def explain_unshared_storage(storage_path: str, node: str, why: str) -> str:
-    """The refusal of a storage that a node does not reach, `why` being what `visible` said there."""
+    """Return the message for a storage that a node does not reach; `why` is what `why_invisible` returned."""
     if is_uri(storage_path):
         return (
             f"storage_path {buckets.redact_uri(storage_path)}: node {node} cannot read it ({why}); "

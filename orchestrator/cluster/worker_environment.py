@@ -6,15 +6,15 @@ from typing import Any
 
 from orchestrator.cluster.job_secrets import SECRET_NAMES
 
-# Train's controller polls workers every 2 s by default, and every report waits for a poll.
+# Ray Train's controller polls workers every 2 s by default, and every report waits for a poll.
 DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
 
-# Idle OpenMP threads that spin starve the other models on a shared CPU; telemetry has no place in a job, and
-# a bar that loads weights none in a log.
+# Spinning idle OpenMP threads starve the other models on a shared CPU; a job sends no telemetry, and its log
+# has no progress bars of loading weights.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -23,11 +23,11 @@ WORKER_ENVIRONMENT = {
 }
 
 
-# A cluster of our own on this machine has no nodes that a cloud could take away.
+# A cluster that polyref starts on this machine has no nodes that a cloud could preempt.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
-# What a worker needs to reach a hub or a server as the driver does.
+# Workers need these to reach a hub or a server as the driver does.
 _FORWARDED_NAMES = (
     "DS_ACCELERATOR",
     "HF_HOME",
@@ -44,8 +44,9 @@ _FORWARDED_NAMES = (
 )
 
 
-# Ray writes runtime environments to its logs, so these travel as objects. Proxies may hold a password.
-_SECRET_NAMES = (
+# Ray writes runtime environments to its logs, so these are sent as objects. A proxy's URL may contain a
+# password.
+_KNOWN_SECRETS = (
     "HF_TOKEN",
     "HTTP_PROXY",
     "HTTPS_PROXY",
@@ -61,7 +62,7 @@ _SECRET_NAMES = (
 
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in a submitted job's driver: the job's own runtime environment, among others."""
+"""Variable that Ray sets in a submitted job's driver, with the job's own runtime environment among others."""
 
 
 SETUP_HOOK = "polyref.imports.use_own_packages"
@@ -79,9 +80,9 @@ def build_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def build_worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What is not secret of the environment that every Ray worker of a run gets.
+    """Return the variables, none of them secret, that every Ray worker of a run gets.
 
-    Variables that a submitted job's runtime environment sets already are left to it: Ray refuses both.
+    Variables that a submitted job's runtime environment already sets are omitted: Ray refuses duplicates.
     """
     job = _read_job_runtime_env(environment)
     names = (*DRIVER_ENVIRONMENT, *LOCAL_ENVIRONMENT, *_FORWARDED_NAMES)
@@ -94,6 +95,6 @@ def _read_job_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def collect_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Tokens and passwords that workers and replicas need; handed over as an object, never logged."""
-    names = (*_SECRET_NAMES, *environment.get(SECRET_NAMES, "").split(","))
+    """Return tokens and passwords that workers and replicas need; sent as an object, never logged."""
+    names = (*_KNOWN_SECRETS, *environment.get(SECRET_NAMES, "").split(","))
     return {name: environment[name] for name in names if name in environment}

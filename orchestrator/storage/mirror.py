@@ -138,7 +138,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def write_probe(self) -> Iterator[str]:
-        """Delete probes that killed commands left in the run's folder, and write one as `probe.write_probe`."""
+        """Delete probes that killed commands left in the run's folder, and write one (see `probe`)."""
         with self.explain_failures():
             if self._store is None:
                 for old in self.folder.glob(f"{PROBE_PREFIX}*"):
