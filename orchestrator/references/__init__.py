@@ -1,1 +1,1 @@
-"""Frozen reference models as a service: replicas, routers, the score store and the worker's client."""
+"""A service of frozen reference models: replicas, routers, the score store and the worker's client."""

@@ -1,4 +1,4 @@
-"""Batches that fill a replica: responses of one prompt together, rows of similar length together."""
+"""Batches that fill a replica: grouped by prompt, with rows of similar length."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,26 +9,29 @@ from orchestrator.references.messages import Ids, PromptGroup
 
 @dataclass
 class Batch:
-    """Groups for one call of a replica; `attempts` counts the replicas that died over it."""
+    """Groups for one call of a replica; `attempts` counts the replicas that died while scoring it."""
 
     groups: list[PromptGroup]
     attempts: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens without padding."""
         return sum(group.tokens for group in self.groups)
 
     @property
     def keys(self) -> list[bytes]:
-        """Keys in the order of the scores that come back."""
+        """Keys in the order of the scores that the replica returns."""
         return [key for group in self.groups for key in group.keys]
 
 
 class WaitingGroups:
-    """Responses waiting for a replica, oldest first; those of one prompt wait together, whoever asked.
+    """Responses waiting for a replica, oldest first; those of one prompt are grouped across requests.
 
-    A group stops taking responses when it fills the token budget by itself.
+    A group takes no further responses once it fills the token budget alone.
+
+    Args:
+        budget: tokens of a batch.
     """
 
     def __init__(self, budget: int) -> None:
@@ -40,31 +43,31 @@ class WaitingGroups:
         return len(self._groups)
 
     def add(self, prompt: Ids, response: Ids, key: bytes) -> None:
-        """Let a response wait behind its prompt."""
-        name = prompt.tobytes()
-        group = self._open_groups.get(name)
+        """Add a response to its prompt's group."""
+        prompt_bytes = prompt.tobytes()
+        group = self._open_groups.get(prompt_bytes)
         if group is None or group.tokens + len(response) > self._budget:
-            group = self._open_groups[name] = PromptGroup(prompt, [], [])
+            group = self._open_groups[prompt_bytes] = PromptGroup(prompt, [], [])
             self._groups.append(group)
         group.responses.append(response)
         group.keys.append(key)
 
     def drain(self, tokens: int) -> list[PromptGroup]:
-        """Take the oldest groups, at least one, until they hold `tokens`."""
-        taken: list[PromptGroup] = []
-        held = 0
-        while self._groups and (not taken or held < tokens):
+        """Remove and return the oldest groups, at least one, until they have `tokens` tokens."""
+        drained: list[PromptGroup] = []
+        total = 0
+        while self._groups and (not drained or total < tokens):
             group = self._groups.popleft()
-            taken.append(group)
-            held += group.tokens
-            name = group.prompt.tobytes()
-            if self._open_groups.get(name) is group:
-                del self._open_groups[name]
-        return taken
+            drained.append(group)
+            total += group.tokens
+            prompt_bytes = group.prompt.tobytes()
+            if self._open_groups.get(prompt_bytes) is group:
+                del self._open_groups[prompt_bytes]
+        return drained
 
 
 def split_into_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows cut into batches of at most `budget` tokens, padding included; longest rows first.
+    """Split row indices into batches of at most `budget` tokens, padding included; longest rows first.
 
     A row longer than the budget is a batch of its own.
     """

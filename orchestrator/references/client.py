@@ -1,4 +1,4 @@
-"""The worker's side: ask all references for a batch early, collect the scores late, count the wait."""
+"""The worker's client: requests a batch's scores early, collects them late, and counts the time waited."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
+from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.references.messages import (
     Floats,
     Ids,
@@ -21,8 +22,6 @@ from orchestrator.references.messages import (
 )
 from orchestrator.references.pool import explain_actor_error
 from orchestrator.references.store import digest_response
-
-NAMESPACE = "polyref"
 
 
 class TokenPairLike(Protocol):
@@ -37,7 +36,7 @@ class TokenPairLike(Protocol):
 
 
 class TokenTableLike(Protocol):
-    """`preferences.tokenize.TokenTable`, as far as it is needed here."""
+    """The part of `preferences.tokenize.TokenTable` that is needed here."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> TokenPairLike: ...
@@ -45,10 +44,10 @@ class TokenTableLike(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceArrays:
-    """One reference's scores of B pairs: (B,) float64 each, the caller's own to write.
+    """One reference's scores of B pairs: (B,) float64 arrays, which the caller may write to.
 
     Log-probs are sums in nats, lengths are response tokens, entropies are means over log V. A row without a
-    rejected response has zeros there. NaN log-probs mark what an in-process reference still has to score.
+    rejected response has zeros there. NaN log-probs mark rows that an in-process reference must still score.
     """
 
     chosen: Floats
@@ -60,27 +59,27 @@ class ReferenceArrays:
 
     @property
     def missing(self) -> NDArray[np.bool_]:
-        """(B,): rows not scored yet; never true for a reference that has replicas."""
+        """(B,): whether each row is not scored yet; never true for a reference that has replicas."""
         return np.isnan(self.chosen) | np.isnan(self.rejected)
 
 
 @dataclass(frozen=True)
 class _PendingRequest:
-    """An open request of one reference, and where the scores of each pair's responses will be."""
+    """An open request to one reference, and the indices of each pair's responses in its answer."""
 
     answer: Any
     chosen_at: NDArray[np.int64]
-    rejected_at: NDArray[np.int64]  # -1: none
+    rejected_at: NDArray[np.int64]  # -1: no rejected response
 
 
 class ReferenceClient:
-    """Asks the routers of all references about rows of their token tables.
+    """Requests scores of token table rows from the routers of all references.
 
     Args:
         routers: a router's actor handle by reference name.
         tables: the same rows in each reference's own tokens, by reference name.
-        in_process: references that this worker scores itself: their store is asked, their misses come back
-            as NaN, and `record` saves what the worker made of them.
+        in_process: references that this worker scores itself: scores that their store does not have are
+            returned as NaN, and `store_scores` saves those that the worker computes.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class ReferenceClient:
         if set(routers) != set(tables):
             raise ValueError(f"routers for {sorted(routers)}, but token tables for {sorted(tables)}")
         self.stall_seconds = 0.0
-        """Time spent in `collect`, waiting, since the beginning."""
+        """Total time spent waiting in `collect_scores`."""
         self._routers, self._tables, self.in_process = dict(routers), dict(tables), frozenset(in_process)
         self._pending: dict[Any, dict[str, _PendingRequest]] = {}
         self._pending_samples: dict[Any, dict[str, Any]] = {}
@@ -105,34 +104,43 @@ class ReferenceClient:
         indices: Sequence[int] | NDArray[np.integer],
         names: Collection[str] | None = None,
     ) -> None:
-        """Send the requests for these rows and return at once; `ticket` names them for `collect`.
+        """Request these rows' scores and return at once.
 
-        All references are asked, or those in `names`.
+        Args:
+            ticket: identifies the request for `collect_scores`.
+            indices: the rows.
+            names: the references to score them; all by default.
         """
         if ticket in self._pending:
             raise ValueError(f"ticket {ticket!r} is still open: collect it first")
-        asked = self._routers if names is None else names
-        self._pending[ticket] = {name: self._send_request(name, indices) for name in asked}
+        references = self._routers if names is None else names
+        self._pending[ticket] = {name: self._send_request(name, indices) for name in references}
 
     def collect_scores(self, ticket: Any) -> dict[str, ReferenceArrays]:
-        """Wait for what was asked under `ticket`; rows in the order they were asked.
+        """Wait for the scores requested under `ticket`; rows are in the order of the request.
 
         Raises:
             ScoringError: a reference could not score.
             ModelError: a reference could not be loaded.
         """
-        asked = self._pending.pop(ticket)
+        requests = self._pending.pop(ticket)
         began = time.perf_counter()
         try:
-            answers = {name: wait_for_answer(name, one.answer) for name, one in asked.items()}
+            answers = {name: wait_for_answer(name, request.answer) for name, request in requests.items()}
         finally:
             self.stall_seconds += time.perf_counter() - began
-        return {name: _pick_arrays(answers[name], one) for name, one in asked.items()}
+        return {name: _pick_arrays(answers[name], request) for name, request in requests.items()}
 
     def request_sample_scores(
         self, ticket: Any, groups: Sequence[PromptGroup], names: Collection[str]
     ) -> None:
-        """Ask replicas for responses in no table, which are scored but not stored; returns at once."""
+        """Request scores of responses in no table, which are not stored, and return at once.
+
+        Args:
+            ticket: identifies the request for `collect_sample_scores`.
+            groups: prompts and the responses to score, S in all.
+            names: the references to score them, which must have replicas.
+        """
         if ticket in self._pending_samples:
             raise ValueError(f"samples {ticket!r} are still open: collect them first")
         request = ScoreRequest.pack(groups)
@@ -141,7 +149,12 @@ class ReferenceClient:
         }
 
     def collect_sample_scores(self, ticket: Any) -> dict[str, Scores]:
-        """Wait for what `ask_samples` asked under `ticket`: (S,) columns. Raises as `collect` does."""
+        """Wait for the scores that `request_sample_scores` requested: (S,) columns by reference name.
+
+        Raises:
+            ScoringError: a reference could not score.
+            ModelError: a reference could not be loaded.
+        """
         return {
             name: wait_for_answer(name, answer) for name, answer in self._pending_samples.pop(ticket).items()
         }
@@ -149,9 +162,9 @@ class ReferenceClient:
     def store_scores(
         self, name: str, indices: Sequence[int] | NDArray[np.integer], arrays: ReferenceArrays
     ) -> None:
-        """Save an in-process reference's scores of these rows, without waiting.
+        """Store an in-process reference's scores of these rows, without waiting.
 
-        A failure to save is raised by a later call, or by `close`.
+        A failure is raised by a later call, or by `close`.
         """
         groups = group_pairs(self._tables[name], indices)
         scores = [
@@ -165,15 +178,15 @@ class ReferenceClient:
         self._wait_for_stores(timeout=0)
 
     def close(self) -> None:
-        """Wait until everything recorded has arrived."""
+        """Wait until the routers have all scores from `store_scores`."""
         self._wait_for_stores(timeout=None)
 
     def _send_request(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _PendingRequest:
         groups = group_pairs(self._tables[name], indices)
         request = ScoreRequest.pack(groups)
         router = self._routers[name]
-        local = name in self.in_process
-        answer = router.lookup.remote(request.keys) if local else router.score.remote(request)
+        in_process = name in self.in_process
+        answer = router.lookup.remote(request.keys) if in_process else router.score.remote(request)
         starts = request.group_offsets[:-1]
         paired = np.diff(request.group_offsets) == 2
         return _PendingRequest(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
@@ -190,10 +203,10 @@ class ReferenceClient:
 
 
 def connect_to_routers(addresses: Mapping[str, str]) -> dict[str, Any]:
-    """Router handles by reference name, from `ReferenceService.addresses`.
+    """Return router handles by reference name, from `ReferenceService.addresses`.
 
     Raises:
-        ScoringError: a router is not there (any more).
+        ScoringError: a router is not running (any more).
     """
     handles = {}
     for name, address in addresses.items():
@@ -205,7 +218,7 @@ def connect_to_routers(addresses: Mapping[str, str]) -> dict[str, Any]:
 
 
 def group_pairs(table: TokenTableLike, indices: Sequence[int] | NDArray[np.integer]) -> list[PromptGroup]:
-    """One group per row: its prompt, then the chosen and, where there is one, the rejected response."""
+    """Build one group per row: its prompt, the chosen and, where there is one, the rejected response."""
     groups = []
     for index in indices:
         pair = table[int(index)]
@@ -215,19 +228,19 @@ def group_pairs(table: TokenTableLike, indices: Sequence[int] | NDArray[np.integ
     return groups
 
 
-def _pick_arrays(scores: Scores, asked: _PendingRequest) -> ReferenceArrays:
+def _pick_arrays(scores: Scores, request: _PendingRequest) -> ReferenceArrays:
     columns = (scores.logps, scores.lengths, scores.entropies)
     picked = []
     for column in columns:
-        picked.append(column[asked.chosen_at].astype(np.float64))
-        # With -1 the last score is read, then replaced.
-        rejected = column[asked.rejected_at].astype(np.float64)
-        picked.append(np.where(asked.rejected_at < 0, 0.0, rejected))
+        picked.append(column[request.chosen_at].astype(np.float64))
+        # Index -1 reads the last score, which is then replaced.
+        rejected = column[request.rejected_at].astype(np.float64)
+        picked.append(np.where(request.rejected_at < 0, 0.0, rejected))
     return ReferenceArrays(*picked)
 
 
 def wait_for_answer(name: str, answer: Any) -> Any:
-    """A router's answer, or its error as one that says which reference and why."""
+    """Return a router's answer, or raise its error with a message that names the reference and the reason."""
     try:
         return ray.get(answer)
     except RayTaskError as error:

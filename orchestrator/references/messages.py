@@ -1,4 +1,4 @@
-"""What travels between worker, router and replica: plain numpy columns, never lists of Python numbers."""
+"""Messages between worker, router and replica: plain numpy columns, never lists of Python numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,23 +14,23 @@ Ids = NDArray[np.int32]
 Offsets = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Keys = NDArray[np.uint8]
-"""(S, 16): one `response_key` per response."""
+"""(S, 16): one digest per response, see `store.digest_response`."""
 
 KEY_BYTES = 16
 
 
 class ScoringError(RunFailed):
-    """A reference cannot give scores; the message names the reference and says why."""
+    """A reference cannot score; the message names the reference and says why."""
 
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """One frozen reference: which model, under which identity, on how many copies of which size.
+    """One frozen reference: its model and fingerprint, and the number and resources of its replicas.
 
     `config` must be resolved and pinned (a folder every node sees, or a hub id with its revision), because
     each replica locates it on its own node. A replica runs on CUDA where `num_gpus` is above 0, else on the
-    CPU; the fingerprint must have been taken for that device. `replicas=0` is a reference that the workers
-    score themselves: its router only keeps the store.
+    CPU; the fingerprint must have been computed for that device. `replicas=0` is a reference that the workers
+    score themselves: its router only serves the store.
     """
 
     name: str
@@ -42,15 +42,15 @@ class ReferenceSpec:
     resources: Mapping[str, float] = field(default_factory=dict)
     max_tokens_per_batch: int = 16384
     max_retries: int = 5
-    """How often in a row replicas, or a batch's replica, may die before everyone who waits gets an error."""
+    """How often in a row replicas, or the replicas of one batch, may die before open requests fail."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Variables for the replicas' processes; a token for a hub travels here, and not in Ray's settings."""
+    """Variables for the replicas' processes; a hub's token is sent here, not in Ray's runtime environment."""
     start_timeout_s: float = 600.0
     """How long a replica may wait for free resources; loading the model is not counted."""
 
 
 class PromptGroup(NamedTuple):
-    """A prompt and the responses to score behind it, with their keys."""
+    """A prompt and the responses to score after it, with their keys."""
 
     prompt: Ids
     responses: list[Ids]
@@ -63,7 +63,7 @@ class PromptGroup(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of one response: summed log-prob (nats), response tokens, mean token entropy over log V in [0, 1]."""
+    """One response's summed log-prob (nats), tokens, and mean token entropy over log V in [0, 1]."""
 
     logp: float
     length: int
@@ -80,7 +80,7 @@ class Scores:
 
     @classmethod
     def unknown(cls, count: int) -> Self:
-        """S unknown scores, to be filled in."""
+        """Return `count` unknown scores, to be filled in."""
         return cls(np.full(count, np.nan), np.zeros(count, dtype=np.int64), np.full(count, np.nan))
 
     def __len__(self) -> int:
@@ -94,13 +94,13 @@ class Scores:
 
     @property
     def missing(self) -> NDArray[np.bool_]:
-        """(S,): whether the score is unknown."""
+        """(S,): whether each score is unknown."""
         return np.isnan(self.logps)
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """G prompts and the S responses behind them as flat ids with offsets; each prompt travels once."""
+    """G prompts and their S responses as flat ids with offsets; each prompt is sent once."""
 
     prompts: Ids
     prompt_offsets: Offsets  # (G + 1,) into prompts
@@ -127,27 +127,27 @@ class ScoreRequest:
         )
 
     def unpack(self) -> list[PromptGroup]:
-        """The groups again, as views into the columns."""
-        ends, packed = self.response_offsets, []
+        """Return the groups, as views into the columns."""
+        offsets, groups = self.response_offsets, []
         for g in range(len(self.prompt_offsets) - 1):
             prompt = self.prompts[self.prompt_offsets[g] : self.prompt_offsets[g + 1]]
             span = range(self.group_offsets[g], self.group_offsets[g + 1])
-            responses = [self.responses[ends[s] : ends[s + 1]] for s in span]
-            packed.append(PromptGroup(prompt, responses, [self.keys[s].tobytes() for s in span]))
-        return packed
+            responses = [self.responses[offsets[s] : offsets[s + 1]] for s in span]
+            groups.append(PromptGroup(prompt, responses, [self.keys[s].tobytes() for s in span]))
+        return groups
 
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Counts since the router's process began. asked = from_store + joined + newly queued."""
+    """Counts since the router's process began; requested = from_store + coalesced + newly queued."""
 
     requested: int = 0
     from_store: int = 0
     coalesced: int = 0
-    """Responses that were already in flight for someone else (or asked twice in one request)."""
+    """Responses that were already in flight for another request (or requested twice in one)."""
     scored: int = 0
     sampled: int = 0
-    """Responses that were scored for once and not stored; in none of the counts above."""
+    """Responses that were scored without being stored; in none of the counts above."""
     batches: int = 0
     """Batches that replicas answered."""
     forwards: int = 0

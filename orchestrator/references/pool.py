@@ -1,4 +1,4 @@
-"""The replicas of one reference: started when needed, the least loaded first, replaced when they die."""
+"""The replicas of one reference: started on demand, used least loaded first, replaced when they die."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from models.config import ModelError
 from orchestrator.references.messages import ReferenceSpec, ScoringError
 
 MAX_BATCHES_PER_REPLICA = 2
-"""Batches per replica: one in the model, one waiting beside it, so that it never idles between calls."""
+"""One batch in the model and one waiting at the replica, so that it never idles between calls."""
 
 
 class PoolMember:
-    """A live replica and what it has to do."""
+    """A live replica and its outstanding batches and tokens."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -23,22 +23,28 @@ class PoolMember:
         self.tokens = 0
 
     def add_batch(self, tokens: int) -> None:
-        """Count a batch that is sent to it."""
+        """Count a batch that is sent to the replica."""
         self.batches += 1
         self.tokens += tokens
 
     def remove_batch(self, tokens: int) -> None:
-        """Count a batch that it answered."""
+        """Stop counting a batch that the replica has answered."""
         self.batches -= 1
         self.tokens -= tokens
 
 
 class ReplicaPool:
-    """Holds up to `spec.replicas` actors. Everything runs on the router's event loop.
+    """Up to `spec.replicas` replica actors. Everything runs on the router's event loop.
 
-    A replica that dies is replaced; when more than `spec.max_retries` die without any answer between, or one
-    cannot be started, the whole pool stops and `on_failure` gets the error. The next `ensure_started` begins
-    anew.
+    A replica that dies is replaced. When more than `spec.max_retries` die without an answer in between, or
+    one cannot be started, the whole pool stops and `on_failure` gets the error. The next `ensure_started`
+    starts the pool again.
+
+    Args:
+        spec: the reference.
+        replica_class: the actor that scores, `Replica` or one with its methods.
+        on_ready: called when a replica has loaded its model.
+        on_failure: called with the error that stopped the pool.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class ReplicaPool:
     ) -> None:
         self.started = 0
         self._spec = spec
-        # A new actor, not Ray's max_restarts: a restarted one would come back without its model.
+        # A new actor replaces a dead one, not Ray's max_restarts: a restarted one would not have its model.
         self._actor = ray.remote(replica_class).options(
             num_cpus=spec.num_cpus,
             num_gpus=spec.num_gpus,
@@ -66,7 +72,7 @@ class ReplicaPool:
         self._error: Exception | None = None
 
     def ensure_started(self) -> None:
-        """Start what is missing to `spec.replicas`, without waiting for it."""
+        """Start the replicas missing from `spec.replicas`, without waiting for them."""
         for _ in range(self._spec.replicas - len(self._members) - len(self._starting)):
             self._error = None
             task = asyncio.create_task(self._start_replica())
@@ -74,38 +80,38 @@ class ReplicaPool:
             task.add_done_callback(self._starting.discard)
 
     async def wait_until_ready(self) -> None:
-        """Wait until every replica has its model, or raise what prevents it."""
+        """Wait until every replica has loaded its model; raise the error that prevents it."""
         while self._starting:
             await asyncio.wait(self._starting)
-            await asyncio.sleep(0)  # the done callbacks come first
+            await asyncio.sleep(0)  # lets the done callbacks run first
         if self._error is not None:
             raise self._error
 
     def find_free_member(self) -> PoolMember | None:
-        """The replica with the fewest outstanding tokens, if it can take another batch."""
-        open_to_more = [member for member in self._members if member.batches < MAX_BATCHES_PER_REPLICA]
-        return min(open_to_more, key=lambda member: member.tokens, default=None)
+        """Return the replica with the fewest outstanding tokens that can take another batch, or None."""
+        available = [member for member in self._members if member.batches < MAX_BATCHES_PER_REPLICA]
+        return min(available, key=lambda member: member.tokens, default=None)
 
     def record_answer(self, member: PoolMember, tokens: int) -> None:
-        """A replica answered: deaths before this are forgiven."""
+        """Record that a replica answered a batch, and reset the count of deaths in a row."""
         member.remove_batch(tokens)
         self._deaths_in_a_row = 0
 
     def drop_member(self, member: PoolMember) -> None:
-        """End a replica whose state is not to be trusted any more."""
+        """Kill a replica whose state is unknown, without counting a death."""
         if member in self._members:
             self._members.remove(member)
             ray.kill(member.handle)
 
     def replace_dead_member(self, member: PoolMember, error: Exception) -> None:
-        """A replica was found dead; several batches may find that out, it counts once."""
+        """Replace a dead replica; its death counts once, although several batches may report it."""
         if member in self._members:
             self._members.remove(member)
-            ray.kill(member.handle)  # "unavailable" is not dead yet
+            ray.kill(member.handle)  # Ray may report an actor as unavailable that is still alive
             self._count_death(error)
 
     def stop(self) -> None:
-        """End all replicas; their devices are free a moment later."""
+        """Kill all replicas; their devices are free a moment later."""
         for task in self._starting:
             task.cancel()
         self._starting.clear()
@@ -114,7 +120,7 @@ class ReplicaPool:
         self._members = []
 
     async def list_pids(self) -> list[int]:
-        """Process ids of the live replicas."""
+        """Return the process ids of the live replicas."""
         return [await member.handle.pid.remote() for member in self._members]
 
     async def _start_replica(self) -> None:
@@ -146,7 +152,7 @@ class ReplicaPool:
             needs += "".join(f", {amount:g} {resource}" for resource, amount in spec.resources.items())
             raise ScoringError(
                 f"reference {spec.name!r}: no node had room for a replica ({needs}) within "
-                f"{spec.start_timeout_s:g} s; free resources, ask for less, or lower its replicas"
+                f"{spec.start_timeout_s:g} s; free resources, request less, or lower its replicas"
             ) from None
 
     def _count_death(self, error: Exception) -> None:
@@ -157,7 +163,7 @@ class ReplicaPool:
         self._fail_pool(
             ScoringError(
                 f"reference {self._spec.name!r}: its replicas died {self._deaths_in_a_row} times without an "
-                f"answer between; most often memory ran out. Ray says: {_get_first_line(error)}"
+                f"answer in between; most often memory ran out. Ray says: {_get_first_line(error)}"
             )
         )
 
@@ -180,7 +186,7 @@ async def _await_answer(reference: Any) -> Any:
 
 
 def explain_actor_error(name: str, error: Exception) -> Exception:
-    """The error of a replica as one for whoever asked: a wrong model stays the user's error."""
+    """Return an actor's error as one that names the reference; a ModelError stays the user's error."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, ScoringError):
         return cause

@@ -1,4 +1,4 @@
-"""One frozen model behind a Ray actor. The model's part (`FrozenModel`) knows nothing of Ray."""
+"""A Ray actor that scores with one frozen model. The model's part (`FrozenModel`) is independent of Ray."""
 
 import os
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,14 @@ if TYPE_CHECKING:  # the router imports this module to start replicas, and needs
 class FrozenModel:
     """Scores responses with a frozen model in micro-batches of at most `budget` tokens, padding included.
 
-    Where memory runs out, the micro-batch is halved, and so is the budget of the next ones.
+    When memory runs out, the micro-batch is halved, and so is the budget of the next ones.
+
+    Args:
+        name: the reference's name, for messages.
+        scorer: the model's scorer.
+        device: the model's device.
+        shared: whether the responses of one prompt share a row.
+        budget: tokens of a micro-batch.
     """
 
     def __init__(
@@ -29,7 +36,7 @@ class FrozenModel:
         self._budget = budget
 
     def score(self, request: ScoreRequest) -> Scores:
-        """Scores of the request's responses, in its order."""
+        """Score the request's responses, in its order."""
         scores = Scores.unknown(len(request))
         rows = _index_rows(request.unpack())
         if not self._shared:
@@ -40,17 +47,18 @@ class FrozenModel:
         ]
         while waiting:
             batch = waiting.pop(0)
-            part = self._run_forward([row.group for row in batch])
-            if part is None:
+            batch_scores = self._run_forward([row.group for row in batch])
+            if batch_scores is None:
                 waiting = self._halve_batch(batch) + waiting
                 continue
-            places = np.concatenate([row.indices for row in batch])
-            scores.logps[places], scores.lengths[places] = part.logps, part.lengths
-            scores.entropies[places] = part.entropies
+            indices = np.concatenate([row.indices for row in batch])
+            scores.logps[indices] = batch_scores.logps
+            scores.lengths[indices] = batch_scores.lengths
+            scores.entropies[indices] = batch_scores.entropies
         return scores
 
     def _run_forward(self, groups: list[PromptGroup]) -> Scores | None:
-        """One forward pass, or None if memory ran out."""
+        """Score groups in one forward pass; return None if memory ran out."""
         import torch
 
         from models.rows import Prompted, build_rows
@@ -58,7 +66,7 @@ class FrozenModel:
         prompted = [Prompted(group.prompt, group.responses) for group in groups]
         try:
             with torch.inference_mode():
-                # Padding is masked by length, so any id in the vocabulary will do.
+                # Padding is masked by length, so any id in the vocabulary works.
                 rows = build_rows(prompted, shared=self._shared, pad_id=0).to(self._device)
                 out = self._scorer(rows, entropy=True)
                 scores = Scores(
@@ -72,7 +80,7 @@ class FrozenModel:
         return scores
 
     def _halve_batch(self, batch: "list[_Row]") -> "list[list[_Row]]":
-        """Two halves of what did not fit; a row of several responses falls apart last of all."""
+        """Halve a batch that did not fit; a single row of several responses is split into one row each."""
         import torch
 
         if self._device.type == "cuda":
@@ -90,7 +98,7 @@ class FrozenModel:
 
 
 class _Row(NamedTuple):
-    """A group, and the places of its responses in the request."""
+    """A group, and the indices of its responses in the request."""
 
     group: PromptGroup
     indices: NDArray[np.int64]
@@ -106,21 +114,21 @@ def _index_rows(groups: list[PromptGroup]) -> list[_Row]:
 
 
 def _split_row(row: _Row) -> list[_Row]:
-    """The same responses, each behind a prompt of its own."""
+    """Split a row into one row per response, each with its own copy of the prompt."""
     group = row.group
     singles = [PromptGroup(group.prompt, [r], [k]) for r, k in zip(group.responses, group.keys, strict=True)]
     return [_Row(single, row.indices[i : i + 1]) for i, single in enumerate(singles)]
 
 
 class Replica:
-    """The actor. Its constructor is cheap, so that a failure to load reaches whoever called `setup`."""
+    """The actor. Its constructor loads nothing, so that a failure to load reaches the caller of `setup`."""
 
     def __init__(self, spec: ReferenceSpec) -> None:
         self._spec = spec
         self._model: FrozenModel | None = None
 
     def pid(self) -> int:
-        """Process id; an answer also says that the replica has its resources."""
+        """Return the process id; an answer also means that the replica has its resources."""
         return os.getpid()
 
     def setup(self) -> None:
@@ -128,13 +136,13 @@ class Replica:
 
         Raises:
             ModelError: the model cannot be found or loaded.
-            ScoringError: a GPU was promised and torch finds none.
+            ScoringError: the replica has a GPU and torch finds none.
         """
         from models.locate import locate
 
         spec = self._spec
         os.environ.update(spec.environment)
-        located = locate(spec.config)  # before the slow imports: what is missing is told soon
+        located = locate(spec.config)  # before the slow imports, so that a missing model fails early
 
         import torch
 
@@ -143,10 +151,10 @@ class Replica:
 
         device = torch.device("cuda" if spec.num_gpus else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
-            # Falling back would give scores of another dtype under the fingerprint of this one.
+            # Falling back to the CPU would store scores of another dtype under this fingerprint.
             raise ScoringError(
                 f"reference {spec.name!r}: its replica was given {spec.num_gpus:g} GPU, but torch finds no "
-                "CUDA device there; install torch for CUDA on that node, or ask for no GPU"
+                "CUDA device there; install torch for CUDA on that node, or request no GPU"
             )
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(spec.num_cpus)))
@@ -158,7 +166,7 @@ class Replica:
         )
 
     def score(self, request: ScoreRequest) -> tuple[Scores, int]:
-        """Scores in the request's order, and how many forward passes they took."""
+        """Return the scores in the request's order, and how many forward passes they took."""
         if self._model is None:
             raise ScoringError(f"reference {self._spec.name!r}: score was called before setup")
         before = self._model.forwards

@@ -1,8 +1,8 @@
-"""The router of one reference: answers from the store, joins what is in flight, batches the rest, retries.
+"""The router of one reference: answers from the store, coalesces equal requests, batches the rest, retries.
 
 One async Ray actor, single-threaded on its event loop: between two `await`s nothing else changes its state.
-All it must not lose is in the store, and a score depends on its key alone, so that asking again is always
-safe: Ray restarts a dead router and sends the open requests again.
+All state that must survive is in the store, and a score depends on its key alone, so that repeating a request
+is always safe: Ray restarts a dead router and sends the open requests again.
 """
 
 import asyncio
@@ -32,17 +32,26 @@ from orchestrator.references.store import ScoreStore
 logger = logging.getLogger(__name__)
 
 LINGER_S = 0.004
-"""How long the first response of a batch waits for company: ranks reach a step within milliseconds."""
+"""How long the first response of a batch waits for others: ranks reach a step within milliseconds."""
 FLUSH_SCORES = 8192
 FLUSH_INTERVAL_S = 20.0
 WINDOW_BATCHES = 8
-"""Batches cut from one drain of what waits: wide enough to sort by length, short enough to be fair."""
+"""Batches formed from the waiting responses at once: enough to sort by length, few enough to be fair."""
 MAX_OPEN_REQUESTS = 256
-"""Requests worked on at once; further ones wait unread."""
+"""Requests processed at the same time; further ones wait."""
 
 
 class Router:
-    """See the module. Methods are called through Ray; keys are (S, 16) uint8."""
+    """The router actor, see the module. Methods are called through Ray; keys are (S, 16) uint8.
+
+    Args:
+        spec: the reference.
+        storage_path: folder or pyarrow URI that the score store is under.
+        replica_class: the actor that scores, `Replica` or one with its methods.
+        linger_s: seconds that the first response of a batch waits for others.
+        flush_scores: number of unsaved scores that are saved at once.
+        flush_s: seconds after which fewer scores are saved too.
+    """
 
     def __init__(
         self,
@@ -54,7 +63,7 @@ class Router:
         flush_scores: int = FLUSH_SCORES,
         flush_s: float = FLUSH_INTERVAL_S,
     ) -> None:
-        os.environ.update(spec.environment)  # keys of the storage among them
+        os.environ.update(spec.environment)  # includes the storage's keys
         self._spec, self._storage_path = spec, storage_path
         self._linger_s, self._flush_scores, self._flush_s = linger_s, flush_scores, flush_s
         self._store: ScoreStore | None = None
@@ -72,9 +81,9 @@ class Router:
         self._batches = self._forwards = self._retries = 0
 
     async def score(self, request: ScoreRequest, *, keep: bool = True) -> Scores:
-        """Scores in the request's order, made where the store has none.
+        """Return scores in the request's order; those that the store does not have are computed.
 
-        With `keep=False` they are not stored: a response that a policy has just written is asked for once.
+        With `keep=False` they are not stored: a response that a policy has just sampled does not recur.
 
         Raises:
             ScoringError: a replica cannot score, or gave a score that is not finite.
@@ -93,18 +102,18 @@ class Router:
                 if not self._spec.replicas:
                     raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
                 futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep)
-                # Not gather: that would cancel a future others wait for, if this request is cancelled.
+                # Not gather: if this request is cancelled, gather would cancel futures that others wait for.
                 await asyncio.wait(set(futures.values()))
                 for index, future in futures.items():
                     scores[index] = future.result()
         return scores
 
     async def lookup(self, keys: Keys) -> Scores:
-        """What the store has, without scoring anything; the rest stays unknown."""
+        """Return the scores that the store has, without scoring anything; the others are unknown."""
         return (await self._open_store()).lookup(keys)
 
     async def put(self, keys: Keys, scores: Scores) -> None:
-        """Store scores that a worker made itself."""
+        """Store scores that a worker has computed."""
         store = await self._open_store()
         for index in range(len(scores)):
             store.put(keys[index].tobytes(), self._refuse_non_finite(keys[index].tobytes(), scores[index]))
@@ -112,17 +121,17 @@ class Router:
         self._schedule_flush(store)
 
     async def missing(self, keys: Keys) -> int:
-        """How many different keys the store has no score for."""
+        """Return how many different keys the store has no score for."""
         known = (await self._open_store()).find_known(keys)
         return len(np.unique(keys[~known], axis=0))
 
     async def start(self) -> None:
-        """Start the replicas now rather than at the first miss, and wait until they have their model."""
+        """Start the replicas now, not at the first unknown score, and wait until they have their model."""
         self._pool.ensure_started()
         await self._pool.wait_until_ready()
 
     async def release(self) -> None:
-        """Finish what is in flight, save, and free the replicas' devices; a later miss starts them again."""
+        """Finish open requests, save, and free the replicas' devices; a later unknown score restarts them."""
         while self._in_flight:
             await asyncio.wait(set(self._in_flight.values()))
         try:
@@ -131,7 +140,7 @@ class Router:
             self._pool.stop()
 
     async def flush(self) -> int:
-        """Save the scores that no file holds yet; returns how many."""
+        """Save the scores that are in no file yet; return how many."""
         store = await self._open_store()
         async with self._flush_lock:
             saved = await asyncio.to_thread(store.flush)
@@ -139,7 +148,7 @@ class Router:
         return saved
 
     async def close(self) -> None:
-        """Save, end the replicas, and tell those who still wait."""
+        """Save, kill the replicas, and fail the open requests."""
         try:
             await self.flush()
         finally:
@@ -147,7 +156,7 @@ class Router:
             self._fail_all(ScoringError(f"reference {self._spec.name!r}: the service was shut down"))
 
     async def stats(self) -> RouterStats:
-        """Counts since this process began."""
+        """Return counts since this process began."""
         return RouterStats(
             requested=self._requested,
             from_store=self._from_store,
@@ -161,7 +170,7 @@ class Router:
         )
 
     async def replica_pids(self) -> list[int]:
-        """Process ids of the live replicas, on whichever nodes they are."""
+        """Return the process ids of the live replicas, on all nodes."""
         return await self._pool.list_pids()
 
     async def _open_store(self) -> ScoreStore:
@@ -173,9 +182,9 @@ class Router:
     def _enqueue_missing(
         self, request: ScoreRequest, missing: set[int], *, keep: bool
     ) -> dict[int, asyncio.Future[Score]]:
-        """A future for every missing response, shared with all who ask for the same one.
+        """Return a future by index for every missing response; requests for the same response share one.
 
-        It is stored if any of them wants it kept.
+        A score is stored if any of its requests has `keep`.
         """
         futures: dict[int, asyncio.Future[Score]] = {}
         index = 0
@@ -197,7 +206,7 @@ class Router:
         return futures
 
     def _send_batches(self) -> None:
-        """Send batches while there are batches and replicas with room."""
+        """Send batches while there are batches, and replicas that can take one."""
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
@@ -216,8 +225,8 @@ class Router:
         budget = self._spec.max_tokens_per_batch
         groups = self._waiting.drain(WINDOW_BATCHES * budget)
         return [
-            Batch([groups[i] for i in part])
-            for part in split_into_batches([g.tokens for g in groups], budget)
+            Batch([groups[i] for i in indices])
+            for indices in split_into_batches([group.tokens for group in groups], budget)
         ]
 
     async def _run_batch(self, batch: Batch, member: PoolMember) -> None:
@@ -227,7 +236,7 @@ class Router:
             self._retry_batch(batch)
             self._pool.replace_dead_member(member, error)
         except Exception as error:
-            # What a failed kernel left of the process is unknown: the next batch gets a new one.
+            # The state of a process after a failed kernel is unknown: the next batch gets a new replica.
             self._pool.drop_member(member)
             self._fail_keys(batch.keys, explain_actor_error(self._spec.name, error))
         else:
@@ -239,7 +248,7 @@ class Router:
 
     def _finish_batch(self, batch: Batch, scores: Scores) -> None:
         store = self._store
-        assert store is not None  # opened before anything was asked
+        assert store is not None  # opened by the first request
         for index, key in enumerate(batch.keys):
             try:
                 score = self._refuse_non_finite(key, scores[index])
@@ -265,7 +274,7 @@ class Router:
         )
 
     def _retry_batch(self, batch: Batch) -> None:
-        """Put a batch whose replica died back in front, unless it has had its chances or nobody waits."""
+        """Put a batch whose replica died first in line, unless it failed too often or no request needs it."""
         batch.attempts += 1
         if batch.attempts > self._spec.max_retries:
             error = ScoringError(
@@ -283,7 +292,7 @@ class Router:
             future = self._in_flight.pop(key, None)
             if future is not None:
                 future.set_exception(error)
-                future.exception()  # seen: whoever asked may be gone
+                future.exception()  # marks it as retrieved: the requester may be gone
 
     def _fail_all(self, error: Exception) -> None:
         self._ready_batches.clear()
@@ -300,7 +309,7 @@ class Router:
             )
 
     async def _flush_quietly(self) -> None:
-        """A failed save is tried again at the next occasion; only `flush` and `close` raise."""
+        """Save scores; a failure is logged and retried at the next save. Only `flush` and `close` raise."""
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
@@ -311,11 +320,11 @@ class Router:
 
     def _spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop itself holds tasks weakly
+        self._tasks.add(task)  # the event loop has weak references only
         task.add_done_callback(self._handle_task_end)
 
     def _handle_task_end(self, task: asyncio.Task[None]) -> None:
-        """Nobody awaits these tasks, so an error they did not foresee goes to whoever waits for scores."""
+        """Fail open requests with a task's unexpected error, since nothing awaits the task itself."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("router of reference %r: unexpected error", self._spec.name, exc_info=error)

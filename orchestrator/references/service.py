@@ -1,4 +1,4 @@
-"""The driver's side: routers for a run's references, scored in bulk, and ended with the run."""
+"""The driver's service: starts routers for a run's references, scores in bulk, and ends them with the run."""
 
 import hashlib
 import os
@@ -12,7 +12,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchestrator.references.client import NAMESPACE, TokenTableLike, group_pairs, wait_for_answer
+from orchestrator.cluster.connection import NAMESPACE
+from orchestrator.references.client import TokenTableLike, group_pairs, wait_for_answer
 from orchestrator.references.messages import PromptGroup, ReferenceSpec, RouterStats, ScoreRequest
 from orchestrator.references.pool import explain_actor_error
 from orchestrator.references.replica import Replica
@@ -20,23 +21,28 @@ from orchestrator.references.router import Router
 from orchestrator.references.store import resolve_storage
 
 ROUTER_CPUS = 0.01
-"""A router waits nearly always: it only must not be counted as a whole core on a small machine."""
+"""A router is idle most of the time: it must not be counted as a whole core on a small machine."""
 MAX_RESTARTS = 8
 MAX_CONCURRENCY = 1000
 NAME_RELEASE_TIMEOUT_S = 10
 BULK_ROWS = 64
 BULK_REQUESTS = 32
-"""Requests of this many rows, and how many of them per reference are on their way at once."""
+"""Requests have BULK_ROWS rows; at most BULK_REQUESTS of them per reference are open at the same time."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with reference name, rows done and rows in all."""
+"""Called with a reference's name, rows done and rows in total."""
 
 
 class ReferenceService:
     """The running routers by reference name. A context manager: leaving it ends every actor it started.
 
-    Routers belong to the driver that started them: they end with it, however it ends. References that have
-    the same fingerprint share one router.
+    Routers belong to the driver that started them and end with it in any case. References that have the same
+    fingerprint share one router.
+
+    Args:
+        routers: actor handles by reference name.
+        addresses: actor names by reference name.
+        owned: the routers that this service started and ends.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class ReferenceService:
         self.routers = dict(routers)
         """Actor handles by reference name."""
         self.addresses = dict(addresses)
-        """Actor names by reference name, for `client.connect` in another process of this job."""
+        """Actor names by reference name, for `connect_to_routers` in another process of this job."""
         self._owned_routers = dict(owned)
 
     def __enter__(self) -> Self:
@@ -57,76 +63,78 @@ class ReferenceService:
         self.shutdown()
 
     def start_replicas(self, names: Iterable[str] | None = None) -> None:
-        """Start replicas now, of all references or of those named, and wait until they have their model.
+        """Start replicas now, of all references or of those in `names`, and wait until they have their model.
 
         Raises:
             ModelError: a model cannot be found or loaded.
-            ScoringError: a replica found no place, or died.
+            ScoringError: no node had room for a replica, or it died.
         """
-        wanted = self.routers if names is None else {name: self.routers[name] for name in names}
-        answers = {name: router.start.remote() for name, router in wanted.items()}
+        routers = self.routers if names is None else {name: self.routers[name] for name in names}
+        answers = {name: router.start.remote() for name, router in routers.items()}
         for name, answer in answers.items():
             wait_for_answer(name, answer)
 
     def count_missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
-        """How many different responses of the tables have no score in the store, by reference name."""
+        """Return how many different responses of the tables have no stored score, by reference name."""
         counts = dict.fromkeys(tables, 0)
         for name, table in tables.items():
-            parts = [
+            chunks = [
                 ScoreRequest.pack(group_pairs(table, rows)).keys for rows in _split_into_chunks(len(table))
             ]
-            if parts:
-                counts[name] = wait_for_answer(name, self.routers[name].missing.remote(np.concatenate(parts)))
+            if chunks:
+                counts[name] = wait_for_answer(
+                    name, self.routers[name].missing.remote(np.concatenate(chunks))
+                )
         return counts
 
     def score_all(self, tables: Mapping[str, TokenTableLike], on_progress: Progress | None = None) -> None:
-        """Fill the stores with every response of the tables and save them, all references at once.
+        """Score every response of the tables and save the scores, under all references at the same time.
 
-        Rows whose scores are known are passed over without sending their tokens.
+        Rows whose scores are known are skipped without sending their tokens.
         """
         done = dict.fromkeys(tables, 0)
         open_requests: dict[Any, tuple[str, int]] = {}
 
-        def progress(name: str, rows: int) -> None:
+        def report_progress(name: str, rows: int) -> None:
             done[name] += rows
             if on_progress is not None:
                 on_progress(name, done[name], len(tables[name]))
 
-        def finish_one() -> None:
+        def finish_request() -> None:
             (answer, *_), _ = ray.wait(list(open_requests), num_returns=1)
             name, rows = open_requests.pop(answer)
             wait_for_answer(name, answer)
-            progress(name, rows)
+            report_progress(name, rows)
 
         for name, rows in _interleave_chunks({name: len(table) for name, table in tables.items()}):
             unknown = self._find_unknown(name, tables[name], rows)
-            progress(name, len(rows) - len(unknown))
+            report_progress(name, len(rows) - len(unknown))
             if unknown:
                 if len(open_requests) >= BULK_REQUESTS * len(tables):
-                    finish_one()
+                    finish_request()
                 answer = self.routers[name].score.remote(ScoreRequest.pack(unknown))
                 open_requests[answer] = (name, len(unknown))
         while open_requests:
-            finish_one()
+            finish_request()
         self.flush()
 
     def stats(self) -> dict[str, RouterStats]:
-        """Counts by reference name."""
+        """Return counts by reference name."""
         return self._call_all_routers("stats")
 
     def flush(self) -> None:
-        """Save all scores that no file holds yet."""
+        """Save all scores that are in no file yet."""
         self._call_all_routers("flush")
 
     def release(self) -> None:
-        """Save, and free the replicas' devices; the routers go on answering from their stores."""
+        """Save, and free the replicas' devices; the routers still answer from their stores."""
         self._call_all_routers("release")
 
     def shutdown(self) -> None:
-        """Save and end every actor this service started; again is harmless.
+        """Save and end every actor this service started; a second call does nothing.
 
         Raises:
-            ScoringError: scores could not be saved. The actors are ended all the same.
+            ScoringError: scores could not be saved. The actors are ended nevertheless.
         """
         owned, self._owned_routers = self._owned_routers, {}
         closing = {name: router.close.remote() for name, router in owned.items()}
@@ -145,7 +153,7 @@ class ReferenceService:
             raise failures[0]
 
     def _wait_for_names(self, names: Iterable[str]) -> None:
-        """A killed actor keeps its name for a moment, in which the next service would take it for alive."""
+        """Wait until killed routers' names are free, because the next service would take them for alive."""
         deadline = time.monotonic() + NAME_RELEASE_TIMEOUT_S
         while time.monotonic() < deadline and any(_is_running(self.addresses[name]) for name in names):
             time.sleep(0.02)
@@ -159,7 +167,7 @@ class ReferenceService:
         request = ScoreRequest.pack(groups)
         scores = wait_for_answer(name, self.routers[name].lookup.remote(request.keys))
         unknown = np.add.reduceat(scores.missing, request.group_offsets[:-1]) > 0
-        return [group for group, wanted in zip(groups, unknown, strict=True) if wanted]
+        return [group for group, is_unknown in zip(groups, unknown, strict=True) if is_unknown]
 
 
 def start_references(
@@ -169,13 +177,13 @@ def start_references(
     replica_class: type = Replica,
     **router_options: float,
 ) -> ReferenceService:
-    """A router for each reference; replicas start at the first response that the store does not know.
+    """Start a router for each reference; replicas start at the first response that the store does not have.
 
     A router of the same fingerprint and storage that this job already runs is used and left running.
 
     Args:
-        specs: the references, under different names.
-        storage_path: folder or pyarrow URI that every node reaches; scores lie in `scores/` under it.
+        specs: the references, with different names.
+        storage_path: folder or pyarrow URI that every node reaches; scores are in `scores/` under it.
         replica_class: the actor that scores, `Replica` or one with its methods.
         router_options: `linger_s`, `flush_scores`, `flush_s` of `Router`.
     """
@@ -183,7 +191,7 @@ def start_references(
     routers: dict[str, Any] = {}
     addresses: dict[str, str] = {}
     owned: dict[str, Any] = {}
-    # One router serves all references of a fingerprint: the spec with most replicas decides how.
+    # One router serves all references of a fingerprint, with the settings of the spec with most replicas.
     for spec in sorted(specs, key=lambda spec: -spec.replicas):
         address = _build_router_name(spec.fingerprint, storage)
         if address not in addresses.values() and not _is_running(address):
@@ -203,13 +211,13 @@ def start_references(
 
 
 def _build_router_name(fingerprint: str, storage: str) -> str:
-    """Actor name of a router: one per reference, storage and job.
+    """Return the actor name of a router: one per reference, storage and job.
 
-    Not shared between jobs, although the store is: a router ends with its driver, and would leave the other
-    job without.
+    Jobs share the store, but no routers: a router ends with its driver, which would leave the other job
+    without one.
     """
-    place = hashlib.blake2b(storage.encode(), digest_size=4).hexdigest()
-    return f"router-{fingerprint}-{place}-{ray.get_runtime_context().get_job_id()}"
+    storage_digest = hashlib.blake2b(storage.encode(), digest_size=4).hexdigest()
+    return f"router-{fingerprint}-{storage_digest}-{ray.get_runtime_context().get_job_id()}"
 
 
 def _is_running(address: str) -> bool:
@@ -225,7 +233,7 @@ def _split_into_chunks(count: int) -> list[range]:
 
 
 def _interleave_chunks(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
-    """Chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
+    """Yield chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
     for chunks in zip_longest(*(_split_into_chunks(count) for count in counts.values())):
         for name, rows in zip(counts, chunks, strict=True):
             if rows is not None:

@@ -1,8 +1,8 @@
-"""Scores on storage: one folder per reference fingerprint, immutable Parquet files, all of it in memory.
+"""The score store: per reference fingerprint a folder of immutable Parquet files, which is read into memory.
 
-In memory a score costs 36 bytes (sorted keys beside three columns, found by bisection), a fifth of what a
-dictionary of tuples takes: ten million responses fit in 0.4 GB. Scores of this process lie in a small
-dictionary over it until enough of them are worth a sort.
+In memory a score takes 36 bytes (sorted keys with three columns, found by bisection), a fifth of what a
+dictionary of tuples takes: ten million responses fit in 0.4 GB. Scores of this process are first added to a
+small dictionary, until there are enough of them to be worth sorting into the rest.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
+from orchestrator.files import replace_file
 from orchestrator.references.messages import KEY_BYTES, Keys, Score, Scores, ScoringError
 from preferences import buckets
 
@@ -39,7 +40,7 @@ _READER_THREADS = 8
 
 
 def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
-    """The 16 bytes that identify a response behind its prompt: BLAKE2b of prompt length and all token ids."""
+    """Return the 16 bytes that identify a prompt's response: BLAKE2b of prompt length and all token ids."""
     prompt = np.ascontiguousarray(prompt_ids, dtype="<i4")
     digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=KEY_BYTES)
     digest.update(prompt.tobytes())
@@ -48,12 +49,19 @@ def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
 
 
 class ScoreStore:
-    """Scores of one reference under `<uri>/scores/<fingerprint>/`, `uri` being a path or a pyarrow URI.
+    """Scores of one reference under `<uri>/scores/<fingerprint>/`.
 
-    Files are uniquely named and never changed, so any number of processes may write at once; a response
-    scored twice is kept once. A file that cannot be read (cut short, or of another fingerprint) is skipped
-    with a warning and what it held is scored again: scores are cheap to make anew, a stopped run is not.
-    For one thread, but `flush` may run in another beside it.
+    Files are uniquely named and never changed, so any number of processes may write at the same time; a
+    response scored twice is kept once. A file that cannot be read (cut short, or of another fingerprint) is
+    skipped with a warning and its responses are scored again: recomputing scores is cheap, a stopped run is
+    not. For use in one thread, except that `flush` may run in another.
+
+    Args:
+        uri: a path or a pyarrow URI.
+        fingerprint: the reference's fingerprint.
+
+    Raises:
+        ScoringError: the store cannot be opened.
     """
 
     def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
@@ -75,7 +83,7 @@ class ScoreStore:
 
     @property
     def unsaved(self) -> int:
-        """How many scores no file holds yet."""
+        """Number of scores that are in no file yet."""
         return len(self._unsaved)
 
     def find_known(self, keys: Keys) -> NDArray[np.bool_]:
@@ -83,12 +91,12 @@ class ScoreStore:
         return ~self.lookup(keys).missing
 
     def lookup(self, keys: Keys) -> Scores:
-        """Scores of the keys (S, 16), unknown ones left NaN. The arrays are the caller's own."""
+        """Return the scores of the keys (S, 16), NaN where unknown. The caller may write to the arrays."""
         found = Scores.unknown(len(keys))
-        wanted = _to_strings(keys)
-        places = np.searchsorted(self._sorted_keys, wanted)
+        strings = _to_strings(keys)
+        places = np.searchsorted(self._sorted_keys, strings)
         places[places == len(self._sorted_keys)] = 0
-        hits = self._sorted_keys[places] == wanted if len(self._sorted_keys) else np.zeros(len(keys), bool)
+        hits = self._sorted_keys[places] == strings if len(self._sorted_keys) else np.zeros(len(keys), bool)
         for column, source in zip(_get_columns(found), _get_columns(self._sorted), strict=True):
             column[hits] = source[places[hits]]
         if self._recent:
@@ -99,12 +107,12 @@ class ScoreStore:
         return found
 
     def get(self, key: bytes) -> Score | None:
-        """One score, or None."""
+        """Return one score, or None if it is unknown."""
         found = self.lookup(np.frombuffer(key, dtype=np.uint8).reshape(1, KEY_BYTES))
         return None if found.missing[0] else found[0]
 
     def put(self, key: bytes, score: Score) -> None:
-        """Remember a score; what is known already stays as it is.
+        """Add a score; one that is already known is not changed.
 
         Raises:
             ScoringError: the score is not finite.
@@ -116,7 +124,7 @@ class ScoreStore:
                 self._recent[key] = self._unsaved[key] = score
 
     def flush(self) -> int:
-        """Write the unsaved scores as one new file; returns how many. On failure they stay unsaved."""
+        """Write the unsaved scores to one new file and return how many. On failure they stay unsaved."""
         with self._save_lock:
             unsaved, self._unsaved = self._unsaved, {}
         if not unsaved:
@@ -130,7 +138,7 @@ class ScoreStore:
         return len(unsaved)
 
     def merge_recent(self) -> None:
-        """Sort recent scores into the rest once they are many; cheap when they are few."""
+        """Sort recent scores into the rest once there are many; does nothing when there are few."""
         if len(self._recent) >= max(_MERGE_THRESHOLD, len(self._sorted_keys) // 4):
             recent = _build_columns(self._recent)
             self._sorted_keys, self._sorted = _merge_columns([(self._sorted_keys, self._sorted), recent])
@@ -151,14 +159,13 @@ class ScoreStore:
         name = uuid.uuid4().hex
         self._filesystem.create_dir(self.folder, recursive=True)
         if self._filesystem.type_name != "local":
-            # An object appears whole or not at all when it is closed, and has no rename.
+            # An object appears whole or not at all when it is closed, and cannot be renamed.
             pq.write_table(
                 table, f"{self.folder}/{name}.parquet", filesystem=self._filesystem, compression="zstd"
             )
             return
-        unfinished = f"{self.folder}/.{name}.unfinished"
-        pq.write_table(table, unfinished, filesystem=self._filesystem, compression="zstd")
-        os.replace(unfinished, f"{self.folder}/{name}.parquet")
+        with replace_file(Path(self.folder, f"{name}.parquet")) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
 
     def _read_files(self) -> list[tuple[NDArray[np.bytes_], Scores]]:
         entries = self._filesystem.get_file_info(pafs.FileSelector(self.folder, allow_not_found=True))
@@ -186,13 +193,13 @@ class ScoreStore:
 
 
 def resolve_storage(uri: str | os.PathLike[str]) -> str:
-    """A URI as it is, a path made absolute here, where it was given: actors work in other folders."""
+    """Return a URI unchanged, and a path made absolute here, because actors run in other working folders."""
     text = os.fspath(uri)
     return text if "://" in text else str(Path(text).resolve())
 
 
 def _to_strings(keys: Keys) -> NDArray[np.bytes_]:
-    """(S, 16) bytes as (S,) fixed-width strings, which numpy sorts and bisects (zero bytes included)."""
+    """Convert (S, 16) bytes to (S,) fixed-width strings, which numpy sorts and bisects (with zero bytes)."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
 
 
@@ -208,7 +215,7 @@ def _build_columns(scores: dict[bytes, Score]) -> tuple[NDArray[np.bytes_], Scor
 
 
 def _merge_columns(parts: Iterable[tuple[NDArray[np.bytes_], Scores]]) -> tuple[NDArray[np.bytes_], Scores]:
-    """Parts as one, sorted by key; of a key that occurs twice the first is kept."""
+    """Merge parts into one, sorted by key; the first score of a key that occurs twice is kept."""
     parts = [(np.zeros(0, dtype=f"S{KEY_BYTES}"), Scores.unknown(0)), *parts]
     keys, first = np.unique(np.concatenate([keys for keys, _ in parts]), return_index=True)
     columns = zip(*(_get_columns(scores) for _, scores in parts), strict=True)

@@ -137,7 +137,7 @@ def test_a_bad_file_is_skipped_with_a_warning(tmp_path, caplog, damage):
 def test_unfinished_files_of_a_killed_writer_are_not_read(tmp_path, caplog):
     folder = tmp_path / "scores" / "abc"
     folder.mkdir(parents=True)
-    (folder / ".0123.unfinished").write_bytes(b"PAR1")
+    (folder / ".0123.parquet.7.part").write_bytes(b"PAR1")
     assert len(ScoreStore(tmp_path, "abc")) == 0
     assert not caplog.records
 
