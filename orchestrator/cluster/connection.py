@@ -47,8 +47,8 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     address = _find_address()
     local = address == "local"
     if local:
-        # Workers of a cluster that this process starts inherit its environment. `ray.init` sets the same variable
-        # for `worker_process_setup_hook`, with which Ray's prestarted workers could not be used.
+        # Workers of a cluster that this process starts inherit its environment. The hook is set by the variable
+        # that Ray itself uses: as part of `runtime_env` it would make Ray's prestarted workers unusable.
         hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK}
         for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT | hook).items():
             os.environ.setdefault(name, value)

@@ -66,13 +66,13 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 SETUP_HOOK = "polyref.imports.use_own_packages"
-"""Called in every worker process before anything is imported there, so that polyref's packages come first."""
+"""Function that every worker process calls before other imports, so that polyref's packages come first."""
 
 
 def build_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return Ray's runtime environment of a run on a cluster that others started.
+    """Return Ray's runtime environment for a run on a cluster that polyref did not start.
 
-    What a submitted job's runtime environment sets already is left to it: Ray refuses both.
+    Settings that a submitted job's runtime environment already has are omitted: Ray refuses duplicates.
     """
     job = _read_job_runtime_env(environment)
     hook = {} if "worker_process_setup_hook" in job else {"worker_process_setup_hook": SETUP_HOOK}

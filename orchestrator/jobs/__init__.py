@@ -1,1 +1,1 @@
-"""Submitting a command as a Ray job."""
+"""Submitting commands as Ray jobs."""

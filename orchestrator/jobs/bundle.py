@@ -1,7 +1,7 @@
-"""What a submitted job needs of this machine's files, and nothing else: no runs, caches or data by accident.
+"""Collecting this machine's files that a submitted job needs, and no others: no runs, caches or other data.
 
-Relative paths are this machine's and are packed; absolute paths and URIs are the cluster's and are left
-alone. Models are never packed.
+Relative paths are on this machine and are sent; absolute paths and URIs are on the cluster and stay as they
+are. Models are never sent.
 """
 
 import os
@@ -25,10 +25,10 @@ _DATA_FIELDS = ("data.train", "data.eval")
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")
 _BUCKET_CREDENTIALS = re.compile(
     r"\b(s3|gs|gcs|abfss?)://[^@\s]*:[^@\s]*@", re.I
-)  # a secret may have slashes
+)  # a secret may contain slashes
 _AZURE_CONTAINER = re.compile(
     r"\b(abfss?://)[^/@:\s]+@", re.I
-)  # whose name stands where others have the user's
+)  # a container's name is where other URIs have a user name
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class JobBundle:
     """A command for the cluster and the files that it needs.
 
     Attributes:
-        name: of the run, the search or the command, for the job's id.
-        command: what follows `polyref`, with paths as they are in the parcel.
-        files: by their path in the parcel, where they lie here.
+        name: name of the run, the search or the command, for the job's id.
+        command: the command after `polyref`, with paths as they are in the bundle.
+        files: local paths by path in the bundle.
     """
 
     name: str
@@ -59,14 +59,14 @@ class JobBundle:
 
 
 def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
-    """Check a command as far as that needs no cluster, and collect what it needs from the working folder.
+    """Check a command as far as possible without a cluster, and collect the files it needs.
 
     Args:
-        command: `train run.yaml loss.beta=0.2`, or any other that makes sense as a job.
+        command: `train run.yaml loss.beta=0.2`, or any other command that can run as a job.
         code: send polyref's own packages too, instead of using those installed on the nodes.
 
     Raises:
-        UsageError: with the usual message about the file, or one about what cannot be sent.
+        UsageError: the run or sweep file is wrong, or something cannot be sent.
     """
     verb, arguments = (command[0], list(command[1:])) if command else ("", [])
     known = (*_RUN_COMMANDS, *_SWEEP_COMMANDS, *_REGISTRY_COMMANDS)
@@ -76,14 +76,14 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
             "e.g. polyref submit -- train run.yaml"
         )
     for argument in arguments:
-        named = re.match(r"[\w.-]+(?==)", argument)
-        _refuse_credentials(argument, redact(named[0]) if named else "an argument")
+        field_name = re.match(r"[\w.-]+(?==)", argument)
+        _refuse_credentials(argument, redact(field_name[0]) if field_name else "an argument")
     files = _list_package_files() if code else {}
     if verb in _REGISTRY_COMMANDS:
         _refuse_lost_copy(arguments)
         return _refuse_too_large(JobBundle(verb, tuple(command), files))
-    place, file = _find_file_argument(verb, arguments)
-    overrides = [a for i, a in enumerate(arguments) if i != place and "=" in a and not a.startswith("-")]
+    position, file = _find_file_argument(verb, arguments)
+    overrides = [a for i, a in enumerate(arguments) if i != position and "=" in a and not a.startswith("-")]
     needed = [("the file", file)]
     if verb in _SWEEP_COMMANDS:
         needed += _list_base_run(file, overrides)
@@ -99,38 +99,43 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
     _refuse_lost_results(run, field)
     for what, path in [*needed, *_list_local_sources(run)]:
         files |= _list_files(what, path)
-    arguments[place] = _make_relative(Path(file), "the file").as_posix()
+    arguments[position] = _make_relative(Path(file), "the file").as_posix()
     return _refuse_too_large(JobBundle(name, (verb, *arguments), files))
 
 
 def _find_file_argument(verb: str, arguments: Sequence[str]) -> tuple[int, str]:
-    """The run or sweep file: the first argument that is neither option, override nor an option's number."""
-    for place, argument in enumerate(arguments):
-        number = argument.replace(".", "", 1).isdigit()
-        if not argument.startswith("-") and "=" not in argument and not number:
-            return place, argument
+    """Find the run or sweep file: the first argument that is no option, override or option's number.
+
+    Returns:
+        Its position among the arguments, and its path.
+    """
+    for position, argument in enumerate(arguments):
+        is_number = argument.replace(".", "", 1).isdigit()
+        if not argument.startswith("-") and "=" not in argument and not is_number:
+            return position, argument
     kind = "sweep" if verb in _SWEEP_COMMANDS else "run"
     raise UsageError(f"{verb} needs a {kind} file, e.g. polyref submit -- {verb} {kind}.yaml")
 
 
 def _list_base_run(file: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    early = [text for text in overrides if text.startswith("run=")]
-    run = apply_overrides(read_yaml(file, what="sweep file"), early).get("run")
+    """Return the run file's path, if the sweep file names one, with the field for messages."""
+    run_overrides = [text for text in overrides if text.startswith("run=")]
+    run = apply_overrides(read_yaml(file, what="sweep file"), run_overrides).get("run")
     if not isinstance(run, str):
         return []
     if Path(run).expanduser().is_absolute():
-        raise UsageError(f"{file}: run: {run} is not in the parcel of a job; name it relative to {file}")
+        raise UsageError(f"{file}: run: {run} is not sent with a job; name it relative to {file}")
     return [(f"{file}: run", os.path.relpath(Path(file).parent / run))]
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a password, key, token or signature is in it, as part of a URI or by itself."""
+    """Whether a text contains a password, key, token or signature, inside a URI or alone."""
     text = _AZURE_CONTAINER.sub(r"\1", text)
     return redact(text) != text or _BUCKET_CREDENTIALS.search(text) is not None
 
 
 def _refuse_credentials(value: Any, where: str) -> None:
-    """Refuse a value, or one that is nested in it, by where it stands and without showing it."""
+    """Refuse a value that has credentials, or contains one that does; the message does not show it."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _refuse_credentials(inner, f"{where}{'.' if ': ' in where else ': '}{name}")
@@ -148,9 +153,9 @@ def _refuse_credentials(value: Any, where: str) -> None:
 def _refuse_lost_copy(arguments: Sequence[str]) -> None:
     if next((argument for argument in arguments if not argument.startswith("-")), None) == "get":
         raise UsageError(
-            "models get copies to a folder, and a job's is thrown away with the job; run it on the machine "
-            "that wants the copy, with MLFLOW_TRACKING_URI naming the cluster's registry. Jobs name a "
-            "registered model as models:/name@alias"
+            "models get copies to a folder, and a job's folder is deleted with the job; run it on the "
+            "machine that wants the copy, with MLFLOW_TRACKING_URI naming the cluster's registry. Jobs name "
+            "a registered model as models:/name@alias"
         )
 
 
@@ -167,30 +172,30 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
     if "://" not in storage and not Path(storage).is_absolute():
         where = "in a home folder" if storage.startswith("~") else "relative"
         raise UsageError(
-            f"storage_path {storage} is {where}, and a job's working folder is thrown away with the job; "
+            f"storage_path {storage} is {where}, and a job's working folder is deleted with the job; "
             f"give a path that all nodes share, e.g. {field}=/shared/polyref/runs"
         )
-    local = uri is not None and re.match(r"sqlite:///(?!/)|(?!\w+:)(?!/)", uri)
-    if local:
+    is_relative = uri is not None and re.match(r"sqlite:///(?!/)|(?!\w+:)(?!/)", uri)
+    if is_relative:
         raise UsageError(
-            f"tracking.uri {uri} is relative, and a job's working folder is thrown away with the job; leave "
+            f"tracking.uri {uri} is relative, and a job's working folder is deleted with the job; leave "
             "it out for the cluster's registry, or name a server"
         )
 
 
 def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Relative paths of the run file that are this machine's, with the field that names them."""
+    """Yield the run file's relative paths on this machine, each with the field that names it."""
     for field, source in zip(_DATA_FIELDS, (run.data.train, run.data.eval), strict=True):
         if source is not None and _is_local(source):
             if Path(source).exists():
                 yield field, source
             elif _DATA_NAME.search(source):
-                raise UsageError(f"{field}: {source}: there is no such file here, so that it cannot be sent")
+                raise UsageError(f"{field}: {source}: there is no such file here, so it cannot be sent")
     settings: dict[str, Any] = {"policy": run.policy}
     settings |= {f"references.models.{name}": model for name, model in run.references.models.items()}
     for field, model in settings.items():
-        for part in ("model", "base"):
-            _refuse_local_model(f"{field}.{part}", getattr(model, part))
+        for key in ("model", "base"):
+            _refuse_local_model(f"{field}.{key}", getattr(model, key))
         template = model.chat_template
         if template is not None and "{" not in template and _is_local(template) and Path(template).exists():
             yield f"{field}.chat_template", template
@@ -198,10 +203,10 @@ def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     if reward and reward.model:
         _refuse_local_model("evaluation.sampling.reward.model", reward.model)
     for field, function in list_functions(run).items():
-        top = Path(function.partition(":")[0].partition(".")[0])
-        if top.name not in PACKAGES:
-            here = [path for path in (top, top.with_suffix(".py")) if path.exists()]
-            yield from ((field, str(path)) for path in here)
+        package = Path(function.partition(":")[0].partition(".")[0])
+        if package.name not in PACKAGES:
+            sources = [path for path in (package, package.with_suffix(".py")) if path.exists()]
+            yield from ((field, str(path)) for path in sources)
 
 
 def _refuse_local_model(field: str, name: str | None) -> None:
@@ -216,12 +221,12 @@ def _refuse_local_model(field: str, name: str | None) -> None:
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path is this machine's, not the cluster's."""
+    """Whether a path is on this machine, not on the cluster."""
     return "://" not in path and not path.startswith(("/", "~"))
 
 
 def _make_relative(path: Path, what: str) -> Path:
-    """The path from the working folder, which is what the job's working folder will be like."""
+    """Return the path relative to the working folder, whose layout the job's working folder copies."""
     try:
         return Path(os.path.abspath(path.expanduser())).relative_to(Path.cwd())
     except ValueError:
@@ -232,7 +237,7 @@ def _make_relative(path: Path, what: str) -> Path:
 
 
 def _list_files(what: str, path: str) -> dict[str, Path]:
-    """A file, or all files of a folder that are not hidden, by their path in the parcel."""
+    """List a file, or a folder's files that are not hidden, by path in the bundle."""
     root = _make_relative(Path(path), what)
     if not root.is_dir():
         return {root.as_posix(): Path(path).expanduser()}
@@ -242,45 +247,45 @@ def _list_files(what: str, path: str) -> dict[str, Path]:
     for name, file in files.items():
         if not file.is_file():
             raise UsageError(
-                f"{what}: {name} is no file, or a link to none, so that it cannot be sent; remove it"
+                f"{what}: {name} is not a file, or is a broken link, so it cannot be sent; remove it"
             )
     return files
 
 
 def _walk_files(root: Path, *, hidden: str) -> Iterator[Path]:
-    """Files of a folder, but not those whose name, or a folder's on the way, begins as `hidden` says."""
-    seen: set[str] = set()
+    """Yield a folder's files, without names and subfolders that begin with a character in `hidden`."""
+    visited: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+        if (real := os.path.realpath(folder)) in visited:  # a link to a parent folder
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] not in hidden and name != "__pycache__")
         yield from (Path(folder) / name for name in sorted(names) if name[0] not in hidden)
 
 
 def _list_package_files() -> dict[str, Path]:
-    """The packages that this very program runs."""
-    home = Path(__file__).parents[2]
+    """List the files of the packages that this process runs."""
+    root = Path(__file__).parents[2]
     return {
-        file.relative_to(home).as_posix(): file
+        file.relative_to(root).as_posix(): file
         for package in PACKAGES
-        for file in _walk_files(home / package, hidden=".")
+        for file in _walk_files(root / package, hidden=".")
     }
 
 
-def _refuse_too_large(parcel: JobBundle) -> JobBundle:
-    if parcel.size > MAX_SIZE_MB * 10**6:
-        largest = sorted(parcel.files.items(), key=lambda item: -item[1].stat().st_size)[:5]
+def _refuse_too_large(bundle: JobBundle) -> JobBundle:
+    if bundle.size > MAX_SIZE_MB * 10**6:
+        largest = sorted(bundle.files.items(), key=lambda item: -item[1].stat().st_size)[:5]
         shown = ", ".join(f"{format_megabytes(path.stat().st_size)} {name}" for name, path in largest)
         raise UsageError(
-            f"the job's files are {format_megabytes(parcel.size)}, and at most {MAX_SIZE_MB} MB are sent with a job; "
-            f"the largest: {shown}. Put them on storage that all nodes share and name that path, e.g. "
-            "data.train=/shared/polyref/data/train.jsonl"
+            f"the job's files are {format_megabytes(bundle.size)}, and at most {MAX_SIZE_MB} MB are sent "
+            f"with a job; the largest: {shown}. Put them on storage that all nodes share and name that path, "
+            "e.g. data.train=/shared/polyref/data/train.jsonl"
         )
-    return parcel
+    return bundle
 
 
 def format_megabytes(size: int) -> str:
-    """`1.2 MB`."""
+    """Format bytes as in `1.2 MB`."""
     return f"{size / 1e6:.1f} MB"

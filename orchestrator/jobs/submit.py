@@ -1,7 +1,7 @@
-"""`polyref submit`: a command as a job on a cluster, through Ray's job API.
+"""`polyref submit`: run a command as a job on a cluster, through Ray's job API.
 
-The job runs in a folder that has the files the command needs (see `bundle.py`), with polyref as the
-nodes have it installed. Its log is streamed, and its exit code is the command's.
+The job runs in a folder with the files that the command needs (see `bundle.py`), with polyref as it is
+installed on the nodes. Its log is streamed here, and its exit code is this command's.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from orchestrator.cluster.job_secrets import SECRET_NAMES, SECRETS_LOCATION, upload_secrets
-from orchestrator.cluster.worker_environment import collect_secrets as known_secrets
+from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.environment import set_environment
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.jobs.bundle import PACKAGES, JobBundle, build_bundle, format_megabytes, has_credentials
@@ -29,7 +29,7 @@ from orchestrator.redaction import summarize_error
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_TIMEOUT_S = 300.0
-"""How long a cluster that does not answer is asked again for the log of a job."""
+"""How long the log of a job is requested again from a cluster that does not answer."""
 _RETRY_S = 1.0
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(API|ACCESS)_?KEY|_KEY$", re.I
@@ -47,44 +47,46 @@ def submit_job(
     secret: Sequence[str] = (),
     code: bool = False,
 ) -> int:
-    """Submit a command and follow it; the exit code for this process.
+    """Submit a command, follow it, and return the exit code for this process.
 
     Args:
-        command: what would follow `polyref` here: `train run.yaml loss.beta=0.2`.
-        address: of the job server; default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then port 8265 here.
+        command: the command without `polyref`: `train run.yaml loss.beta=0.2`.
+        address: address of the job server; default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then port 8265 here.
         wait: stream the log until the job ends, and return its exit code; else print its id and return 0.
-        env: names of environment variables whose values here the job gets. The cluster shows them.
-        secret: names of those that must not be shown or logged.
+        env: names of environment variables to send with their values here. The cluster shows them.
+        secret: names of variables to send that must not be shown or logged.
         code: send polyref's own packages too.
 
     Raises:
         UsageError: the command, an option or the address is wrong; nothing was submitted.
-        RunFailed: the cluster was lost.
+        RunFailed: the cluster no longer answers, or the job was stopped or did not start.
     """
-    parcel = build_bundle(command, code=code)
+    bundle = build_bundle(command, code=code)
     variables, hidden = _read_variables(env, "env"), _read_variables(secret, "secret")
     _refuse_shown_secrets(variables)
-    say = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
+    print_status = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
     client, headers = connect_to_job_server(address)
     server = client.get_address()
     if hidden:
         variables[SECRETS_LOCATION] = upload_secrets(hidden, server=server, headers=headers)
-    job = _submit_bundle(client, parcel, variables, code=code)
-    say(f"{job}: {_format_file_list(parcel, code=code)} ({format_megabytes(parcel.size)}) to {server}")
+    job = _submit_bundle(client, bundle, variables, code=code)
+    print_status(
+        f"{job}: {_format_file_list(bundle, code=code)} ({format_megabytes(bundle.size)}) to {server}"
+    )
     if not wait:
-        say(_format_follow_commands(job, server, headers))
+        print_status(_format_follow_commands(job, server, headers))
         sys.stdout.write(f"{job}\n")
         return 0
     try:
-        details = asyncio.run(_follow_job(client, job, say))
+        details = asyncio.run(_follow_job(client, job, print_status))
     except KeyboardInterrupt:
-        say(f"\n{job} runs on; {_format_follow_commands(job, server, headers)}")
+        print_status(f"\n{job} keeps running; {_format_follow_commands(job, server, headers)}")
         return 130
-    return _convert_exit_code(job, details, say)
+    return _convert_exit_code(job, details, print_status)
 
 
 def connect_to_job_server(address: str | None) -> tuple[Any, dict[str, str]]:
-    """A client of the cluster's job server, and the headers that its token makes.
+    """Return a client of the cluster's job server, and the HTTP headers with its token.
 
     Raises:
         UsageError: nothing answers there, or the token is missing or wrong.
@@ -93,31 +95,31 @@ def connect_to_job_server(address: str | None) -> tuple[Any, dict[str, str]]:
     from ray.job_submission import JobSubmissionClient
 
     for module in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(module).setLevel(logging.WARNING)  # we tell what is sent ourselves
-    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    where = given if given not in (None, "", "local") else DEFAULT_ADDRESS
+        logging.getLogger(module).setLevel(logging.WARNING)  # polyref itself prints what is sent
+    requested = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    server = requested if requested not in (None, "", "local") else DEFAULT_ADDRESS
     token = _read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        os.environ.update(_exclude_from_proxies(where))
-        with set_environment(RAY_API_SERVER_ADDRESS=where):  # Ray prefers its variables to what it is given
-            return JobSubmissionClient(where, headers=dict(headers)), headers
+        os.environ.update(_exclude_from_proxies(server))
+        with set_environment(RAY_API_SERVER_ADDRESS=server):  # Ray prefers its variables to its arguments
+            return JobSubmissionClient(server, headers=dict(headers)), headers
     except AuthenticationError as error:
-        have = "the token here is another" if token else "there is no token here"
+        problem = "the token here is another" if token else "there is no token here"
         raise UsageError(
-            f"the cluster at {where} asks for a token, and {have}; copy the cluster's ~/.ray/auth_token to "
-            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
+            f"the cluster at {server} requires a token, and {problem}; copy the cluster's ~/.ray/auth_token "
+            "to ~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
         ) from error
-    except Exception as error:  # Ray, requests and gRPC raise what they like
+    except Exception as error:  # Ray, requests and gRPC raise errors of any class
         raise UsageError(
-            f"no job server answers at {where}: {summarize_error(error)} Give --address or RAY_ADDRESS; a "
+            f"no job server answers at {server}: {summarize_error(error)} Give --address or RAY_ADDRESS; a "
             "cluster started by `ray up` is reached through `ray dashboard cluster.yaml`, left running, at "
             + DEFAULT_ADDRESS
         ) from error
 
 
 def _read_token() -> str | None:
-    """The cluster's token where Ray itself looks for it, whether or not RAY_AUTH_MODE says so."""
+    """Read the cluster's token from where Ray looks for it, also where RAY_AUTH_MODE is not set."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN"):
@@ -130,7 +132,7 @@ def _read_token() -> str | None:
 
 
 def _exclude_from_proxies(address: str) -> dict[str, str]:
-    """A proxy cannot reach what is forwarded to this machine."""
+    """Return variables that exclude this machine from proxies, which cannot reach ports forwarded to it."""
     if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
         return {}
     return {
@@ -139,8 +141,8 @@ def _exclude_from_proxies(address: str) -> dict[str, str]:
     }
 
 
-def _format_file_list(parcel: JobBundle, *, code: bool) -> str:
-    files = [name for name in parcel.files if not code or name.partition("/")[0] not in PACKAGES]
+def _format_file_list(bundle: JobBundle, *, code: bool) -> str:
+    files = [name for name in bundle.files if not code or name.partition("/")[0] not in PACKAGES]
     shown = files if len(files) <= 8 else [*files[:7], f"{len(files) - 7} more files"]
     return ", ".join([*shown, *(["polyref itself"] if code else [])]) or "no files"
 
@@ -160,7 +162,7 @@ def _read_variables(names: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _refuse_shown_secrets(variables: Mapping[str, str]) -> None:
-    secret = known_secrets(variables)
+    secret = collect_secrets(variables)
     for name, value in variables.items():
         if name in secret or _SECRET_NAME.search(name) or has_credentials(value):
             raise UsageError(
@@ -169,32 +171,33 @@ def _refuse_shown_secrets(variables: Mapping[str, str]) -> None:
             )
 
 
-def _submit_bundle(client: Any, parcel: JobBundle, variables: Mapping[str, str], *, code: bool) -> str:
+def _submit_bundle(client: Any, bundle: JobBundle, variables: Mapping[str, str], *, code: bool) -> str:
     program = ("python", "-m", "orchestrator") if code else ("polyref",)
     with tempfile.TemporaryDirectory(prefix="polyref-") as folder:
-        parcel.write(Path(folder))
+        bundle.write(Path(folder))
         try:
             with set_environment(
                 RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="", **_exclude_from_proxies(client.get_address())
             ):
                 return str(
                     client.submit_job(
-                        entrypoint=shlex.join([*program, *parcel.command]),
-                        submission_id=f"{parcel.name}-{uuid.uuid4().hex[:8]}",
+                        entrypoint=shlex.join([*program, *bundle.command]),
+                        submission_id=f"{bundle.name}-{uuid.uuid4().hex[:8]}",
                         runtime_env={"env_vars": dict(variables)}
-                        | ({"working_dir": folder} if parcel.files else {}),
+                        | ({"working_dir": folder} if bundle.files else {}),
                     )
                 )
-        except Exception as error:  # Ray, requests and gRPC raise what they like
+        except Exception as error:  # Ray, requests and gRPC raise errors of any class
             raise RunFailed(f"the cluster did not take the job: {summarize_error(error)}") from error
 
 
-async def _follow_job(client: Any, job: str, say: Callable[[str], None]) -> Any:
-    """Write the job's log to standard output until it ends; its details then.
+async def _follow_job(client: Any, job: str, print_status: Callable[[str], None]) -> Any:
+    """Write the job's log to standard output until the job ends, and return its details.
 
-    A connection that breaks, as tunnels do, is made again; the log goes on where it was.
+    A connection that breaks, as tunnels do, is made again; the log continues where it was.
     """
-    written, last_heard, silent = 0, time.monotonic(), False
+    # `written` and `read` count characters.
+    written, last_answer, silent = 0, time.monotonic(), False
     while True:
         try:
             read = 0
@@ -204,19 +207,19 @@ async def _follow_job(client: Any, job: str, say: Callable[[str], None]) -> Any:
                 written = max(written, read)
                 sys.stdout.write(new)
                 sys.stdout.flush()
-                last_heard, silent = time.monotonic(), False
+                last_answer, silent = time.monotonic(), False
             details = await asyncio.to_thread(client.get_job_info, job)
-            last_heard = time.monotonic()
+            last_answer = time.monotonic()
             if details.status.is_terminal():
                 return details
-        except Exception as error:  # Ray, aiohttp and requests raise what they like
-            if time.monotonic() - last_heard > ANSWER_TIMEOUT_S:
+        except Exception as error:  # Ray, aiohttp and requests raise errors of any class
+            if time.monotonic() - last_answer > ANSWER_TIMEOUT_S:
                 raise RunFailed(
-                    f"the cluster has not answered for {ANSWER_TIMEOUT_S / 60:g} minutes; {job} may run on: see "
-                    f"ray job logs --follow {job} once it answers"
+                    f"the cluster has not answered for {ANSWER_TIMEOUT_S / 60:g} minutes; {job} may still "
+                    f"be running: see ray job logs --follow {job} once it answers"
                 ) from error
             if not silent:
-                say(f"no answer from the cluster; asking again for {ANSWER_TIMEOUT_S / 60:g} minutes")
+                print_status(f"no answer from the cluster; retrying for {ANSWER_TIMEOUT_S / 60:g} minutes")
             silent = True
         await asyncio.sleep(_RETRY_S)
 
@@ -229,15 +232,21 @@ def _format_follow_commands(job: str, server: str, headers: Mapping[str, str]) -
     )
 
 
-def _convert_exit_code(job: str, details: Any, say: Callable[[str], None]) -> int:
-    """What the job's end means for this process's exit code."""
+def _convert_exit_code(job: str, details: Any, print_status: Callable[[str], None]) -> int:
+    """Return this process's exit code for a job that has ended.
+
+    Raises:
+        RunFailed: the job was stopped, or did not start.
+    """
     code = details.driver_exit_code
     if details.status.value == "SUCCEEDED":
         return 0
     if details.status.value == "STOPPED":
-        raise RunFailed(f"{job} was stopped; submitted again, it goes on from its last checkpoint")
+        raise RunFailed(f"{job} was stopped; submitted again, it resumes from its last checkpoint")
     if code is None:
         raise RunFailed(f"{job} did not start: {details.message or details.error_type or 'no reason given'}")
     if code == 127:
-        say(f"{job}: polyref is not on the PATH of the cluster's head; install it there, or use --code")
+        print_status(
+            f"{job}: polyref is not on the PATH of the cluster's head; install it there, or use --code"
+        )
     return int(code) if code > 0 else 128 - int(code)

@@ -124,7 +124,7 @@ def test_a_folder_of_data_is_sent_with_what_its_gitignore_names(folder: Path) ->
 
 def test_a_broken_link_among_the_data_is_one_message(folder: Path) -> None:
     (folder / "data" / "lost.jsonl").symlink_to(folder / "nowhere")
-    with pytest.raises(UsageError, match=r"data\.train: data/lost\.jsonl is no file, or a link to none"):
+    with pytest.raises(UsageError, match=r"data\.train: data/lost\.jsonl is not a file, or is a broken link"):
         build_bundle(["train", "run.yaml", "data.train=data"])
 
 
@@ -294,12 +294,12 @@ def test_a_log_goes_on_where_it_was_when_a_connection_breaks(capsys: pytest.Capt
     said: list[str] = []
     assert asyncio.run(_follow_job(Flaky(2), "job-1", said.append)).status == JobStatus.SUCCEEDED
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
-    assert set(said) == {"no answer from the cluster; asking again for 5 minutes"}
+    assert set(said) == {"no answer from the cluster; retrying for 5 minutes"}
 
 
 def test_a_cluster_that_stays_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.jobs.submit.ANSWER_TIMEOUT_S", 0.0)
-    with pytest.raises(RunFailed, match="job-1 may run on: see ray job logs --follow job-1"):
+    with pytest.raises(RunFailed, match="job-1 may still be running: see ray job logs --follow job-1"):
         asyncio.run(_follow_job(Flaky(10**6), "job-1", lambda _: None))
 
 
@@ -576,7 +576,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_and_stop_it(head: 
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     job = said.split(":")[0]
-    assert f"{job} runs on; follow it: RAY_AUTH_MODE=token ray job logs" in said
+    assert f"{job} keeps running; follow it: RAY_AUTH_MODE=token ray job logs" in said
     assert f"stop it: RAY_AUTH_MODE=token ray job stop --address {head} {job}" in said
     client, _ = connect_to_job_server(head)
     assert not client.get_job_info(job).status.is_terminal()

@@ -15,10 +15,10 @@ import torch
 from ray.util import list_named_actors
 from transformers import LlamaForSequenceClassification
 
+from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.config.sections import Resources, RewardConfig
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.references.client import (
-    NAMESPACE,
     ReferenceArrays,
     ReferenceClient,
     connect_to_routers,
