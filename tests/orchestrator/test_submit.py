@@ -449,6 +449,53 @@ def test_the_log_is_streamed_and_the_exit_code_is_the_jobs(
     assert job["entrypoint"].startswith("python -m orchestrator score run.yaml")
 
 
+@pytest.fixture
+def own_project(folder: Path, tiny_llama_folder: Path) -> Path:
+    """A project whose names are polyref's too, with a run file that names a link of its own."""
+    (folder / "models").mkdir()
+    (folder / "models" / "__init__.py").write_text("MINE = True\n")
+    (folder / "losses.py").write_text("MINE = True\n")
+    (folder / "my_losses.py").write_text(
+        "import torch\n\n\ndef exponential(h, *, beta):\n    return torch.exp(-beta * h)\n"
+    )
+    write(
+        folder / "run.yaml",
+        policy={"model": str(tiny_llama_folder), "adapter": {"r": 4}},
+        data={"train": "data/train.jsonl", "eval_fraction": 0.25},
+        loss={"link": {"type": "function", "function": "my_losses:exponential"}},
+        training={"max_steps": 2, "pairs_per_step": 2},
+        evaluation={},
+    )
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("token")
+def test_a_project_with_packages_of_the_same_names_submits_and_trains(
+    head: str, own_project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = submit_job(["train", "run.yaml", f"storage_path={own_project.parent}/runs"], address=head)
+    printed = capfd.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert "run.yaml, data/train.jsonl, my_losses.py" in printed.err
+    record = json.loads((own_project.parent / "runs" / "job" / "run.json").read_text())
+    assert record["result"]["step"] == 2
+    assert record["identity"]["functions"].keys() == {"loss.link.function"}
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("token")
+def test_rays_own_submit_takes_the_whole_project_and_trains(head: str, own_project: Path) -> None:
+    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", ".", "--"]
+    command += ["polyref", "train", "run.yaml", f"storage_path={own_project.parent}/runs"]
+    done = subprocess.run(
+        command, cwd=own_project, env=os.environ | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((own_project.parent / "runs" / "job" / "run.json").read_text())
+    assert record["result"]["step"] == 2
+
+
 class Tracking(http.server.BaseHTTPRequestHandler):
     """An MLflow server that only notes who comes."""
 
