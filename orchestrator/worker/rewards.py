@@ -1,4 +1,4 @@
-"""Judges of sampled responses: a function of the user's, or a model that classifies text, as a Ray actor."""
+"""Rewards of sampled responses: from a user's function, or from a text classifier as a Ray actor."""
 
 import math
 import os
@@ -18,33 +18,37 @@ from orchestrator.config.functions import REWARD_EXAMPLE, REWARD_FIELD, import_f
 from orchestrator.config.sections import RewardConfig
 from orchestrator.errors import RunFailed, UsageError, did_you_mean
 
-FIELD = "evaluation.sampling.reward"
-BATCH_TEXTS = 16
-RESTARTS = 3
+REWARD_SECTION = "evaluation.sampling.reward"
+TEXTS_PER_BATCH = 16
+MAX_RESTARTS = 3
 
 
 class RewardScorer(Protocol):
-    """Gives a response a number, larger for better. Can be sent to a worker."""
+    """Gives each response a number, larger for better. Can be pickled and sent to a worker."""
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """One finite number for each response behind its prompt; RunFailed where there is none."""
+        """Return one finite number for each response to its prompt.
+
+        Raises:
+            RunFailed: there is no such number.
+        """
         ...
 
     def close(self) -> None:
-        """Free what `start_judge` started; the driver calls it, once no worker will ask again."""
+        """Free what `start_reward_scorer` started; the driver calls it once no worker needs scores."""
         ...
 
 
 def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> RewardScorer:
-    """The judge of a run file, ready to be asked.
+    """Start the reward scorer of a run file and wait until it is ready.
 
     Args:
         config: the run file's section.
-        start_timeout_s: how long a reward model may wait for a place; loading it is not counted.
+        start_timeout_s: how long a reward model may wait for a node with room; loading it is not counted.
 
     Raises:
-        UsageError: there is no such function or model, or the model gives no reward as asked.
-        RunFailed: the reward model found no place, or died.
+        UsageError: there is no such function or model, or the model has no such reward.
+        RunFailed: no node had room for the reward model, or it died.
     """
     if config.function is not None:
         return load_reward_function(config.function)
@@ -57,8 +61,8 @@ def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> Rewa
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             resources=bundle or None,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
         )
         .remote(
             _resolve_model_path(config),
@@ -67,26 +71,26 @@ def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> Rewa
             environment=collect_secrets(os.environ),
         )
     )
-    judge = RewardModelClient(actor, str(config.model))
+    scorer = RewardModelClient(actor, str(config.model))
     try:
-        _wait_for_answer(judge.name, actor.pid.remote(), start_timeout_s)
-        _wait_for_answer(judge.name, actor.setup.remote())
+        _wait_for_answer(scorer.name, actor.get_pid.remote(), start_timeout_s)
+        _wait_for_answer(scorer.name, actor.load_model.remote())
     except GetTimeoutError:
-        judge.close()
+        scorer.close()
         raise RunFailed(
-            f"{FIELD}.model: no node had room for it ({needs}) within {start_timeout_s:g} s; free resources, "
-            f"or ask for less with {FIELD}.resources"
+            f"{REWARD_SECTION}.model: no node had room for it ({needs}) within {start_timeout_s:g} s; free "
+            f"resources, or ask for less with {REWARD_SECTION}.resources"
         ) from None
     except BaseException:
-        judge.close()
+        scorer.close()
         raise
-    return judge
+    return scorer
 
 
 def load_reward_function(path: str) -> RewardScorer:
-    """The function `package.module:function`, (prompts, responses) -> one number for each response.
+    """Load the function `package.module:function`, (prompts, responses) -> one number for each response.
 
-    Modules are looked for in the working folder too. It is called in the process that asks.
+    Modules are searched for in the working folder too. The function runs in the process that calls `score`.
 
     Raises:
         UsageError: there is no such module or function, or it cannot be imported or called.
@@ -102,47 +106,51 @@ def _import_reward_function(path: str, folder: str) -> Callable[[list[str], list
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function by its name: the worker that asks imports it itself.
+    """A reward function by its name; every worker that calls `score` imports it itself.
 
-    `folder` is the working folder of the command, which is not a worker's everywhere.
+    `folder` is the working folder of the command, because a worker may have another.
     """
 
     path: str
     folder: str
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        who, function = f"{FIELD}.function {self.path}", _import_reward_function(self.path, self.folder)
+        """Call the function and check what it returns."""
+        source = f"{REWARD_SECTION}.function {self.path}"
+        function = _import_reward_function(self.path, self.folder)
         try:
-            return _check_rewards(who, function(list(prompts), list(responses)), responses)
+            return _check_rewards(source, function(list(prompts), list(responses)), responses)
         except RunFailed:
             raise
-        except Exception as error:  # whatever a function of the user's may raise
-            raise RunFailed(f"{who} failed: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a user's function may raise anything
+            raise RunFailed(f"{source} failed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: there is no process to stop."""
 
 
 @dataclass(frozen=True)
 class RewardModelClient:
-    """A reward model by its actor."""
+    """A handle of the actor that serves a reward model."""
 
     actor: Any
     name: str
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """Have the actor score the responses and check what it returns."""
         rewards = _wait_for_answer(self.name, self.actor.score.remote(list(prompts), list(responses)))
-        return _check_rewards(f"{FIELD}.model {self.name}", rewards, responses)
+        return _check_rewards(f"{REWARD_SECTION}.model {self.name}", rewards, responses)
 
     def close(self) -> None:
+        """Stop the actor."""
         ray.kill(self.actor)
 
 
 class RewardModelActor:
-    """The actor: a text classifier's score of prompt and response as one text.
+    """The actor of a text classifier, which reads prompt and response as one text.
 
     With one output its value is the reward, with several the probability of the class `label`. The
-    constructor is cheap, so that a failure to load reaches whoever called `setup`.
+    constructor loads nothing, so that an error in loading is raised to the caller of `load_model`.
     """
 
     def __init__(
@@ -151,22 +159,22 @@ class RewardModelActor:
         self._config, self._gpu, self._cpus, self._environment = config, gpu, cpus, dict(environment)
         self._model: Any = None
 
-    def pid(self) -> int:
-        """Process id; an answer also says that the actor has its resources."""
+    def get_pid(self) -> int:
+        """Return the process id; an answer also shows that the actor has its resources."""
         return os.getpid()
 
-    def setup(self) -> None:
-        """Load the model; its weights are read from safetensors alone, and code that it brings is not run.
+    def load_model(self) -> None:
+        """Load the model; its weights are read from safetensors alone, and code in its repository is not run.
 
         Raises:
             ModelError: the model cannot be found or loaded.
-            UsageError: it is no classifier, or has no class such as `label`.
+            UsageError: it is no classifier, or has no class `label`.
         """
         from models.locate import first_line, locate
 
         os.environ.update(self._environment)
         settings = ModelConfig(model=str(self._config.model), revision=self._config.revision)
-        located = locate(settings)  # before the slow imports: what is missing is told soon
+        located = locate(settings)  # before the slow imports: a missing model is reported at once
         if located.kind != "folder":
             raise UsageError(f"{settings.model} is no whole model; merge the adapter, or give another model")
 
@@ -179,7 +187,7 @@ class RewardModelActor:
         if not self._gpu:
             torch.set_num_threads(max(1, int(self._cpus)))
         self._tokenizer = load_tokenizer(located, settings)
-        self._tokenizer.truncation_side = "left"  # what is judged stands on the right
+        self._tokenizer.truncation_side = "left"  # the response is on the right and must not be cut
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 located.path,
@@ -200,12 +208,12 @@ class RewardModelActor:
         self._model = model.to(self._device).eval()
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """One number for each response."""
+        """Return one number for each response."""
         if self._model is None:  # Ray restarted the actor
-            self.setup()
-        # A tokenizer may make nothing at all of an empty text.
+            self.load_model()
+        # A tokenizer may return no tokens at all for an empty text.
         texts = [prompt + response or " " for prompt, response in zip(prompts, responses, strict=True)]
-        size = BATCH_TEXTS if self._tokenizer.pad_token_id is not None else 1
+        size = TEXTS_PER_BATCH if self._tokenizer.pad_token_id is not None else 1
         return [
             reward
             for start in range(0, len(texts), size)
@@ -213,6 +221,7 @@ class RewardModelActor:
         ]
 
     def _score_batch(self, texts: list[str]) -> list[float]:
+        """Return the reward of each text, all computed in one forward pass."""
         import torch
 
         positions = getattr(self._model.config, "max_position_embeddings", None)
@@ -227,67 +236,75 @@ class RewardModelActor:
             logits = self._model(**inputs.to(self._device)).logits.double()
         if self._class is None:
             return logits[:, 0].tolist()
-        several = self._model.config.problem_type == "multi_label_classification"
-        chances = logits.sigmoid() if several else logits.softmax(dim=-1)
-        return chances[:, self._class].tolist()
+        is_multi_label = self._model.config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if is_multi_label else logits.softmax(dim=-1)
+        return probabilities[:, self._class].tolist()
 
 
 def find_reward_class(names: Mapping[int, str], label: str | int | None) -> int | None:
-    """The class whose probability is the reward, or None where the model has one output.
+    """Return the index of the class whose probability is the reward, or None if the model has one output.
+
+    Args:
+        names: class names by index.
+        label: the name or index of a class.
 
     Raises:
-        UsageError: `label` names none of several classes, or one of a single output.
+        UsageError: the model has several classes and `label` is none of them, or one output and a `label`.
     """
     if len(names) == 1:
         if label is not None:
-            raise UsageError(f"{FIELD}.label: the model has one output, which is the reward; leave label out")
+            raise UsageError(
+                f"{REWARD_SECTION}.label: the model has one output, which is the reward; leave label out"
+            )
         return None
-    shown = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
+    classes = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
     if label is None:
         raise UsageError(
-            f"{FIELD}.label is missing: the model has {len(names)} classes, {shown}; set it to the one whose "
-            "probability is the reward"
+            f"{REWARD_SECTION}.label is missing: the model has {len(names)} classes, {classes}; set it to the "
+            "one whose probability is the reward"
         )
-    found = [index for index, name in names.items() if label in (index, name)]
-    if not found:
-        hint = did_you_mean(label, names.values()) if isinstance(label, str) else f"; it has {shown}"
-        raise UsageError(f"{FIELD}.label: the model has no class {label!r}{hint}")
-    return found[0]
+    matches = [index for index, name in names.items() if label in (index, name)]
+    if not matches:
+        hint = did_you_mean(label, names.values()) if isinstance(label, str) else f"; it has {classes}"
+        raise UsageError(f"{REWARD_SECTION}.label: the model has no class {label!r}{hint}")
+    return matches[0]
 
 
-def _check_rewards(who: str, rewards: Iterable[Any], responses: list[str]) -> list[float]:
-    """The rewards as numbers, one for each response."""
+def _check_rewards(source: str, rewards: Iterable[Any], responses: list[str]) -> list[float]:
+    """Return the rewards as numbers, one for each response; `source` names their scorer in errors."""
     try:
         numbers = [float(reward) for reward in rewards]
     except (TypeError, ValueError):
-        raise RunFailed(f"{who} gave {rewards!r:.80}, where one number for each response is wanted") from None
+        raise RunFailed(
+            f"{source} gave {rewards!r:.80}, where one number for each response is wanted"
+        ) from None
     if len(numbers) != len(responses):
         raise RunFailed(
-            f"{who} gave {len(numbers)} numbers for {len(responses)} responses; it must give one for each"
+            f"{source} gave {len(numbers)} numbers for {len(responses)} responses; it must give one for each"
         )
     for number, response in zip(numbers, responses, strict=True):
         if not math.isfinite(number):
-            raise RunFailed(f"{who} gave {number} for the response {response!r:.80}; it must be finite")
+            raise RunFailed(f"{source} gave {number} for the response {response!r:.80}; it must be finite")
     return numbers
 
 
 def _resolve_model_path(config: RewardConfig) -> RewardConfig:
-    """A relative folder made absolute here, where it was given: actors work in other folders."""
+    """Make the path of a local model absolute in the command's process: actors have other working folders."""
     path = Path(str(config.model)).expanduser()
     return config.model_copy(update={"model": str(path.resolve())}) if path.exists() else config
 
 
 def _wait_for_answer(name: str, answer: Any, timeout: float | None = None) -> Any:
-    """The actor's answer, or its error as one that says which model."""
+    """Return the actor's answer, or raise its error as one that names the model."""
     try:
         return ray.get(answer, timeout=timeout)
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UsageError | ModelError):
-            raise UsageError(f"{FIELD}.model: {cause}") from error
-        raise RunFailed(f"{FIELD}.model {name}: {type(cause).__name__}: {cause}") from error
+            raise UsageError(f"{REWARD_SECTION}.model: {cause}") from error
+        raise RunFailed(f"{REWARD_SECTION}.model {name}: {type(cause).__name__}: {cause}") from error
     except RayActorError as error:
         first = str(error).strip().splitlines()[0]
         raise RunFailed(
-            f"{FIELD}.model {name} died, most often because memory ran out. Ray says: {first}"
+            f"{REWARD_SECTION}.model {name} died, most often because memory ran out. Ray says: {first}"
         ) from error

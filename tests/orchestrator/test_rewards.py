@@ -1,4 +1,4 @@
-"""Judges: what a function or a classifier gives comes back, and what is wrong with it is told."""
+"""Reward scorers return what a function or a classifier gives, and say what is wrong with it."""
 
 import os
 import pickle
@@ -45,14 +45,14 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
+def test_a_function_of_the_working_folder_is_called_wherever_the_scorer_is_sent(
     working_folder, tmp_path_factory
 ):
-    judge = load_reward_function("my_rewards:lengths")
-    assert judge.score(["ab", ""], ["c", "de"]) == [3.0, 2.0]
-    judge.close()
-    sent = tmp_path_factory.mktemp("elsewhere") / "judge"
-    sent.write_bytes(pickle.dumps(judge))
+    scorer = load_reward_function("my_rewards:lengths")
+    assert scorer.score(["ab", ""], ["c", "de"]) == [3.0, 2.0]
+    scorer.close()
+    sent = tmp_path_factory.mktemp("elsewhere") / "scorer"
+    sent.write_bytes(pickle.dumps(scorer))
     code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).score(['a'], ['b']))"
     done = subprocess.run(
         [sys.executable, "-c", code, sent],
@@ -66,7 +66,7 @@ def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("my_rewards", "not of the form package.module:function, e.g. orchestrator.demo.rewards:sentiment"),
         ("your_rewards:f", "there is no module your_rewards, neither in .* nor installed; start the command"),
@@ -77,13 +77,13 @@ def test_a_function_of_the_working_folder_is_called_wherever_the_judge_is_sent(
         ("my_rewards:number", "is of type int, not a function such as orchestrator.demo.rewards:sentiment"),
     ],
 )
-def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_folder, path, told):
-    with pytest.raises(UsageError, match=f"evaluation.sampling.reward.function: .*{told}"):
+def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_folder, path, message):
+    with pytest.raises(UsageError, match=f"evaluation.sampling.reward.function: .*{message}"):
         load_reward_function(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("short", "gave 1 numbers for 2 responses"),
         ("broken", "gave nan for the response 'b'"),
@@ -92,8 +92,8 @@ def test_a_function_that_cannot_be_called_is_refused_with_the_remedy(working_fol
         ("fails", "failed: KeyError: 'x'"),
     ],
 )
-def test_results_that_are_no_rewards_end_the_run_by_name(working_folder, name, told):
-    with pytest.raises(RunFailed, match=f"function my_rewards:{name} {told}"):
+def test_results_that_are_no_rewards_end_the_run_by_name(working_folder, name, message):
+    with pytest.raises(RunFailed, match=f"function my_rewards:{name} {message}"):
         load_reward_function(f"my_rewards:{name}").score(["", ""], ["a", "b"])
 
 
@@ -121,7 +121,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory):
 
 def ready(folder: Path | str, **settings) -> RewardModelActor:
     model = RewardModelActor(RewardConfig(model=str(folder), **settings), gpu=False, cpus=1, environment={})
-    model.setup()
+    model.load_model()
     return model
 
 
@@ -166,12 +166,12 @@ def test_labels_are_names_or_numbers_of_classes():
     names = {0: "bad", 1: "good"}
     assert find_reward_class(names, "good") == find_reward_class(names, 1) == 1
     assert find_reward_class({0: "LABEL_0"}, None) is None
-    for label, told in [
+    for label, message in [
         (None, r"label is missing: the model has 2 classes, 0 \(bad\), 1 \(good\); set it to"),
         ("goood", "no class 'goood'; did you mean 'good'"),
         (2, r"no class 2; it has 0 \(bad\), 1 \(good\)"),
     ]:
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             find_reward_class(names, label)
     with pytest.raises(UsageError, match="one output, which is the reward; leave label out"):
         find_reward_class({0: "LABEL_0"}, "good")
