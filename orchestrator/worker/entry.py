@@ -1,4 +1,4 @@
-"""What Ray Train's controller unpickles: a function that imports nothing until a worker calls it.
+"""The function that Ray Train's controller unpickles; it imports nothing until a worker calls it.
 
 The controller has no use for torch, and importing it there would delay every start by seconds.
 """
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def run_worker(settings: dict[str, Any]) -> "WorkerResult":
-    """`train_loop_per_worker`: load environment and setup, and run `loop.train_worker`."""
+    """Load environment and setup, and run `loop.train_worker`: Ray Train's `train_loop_per_worker`."""
     import ray
 
     os.environ.update(ray.get(settings["secrets"]))

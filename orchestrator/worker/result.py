@@ -1,4 +1,4 @@
-"""What the workers of a run return. Imports nothing heavy: Ray Train's controller unpickles it."""
+"""The result that the workers of a run return. Imports nothing heavy: Ray Train's controller unpickles it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +10,8 @@ class WorkerResult:
 
     Attributes:
         status: "done"; or an end that another start would only repeat: "diverged" (a loss is not finite),
-            "refused" (a model cannot be used as the run file says) or "failed" (scoring of samples failed).
+            "refused" (a model cannot be used as the run file says) or "failed" (samples cannot be scored, or
+            the checkpoint cannot be read).
         reason: why the status is not "done".
         step: optimizer steps taken.
         exported_step: the step whose weights were exported.

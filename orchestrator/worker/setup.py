@@ -1,4 +1,4 @@
-"""What every training worker is given, and the numbers that follow from it."""
+"""The settings that the command hands to every training worker, and the numbers that follow from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,33 +14,34 @@ from orchestrator.worker.rewards import RewardScorer
 from preferences.batches import BatchPlan
 
 CALIBRATION_PAIRS = 2048
-
+"""Largest number of training pairs in the sample that a mean over all pairs is estimated from."""
 
 EXPORT_FOLDER, BEST_FILE = "export", "best.safetensors"
-
-
 METRIC_FILES = (METRICS_FILE, SCALES_FILE)
+"""In the run's folder; rank 0 writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
-    """Everything a worker needs, made once by the command that starts the run.
+    """Everything a worker needs, built once by the command that starts the run.
 
     Attributes:
         config: the run file.
-        policy: the policy's start, pinned; every worker locates it on its own node.
-        train, held_out: object references to `Part`s.
-        routers: handles of the served references' routers by name.
+        policy: the initial policy, pinned; every worker locates it on its own node.
+        train, eval: object references to `TokenizedSplit`s.
+        routers: handles of the references' routers by name.
         identity: fingerprints and digests that a checkpoint must share to be resumed.
-        start_is: the reference that equals the policy's start, if one does.
-        bundle: what each worker asks for; decided by the command, which sees what an autoscaler may start.
+        initial_policy_reference: the name of the reference that equals the initial policy, if one does.
+        bundle: the resources of each worker; decided by the command, which sees what an autoscaler may start.
         folder: the run's folder, or its URI on an object store.
-        seen: a file in the storage that the command wrote; a worker that does not see it is elsewhere.
         tracking_uri, tracking_run: the MLflow run that rank 0 sends metrics to.
-        code_folder: where the command was started: modules of functions that the run file names are searched there.
-        judge: what rewards sampled responses, where a reward is set.
+        probe_path: a file that the command wrote to the storage; a worker that does not see it has other
+            storage.
+        code_folder: where the command was started; modules of functions that the run file names are searched
+            there.
+        reward_scorer: gives rewards to sampled responses, if the run file sets a reward.
         export: whether the trained policy is exported; a search exports only the one it promotes.
-        neighbours: runs like this one on the machine at once, which share its cores.
+        trials_per_node: runs that train on a machine at the same time and share its cores.
     """
 
     config: RunConfig
@@ -62,13 +63,21 @@ class WorkerSetup:
 
 
 def count_total_steps(config: RunConfig, pairs: int) -> int:
-    """Optimizer steps of a run over so many training pairs."""
+    """Count the optimizer steps of a run over this many training pairs."""
     training = config.training
     plan = BatchPlan(pairs, training.pairs_per_step, training.seed)
     return training.max_steps or training.epochs * plan.steps_per_epoch
 
 
 def sample_calibration_rows(pairs: int, seed: int) -> np.ndarray:
-    """The seeded sample of so many training pairs that stands for all where a mean over them is needed."""
+    """Draw a seeded sample of training rows to estimate a mean over all of them.
+
+    Args:
+        pairs: number of training pairs.
+        seed: of the sample.
+
+    Returns:
+        (at most `CALIBRATION_PAIRS`,) row indices, sorted.
+    """
     count = min(CALIBRATION_PAIRS, pairs)
     return np.sort(np.random.default_rng(seed).choice(pairs, size=count, replace=False))
