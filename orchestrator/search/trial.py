@@ -145,7 +145,7 @@ def _run_in_process(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> Worke
         Path(setup.folder),
         device=torch.device("cuda", 0) if setup.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
         keep_last=setup.config.training.keep_last,
-        tell=tell,
+        on_report=tell,
     )
     if (handed := tune.get_checkpoint()) is not None:
         with handed.as_directory() as folder:

@@ -1,4 +1,4 @@
-"""From the plan of a step to the micro-batches of one rank, reference scores included."""
+"""Turn the row indices of a step into the micro-batches of one rank, reference scores included."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -15,29 +15,35 @@ from orchestrator.worker.step import MicroBatch
 from preferences.batches import split_over_ranks
 from preferences.split import TokenizedSplit
 
-BatchTicket = tuple[str, int]
-"""(split, step): names a batch between asking for its scores and using them."""
+BatchId = tuple[str, int]
+"""(split, step): identifies a batch between the request for its scores and their use."""
 
 
 class BatchLoader:
-    """One rank's share of every batch of a part.
+    """Loads one rank's share of every batch of a split.
 
     Args:
-        part: the rows.
-        order: all reference names, the primary first.
-        client: asks all references; those scored in process answer from their store alone.
-        score_start: rows -> scores of the policy's own start, for what those stores miss.
-        on_any_rank: whether a flag is set on any rank that must run a forward pass when this one does.
+        split: the rows.
+        reference_names: of all references, the primary first.
+        client: requests scores of all references; those scored in process answer from their store alone.
+        score_initial_policy: rows -> scores of the initial policy, for rows that those stores lack.
+        on_any_rank: returns whether a flag is set on any of the ranks that must run a forward pass when this
+            one does.
+        rank, world_size: which share of a batch is this rank's.
+        tokens_per_microbatch: largest number of tokens in a micro-batch.
         shared_rows: whether the policy computes a prompt once for both responses.
+        pad_id: token id that pads rows.
+        device: the device that micro-batches are put on.
+        count_flops: rows -> FLOPs of a training step over them.
     """
 
     def __init__(
         self,
         split: TokenizedSplit,
         *,
-        order: Sequence[str],
+        reference_names: Sequence[str],
         client: ReferenceClient,
-        score_start: Callable[[Rows], SequenceScores],
+        score_initial_policy: Callable[[Rows], SequenceScores],
         on_any_rank: Callable[[bool], bool],
         rank: int,
         world_size: int,
@@ -45,62 +51,76 @@ class BatchLoader:
         shared_rows: bool,
         pad_id: int,
         device: torch.device,
-        flops: Callable[[Rows], float],
+        count_flops: Callable[[Rows], float],
     ) -> None:
         self.split = split
-        self._order = tuple(order)
+        self._reference_names = tuple(reference_names)
         self.client = client
-        self._score_start, self._on_any_rank = score_start, on_any_rank
+        self._score_initial_policy, self._on_any_rank = score_initial_policy, on_any_rank
         self._rank, self._world_size = rank, world_size
         self._budget = tokens_per_microbatch
         self._shared_rows, self._pad_id, self._device = shared_rows, pad_id, device
-        self._flops = flops
-        # What a pair costs: its prompt once with both responses behind it, or two rows of its longer side.
-        apart = split.has_pairs and not shared_rows
-        self._lengths = 2 * split.policy.sequence_lengths if apart else split.policy.pair_lengths
+        self._count_flops = count_flops
+        # A pair's tokens: its prompt once with both responses after it, or two rows as long as the longer.
+        has_two_rows = split.has_pairs and not shared_rows
+        self._lengths = 2 * split.policy.sequence_lengths if has_two_rows else split.policy.pair_lengths
 
-    def request_scores(self, ticket: BatchTicket, indices: np.ndarray) -> None:
-        """Ask every served reference for this rank's share of a global batch; does not block."""
-        mine = self._select_share(indices)
-        self.client.request_scores(ticket, np.concatenate(mine) if mine else np.zeros(0, dtype=np.int64))
+    def request_scores(self, batch_id: BatchId, indices: np.ndarray) -> None:
+        """Request all references' scores of this rank's share of a global batch; does not block."""
+        share = self._select_share(indices)
+        rows = np.concatenate(share) if share else np.zeros(0, dtype=np.int64)
+        self.client.request_scores(batch_id, rows)
 
     def collect_batches(
-        self, ticket: BatchTicket, indices: np.ndarray
+        self, batch_id: BatchId, indices: np.ndarray
     ) -> tuple[Iterator[MicroBatch], StepCost]:
-        """This rank's micro-batches of a batch asked for before, and what waiting for its scores cost.
+        """Wait for the scores requested for a batch.
 
-        Each is laid out when it is taken, so that a whole split never lies on the device.
+        Returns:
+            This rank's micro-batches, each built only when it is iterated, so that a whole split is never on
+            the device at once; and the seconds spent waiting as a cost.
         """
-        stalled = self.client.stall_seconds
-        scores = self.client.collect_scores(ticket)
-        waited = StepCost(reference_stall=self.client.stall_seconds - stalled)
-        return self._iterate_microbatches(scores, indices), waited
+        stall_before = self.client.stall_seconds
+        scores = self.client.collect_scores(batch_id)
+        waiting_cost = StepCost(reference_stall=self.client.stall_seconds - stall_before)
+        return self._iterate_microbatches(scores, indices), waiting_cost
 
     def close(self) -> None:
-        """Wait until the scores made in process are stored."""
+        """Wait until the scores computed in process are stored."""
         self.client.close()
 
     def _iterate_microbatches(
         self, scores: dict[str, ReferenceArrays], indices: np.ndarray
     ) -> Iterator[MicroBatch]:
-        place = {int(row): slot for slot, row in enumerate(indices)}
+        """Yield this rank's micro-batches; `scores` has their rows in the same order."""
+        slot_of_row = {int(row): slot for slot, row in enumerate(indices)}
         start = 0
         for rows in self._select_share(indices):
             stop = start + len(rows)
-            slots = torch.tensor([place[int(row)] for row in rows], dtype=torch.long, device=self._device)
+            slots = [slot_of_row[int(row)] for row in rows]
             yield self._build_microbatch(
-                rows, slots, {n: _slice_arrays(a, start, stop) for n, a in scores.items()}
+                rows,
+                torch.tensor(slots, dtype=torch.long, device=self._device),
+                {name: _slice_arrays(arrays, start, stop) for name, arrays in scores.items()},
             )
             start = stop
 
-    def read_primary_entropies(self, indices: np.ndarray) -> torch.Tensor:
-        """(len(indices),) mean entropy of both responses under the primary reference, of any rank's rows."""
-        ticket = ("sample", 0)
-        self.client.request_scores(ticket, indices, names=self._order[:1])
-        arrays = self._fill_missing_scores(self.client.collect_scores(ticket), indices)[self._order[0]]
+    def collect_primary_entropies(self, indices: np.ndarray) -> torch.Tensor:
+        """Request and wait for the primary reference's mean entropy of both responses of each row.
+
+        Args:
+            indices: rows of the split, of this rank's share or not.
+
+        Returns:
+            (len(indices),) entropies.
+        """
+        batch_id, primary = ("sample", 0), self._reference_names[0]
+        self.client.request_scores(batch_id, indices, names=[primary])
+        arrays = self._fill_missing_scores(self.client.collect_scores(batch_id), indices)[primary]
         return torch.as_tensor((arrays.chosen_entropy + arrays.rejected_entropy) / 2)
 
     def _select_share(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Return this rank's rows of a global batch, one array per micro-batch."""
         return split_over_ranks(
             indices, self._lengths, world_size=self._world_size, tokens_per_microbatch=self._budget
         )[self._rank]
@@ -113,34 +133,39 @@ class BatchLoader:
             rows=rows,
             slots=slots,
             soft_labels=torch.as_tensor(self.split.soft_labels[indices], device=self._device),
-            references=tuple(_move_to_device(complete[name], self._device) for name in self._order),
+            references=tuple(_move_to_device(complete[name], self._device) for name in self._reference_names),
             paired=self.split.has_pairs,
-            flops=self._flops(rows),
+            flops=self._count_flops(rows),
         )
 
     def _fill_missing_scores(
         self, scores: dict[str, ReferenceArrays], indices: np.ndarray
     ) -> dict[str, ReferenceArrays]:
-        """The scores with what in-process references miss computed here, and saved for the next time."""
-        place = {int(row): at for at, row in enumerate(indices)}
-        for name in (name for name in self._order if name in scores and name in self.client.in_process):
+        """Compute the scores that in-process references lack, store them for later, and return all scores."""
+        position_of_row = {int(row): position for position, row in enumerate(indices)}
+        for name in self._reference_names:
+            if name not in scores or name not in self.client.in_process:
+                continue
             arrays = scores[name]
             for rows in self._split_rows(indices):
-                part = np.array([row for row in rows if arrays.missing[place[int(row)]]], dtype=np.int64)
-                if not self._on_any_rank(len(part) > 0):
+                missing = np.array(
+                    [row for row in rows if arrays.missing[position_of_row[int(row)]]], dtype=np.int64
+                )
+                if not self._on_any_rank(len(missing) > 0):
                     continue
-                found = self._score_start(self._build_rows(part))
-                if not len(part):
+                # A forward pass may be a collective: a rank that misses nothing runs one over no rows.
+                sequence_scores = self._score_initial_policy(self._build_rows(missing))
+                if not len(missing):
                     continue
-                computed = _to_arrays(found, paired=self.split.has_pairs)
-                self.client.store_scores(name, part, computed)
-                at = [place[int(row)] for row in part]
+                computed = _to_arrays(sequence_scores, paired=self.split.has_pairs)
+                self.client.store_scores(name, missing, computed)
+                positions = [position_of_row[int(row)] for row in missing]
                 for column, values in zip(_list_columns(arrays), _list_columns(computed), strict=True):
-                    column[at] = values
+                    column[positions] = values
         return scores
 
     def _split_rows(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Rows in micro-batches; one of no rows where there are none, so that ranks stay in step."""
+        """Split rows into micro-batches; no rows give one empty micro-batch, so that ranks stay in step."""
         if not len(indices):
             return [indices]
         return split_over_ranks(indices, self._lengths, world_size=1, tokens_per_microbatch=self._budget)[0]
@@ -166,6 +191,7 @@ def _list_columns(arrays: ReferenceArrays) -> tuple[np.ndarray, ...]:
 
 
 def _to_arrays(scores: SequenceScores, *, paired: bool) -> ReferenceArrays:
+    """Convert scores of sequences in row order to one row per pair; zeros where there is no rejected one."""
     assert scores.entropy is not None
     columns = [field.double().cpu().numpy() for field in (scores.logps, scores.lengths, scores.entropy)]
     if not paired:

@@ -1,8 +1,8 @@
-"""Checkpoints: the trained weights, the optimizer, and where the run stands. safetensors and JSON only.
+"""Checkpoints: the trained weights, the optimizer state and the run's progress. safetensors and JSON only.
 
-Weights and moments are whole in the files, whatever shards they lived in: each rank writes every n-th of
-them. So a checkpoint goes on under another strategy and another number of workers, and no rank ever holds
-more than its share of it.
+The files contain whole weights and moments, also where training shards them: each rank writes every n-th of
+them. So a run can resume under another strategy and with another number of workers, and no rank ever has
+more than its share of a checkpoint in memory.
 """
 
 import json
@@ -21,22 +21,22 @@ from orchestrator.errors import RunFailed
 from orchestrator.files import RecordError, dump_record, load_record, replace_file
 from orchestrator.storage.mirror import Mirror
 
-PROGRESS = "progress.json"
+PROGRESS_FILE = "progress.json"
 VERSION = 1
-"""Of the fields in `progress.json`, and of the best evaluation beside its weights."""
+"""The version of the fields in `progress.json`, and of the best evaluation beside its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingProgress:
-    """Where a run stands.
+    """The progress of a run.
 
-    The data position is the step alone, because a batch is planned from (seed, epoch, step); random
-    numbers are seeded by the step likewise, so neither needs a state of its own.
+    The step is all that describes the position in the data, because a batch is planned from (seed, epoch,
+    step); random numbers are seeded by the step too, so neither needs a state of its own.
 
     Attributes:
-        step: optimizer steps taken.
-        phi_star: the resolved dispersion constant, where the run asked for `auto`.
         identity: fingerprints and pinned versions the weights were trained with; must match on resume.
+        step: optimizer steps taken.
+        phi_star: the dispersion constant that `phi_star: auto` was resolved to.
         schedule: the learning-rate schedule's state.
         metrics: the last held-out metrics.
     """
@@ -49,23 +49,23 @@ class TrainingProgress:
 
 
 def save_checkpoint(folder: str | Path, parallel: Parallel, progress: TrainingProgress) -> None:
-    """Write this rank's part of a checkpoint into a folder; whoever keeps it brings the parts together.
+    """Write this rank's part of a checkpoint into a folder; the caller collects the parts in one folder.
 
-    Every rank calls it: a weight in shards is put together by all.
+    Every rank calls it: all of them take part in gathering a sharded weight.
     """
-    mine: dict[str, Tensor] = {}
+    share: dict[str, Tensor] = {}
     for index, (name, state) in enumerate(parallel.saved()):
         if index % parallel.world_size == parallel.rank:
-            mine |= {f"{name}/{what}": tensor.cpu().contiguous() for what, tensor in state.items()}
+            share |= {f"{name}/{kind}": tensor.cpu().contiguous() for kind, tensor in state.items()}
     folder = Path(folder)
-    save_file(mine, folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors")
+    save_file(share, folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors")
     if parallel.rank == 0:
-        (folder / PROGRESS).write_text(dump_record(progress, version=VERSION))
+        (folder / PROGRESS_FILE).write_text(dump_record(progress, version=VERSION))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestEvaluation:
-    """The evaluation whose weights are kept as the best so far, by one metric."""
+    """The evaluation whose weights are the best so far by one metric, and are saved."""
 
     metric: str
     step: int
@@ -73,12 +73,12 @@ class BestEvaluation:
 
     @property
     def value(self) -> float:
-        """Of its metric."""
+        """The value of its metric."""
         return self.metrics[self.metric]
 
 
-def save_best(file: Path, parallel: Parallel, best: BestEvaluation) -> None:
-    """Write the trained weights alone with what they gave, replacing the file in one move.
+def save_best_weights(file: Path, parallel: Parallel, best: BestEvaluation) -> None:
+    """Write the trained weights, without optimizer state, and their evaluation; replace the file in one move.
 
     Every rank calls it. Rank 0 writes, and has all trained weights in main memory meanwhile.
     """
@@ -92,8 +92,8 @@ def save_best(file: Path, parallel: Parallel, best: BestEvaluation) -> None:
         save_file(weights, part, {"best": dump_record(best, version=VERSION)})
 
 
-def read_best(file: Path, metric: str) -> BestEvaluation | None:
-    """What an earlier process of the run kept as the best by this metric."""
+def read_best_metadata(file: Path, metric: str) -> BestEvaluation | None:
+    """Return the evaluation in a file of `save_best_weights`, if there is one and it is by this metric."""
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as weights:
@@ -101,22 +101,25 @@ def read_best(file: Path, metric: str) -> BestEvaluation | None:
     return best if best.metric == metric else None
 
 
-def load_best(file: Path, parallel: Parallel) -> None:
-    """Put back the weights that `save_best` wrote, on every rank."""
+def load_best_weights(file: Path, parallel: Parallel) -> None:
+    """Restore the weights that `save_best_weights` wrote, on every rank."""
     with safe_open(file, framework="pt") as weights:
         parallel.restore(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
 
 
-def read_step(folder: Path) -> int:
-    """The step that a checkpoint was taken at."""
-    return int(json.loads((folder / PROGRESS).read_text())["step"])
+def read_checkpoint_step(folder: Path) -> int:
+    """Return the step after which a checkpoint was written."""
+    return int(json.loads((folder / PROGRESS_FILE).read_text())["step"])
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint among `checkpoint_*` folders: for when Ray's own list of them was lost."""
+def find_newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint among `checkpoint_*` folders, if there is one.
+
+    For local sessions, and for a run whose list of checkpoints, which Ray writes, was lost.
+    """
     for candidate in sorted(folder.glob("checkpoint_*/"), reverse=True):
         try:
-            json.loads((candidate / PROGRESS).read_text())
+            json.loads((candidate / PROGRESS_FILE).read_text())
             _StateFiles(candidate)
         except (OSError, ValueError, SafetensorError):  # cut short when the run was killed
             continue
@@ -125,21 +128,27 @@ def find_newest(folder: Path) -> Path | None:
 
 
 @contextmanager
-def fetch_newest(mirror: Mirror, under: str) -> Iterator[Path | None]:
-    """The newest whole checkpoint of a run, for reading, wherever the run is kept."""
+def fetch_newest_checkpoint(mirror: Mirror, subfolder: str) -> Iterator[Path | None]:
+    """Yield the newest complete checkpoint in a subfolder of a run, for reading: a copy if storage is remote.
+
+    Yields None if there is no checkpoint.
+    """
     if not mirror.remote:
-        yield find_newest(mirror.folder / under)
+        yield find_newest_checkpoint(mirror.folder / subfolder)
         return
-    for name in reversed(mirror.list_folders(under)):
-        with mirror.fetch_folder(f"{under}/{name}") as copy:
-            if find_newest(copy.parent) is not None:
+    for name in reversed(mirror.list_folders(subfolder)):
+        with mirror.fetch_folder(f"{subfolder}/{name}") as copy:
+            if find_newest_checkpoint(copy.parent) is not None:
                 yield copy
                 return
     yield None
 
 
 def quarantine_corrupt_index(folder: Path) -> None:
-    """Ray writes its list of checkpoints in place, and refuses to start over one that a kill cut short."""
+    """Rename Ray's list of checkpoints in a folder if it is not valid JSON.
+
+    Ray writes it in place, and refuses to start with a list that a kill cut short.
+    """
     snapshot = folder / "checkpoint_manager_snapshot.json"
     try:
         json.loads(snapshot.read_text())
@@ -150,15 +159,15 @@ def quarantine_corrupt_index(folder: Path) -> None:
 
 
 def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[str, Any]) -> TrainingProgress:
-    """Put a checkpoint's weights and optimizer state back and return where it stood.
+    """Restore a checkpoint's weights and optimizer state and return its progress.
 
     Raises:
-        RuntimeError: the checkpoint belongs to other references or data than `identity`.
-        RunFailed: another version of polyref wrote it, in a way that this one does not read.
+        RuntimeError: the checkpoint was trained with other references or data than those of `identity`.
+        RunFailed: its progress file cannot be read: it is damaged, or a newer polyref wrote it.
     """
     folder = Path(folder)
     try:
-        progress = load_record(TrainingProgress, (folder / PROGRESS).read_text(), version=VERSION)
+        progress = load_record(TrainingProgress, (folder / PROGRESS_FILE).read_text(), version=VERSION)
     except RecordError as error:
         raise RunFailed(f"the checkpoint in {folder} cannot be read: {error}") from error
     if progress.identity != identity:
@@ -172,9 +181,10 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
 
 
 class _StateFiles:
-    """The weights of a checkpoint with their moments, each read when it is asked for.
+    """The weights of a checkpoint with their moments, each read from its file on demand.
 
-    Raises OSError or SafetensorError where the checkpoint is not whole.
+    Raises:
+        OSError, SafetensorError: the checkpoint is not complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,12 +195,14 @@ class _StateFiles:
         for part in parts:
             file = safe_open(part, framework="pt")
             for key in file.keys():  # noqa: SIM118 (no dictionary)
-                name, _, what = key.rpartition("/")
-                self._files.setdefault(name, {})[what] = file
+                name, _, kind = key.rpartition("/")
+                self._files.setdefault(name, {})[kind] = file
 
     @property
     def names(self) -> list[str]:
+        """Names of the weights."""
         return list(self._files)
 
     def read_state(self, name: str) -> dict[str, Tensor]:
-        return {what: file.get_tensor(f"{name}/{what}") for what, file in self._files[name].items()}
+        """Read a weight and its moments."""
+        return {kind: file.get_tensor(f"{name}/{kind}") for kind, file in self._files[name].items()}

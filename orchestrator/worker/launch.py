@@ -1,4 +1,4 @@
-"""Workers run to the end by Ray Train, from the command's process or from a trial's."""
+"""Run a group of workers with Ray Train, from the command's process or from a trial's."""
 
 import os
 from collections.abc import Sequence
@@ -19,20 +19,22 @@ from orchestrator.storage.paths import is_uri
 from orchestrator.worker.checkpoint import quarantine_corrupt_index
 from orchestrator.worker.entry import run_worker
 from orchestrator.worker.result import WorkerResult
-from orchestrator.worker.session import CHECKPOINTS
+from orchestrator.worker.session import CHECKPOINTS_FOLDER
 from orchestrator.worker.setup import WorkerSetup
 
 
 def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> WorkerResult:
-    """What `train_worker` returned; Ray Train restarts workers from the last checkpoint when one is lost.
+    """Run `train_worker` on all workers and return its result.
+
+    Ray Train restarts the workers from the last checkpoint when one of them is lost.
 
     Raises:
         RunFailed: a worker raised, or was lost too often.
     """
     config = setup.config
     bundle = dict(setup.bundle)
-    if not is_uri(setup.folder):  # an object store replaces the list whole
-        quarantine_corrupt_index(Path(setup.folder) / CHECKPOINTS)
+    if not is_uri(setup.folder):  # an object store replaces the list in one move
+        quarantine_corrupt_index(Path(setup.folder) / CHECKPOINTS_FOLDER)
     filesystem, path = ray_storage_arguments(setup.folder)
     trainer = TorchTrainer(
         run_worker,
@@ -44,7 +46,7 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> WorkerR
             resources_per_worker=bundle,
         ),
         run_config=RayRunConfig(
-            name=CHECKPOINTS,
+            name=CHECKPOINTS_FOLDER,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(
@@ -58,23 +60,24 @@ def run_workers(setup: WorkerSetup, *, callbacks: Sequence[Any] = ()) -> WorkerR
     try:
         with keep_ctrl_c_handler():
             return trainer.fit().return_value
-    except SystemExit:  # how Ray's own handler of Ctrl-C ends
+    except SystemExit:  # raised by Ray's own handler of Ctrl-C
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise RunFailed(_find_cause(error)) from error
+        raise RunFailed(_describe_cause(error)) from error
 
 
 def _choose_backend(config: RunConfig, *, gpu: bool) -> str:
+    """Return the backend of torch.distributed; offloaded shards are reduced on the CPU too."""
     if not gpu:
         return "gloo"
-    return "cpu:gloo,cuda:nccl" if config.parallel.offload else "nccl"  # offloaded shards meet on the CPU
+    return "cpu:gloo,cuda:nccl" if config.parallel.offload else "nccl"
 
 
-def _find_cause(error: ray.train.TrainingFailedError) -> str:
-    """The workers' own error in one line; the full traces are in the log of Ray."""
+def _describe_cause(error: ray.train.TrainingFailedError) -> str:
+    """Describe the workers' own error in one line; the full traces are in the log of Ray."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     causes = {rank: getattr(failure, "cause", None) or failure for rank, failure in failures.items()}
-    # What the others raise then is that their neighbour is gone.
+    # A worker's RunFailed comes first: the others then only fail because that worker is gone.
     rank, cause = min(causes.items(), key=lambda item: (not isinstance(item[1], RunFailed), item[0]))
-    said = str(cause).strip() or type(cause).__name__
-    return f"worker {rank} failed: {said.splitlines()[-1]}"
+    message = str(cause).strip() or type(cause).__name__
+    return f"worker {rank} failed: {message.splitlines()[-1]}"

@@ -1,7 +1,8 @@
-"""What every training worker runs. The second file to read, after `losses/preference.py`.
+"""The training loop that every worker runs. The second file to read, after `losses/preference.py`.
 
-`train_worker` reads top to bottom: the policy, what feeds it, where it stood, and the loop. A batch's
-reference scores are asked for two batches before they are needed, so replicas score while the policy learns.
+`train_worker` reads from top to bottom: load the policy, its batches and the last checkpoint, then train step
+by step. A batch's reference scores are requested two batches before they are needed, so that replicas score
+while the policy learns.
 """
 
 import logging
@@ -28,8 +29,8 @@ from orchestrator.worker.batches import BatchLoader
 from orchestrator.worker.checkpoint import (
     BestEvaluation,
     TrainingProgress,
-    load_best,
-    save_best,
+    load_best_weights,
+    save_best_weights,
     save_checkpoint,
 )
 from orchestrator.worker.metrics import (
@@ -38,7 +39,7 @@ from orchestrator.worker.metrics import (
     compute_eval_metrics,
     compute_perf_metrics,
     compute_training_metrics,
-    find_best_within,
+    find_best_within_kl_budget,
 )
 from orchestrator.worker.policy import Policy, export_policy, open_policy
 from orchestrator.worker.result import WorkerResult
@@ -58,6 +59,8 @@ from orchestrator.worker.step import NonFiniteLoss, run_evaluation_pass, run_tra
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2
+"""How many batches before its use a batch's reference scores are requested."""
+
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -65,22 +68,22 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     """Train until the last step and export the policy.
 
     Returns:
-        `{"status": "done", "step": n, "metrics": {...}}` of the exported weights; or what a restart would
-        only repeat: `{"status": "diverged" | "refused" | "failed", "reason": ...}` when a loss is not finite,
-        a model cannot be used as asked, or the judge of samples fails.
+        How training ended: "done", or an end that another start would only repeat, with its reason.
 
     Raises:
-        RunFailed: the last of these happened to one of several workers, whose others must not wait for it.
+        RunFailed: the run failed on one of several workers; raising it keeps the others from waiting for that
+            worker. A single worker returns it as "failed".
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     refuse_unshared_storage(setup)
     add_to_path(setup.code_folder, os.getcwd())  # of functions that the run file names
-    mirror, writes = Mirror(setup.folder, worker=session.rank), session.rank == 0
-    mirror.pull(BEST_FILE, *(METRIC_FILES if writes else ()))
+    mirror = Mirror(setup.folder, worker=session.rank)
+    writes_metrics = session.rank == 0
+    mirror.pull(BEST_FILE, *(METRIC_FILES if writes_metrics else ()))
     try:
-        with mirror.push_periodically(*METRIC_FILES) if writes else nullcontext():
+        with mirror.push_periodically(*METRIC_FILES) if writes_metrics else nullcontext():
             return _run_training(setup, session, mirror)
-    except ModelError as error:  # the same on every rank, see `together`
+    except ModelError as error:  # raised on every rank alike, so that all return the same
         return WorkerResult(status="refused", reason=str(error))
     except RunFailed as error:
         if session.world_size > 1:
@@ -91,35 +94,38 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
 
 
 def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> WorkerResult:
+    """Do the work of `train_worker`, which turns errors into results."""
     config, rank, world_size = setup.config, session.rank, session.world_size
-    sharing = session.local_workers * setup.trials_per_node
-    policy = open_policy(config, setup.policy, device=session.device, local_workers=sharing)
-    parts = {"train": ray.get(setup.train), "eval": ray.get(setup.eval) if setup.eval else None}
-    feeds = {
-        split: make_batch_loader(setup, part, policy, rank=rank, world_size=world_size)
-        for split, part in parts.items()
-        if part is not None
+    workers_on_node = session.local_workers * setup.trials_per_node
+    policy = open_policy(config, setup.policy, device=session.device, local_workers=workers_on_node)
+    splits = {"train": ray.get(setup.train), "eval": ray.get(setup.eval) if setup.eval else None}
+    loaders = {
+        name: make_batch_loader(setup, split, policy, rank=rank, world_size=world_size)
+        for name, split in splits.items()
+        if split is not None
     }
-    plan = BatchPlan(len(parts["train"]), config.training.pairs_per_step, config.training.seed)
-    total = count_total_steps(config, plan.count)
+    plan = BatchPlan(len(splits["train"]), config.training.pairs_per_step, config.training.seed)
+    total_steps = count_total_steps(config, plan.count)
 
     schedule = get_scheduler(
         _SCHEDULES[config.training.schedule],
         policy.parallel.optimizer,
-        num_warmup_steps=round(config.training.warmup * total),
-        num_training_steps=total,
+        num_warmup_steps=round(config.training.warmup * total_steps),
+        num_training_steps=total_steps,
     )
-    progress, best = resume_training(setup, session, policy, schedule), read_best_evaluation(config, mirror)
+    progress = resume_training(setup, session, policy, schedule)
+    best = read_best_evaluation(config, mirror)
     refuse_differing_ranks(policy, progress, best)
-    journal = open_worker_tracker(setup, mirror.folder, progress) if rank == 0 else None
-    loss, progress = calibrate_loss(config, feeds["train"], progress)
-    run = _TrainingRun(setup, session, mirror, policy, feeds, plan, loss, journal, best)
-    for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total)):
+    tracker = open_worker_tracker(setup, mirror.folder, progress) if rank == 0 else None
+    loss, progress = calibrate_loss(config, loaders["train"], progress)
+    run = _TrainingRun(setup, session, mirror, policy, loaders, plan, loss, tracker, best)
+
+    for step in range(progress.step, min(progress.step + BATCHES_AHEAD, total_steps)):
         run.request_scores(step)
-    if progress.step == 0 and "eval" in feeds:
-        progress = run.evaluate_policy(progress, 0, start_is=setup.initial_policy_reference)
-    for step in range(progress.step, total):
-        if step + BATCHES_AHEAD < total:
+    if progress.step == 0 and "eval" in loaders:
+        progress = run.evaluate_policy(progress, 0, equal_reference=setup.initial_policy_reference)
+    for step in range(progress.step, total_steps):
+        if step + BATCHES_AHEAD < total_steps:
             run.request_scores(step + BATCHES_AHEAD)
         torch.manual_seed(config.training.seed * 1_000_003 + step * world_size + rank)
         try:
@@ -129,44 +135,54 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
             return WorkerResult(status="diverged", reason=run.describe_failure(failure, step))
         schedule.step()
 
-        taken, last = step + 1, step + 1 == total
-        evaluated = "eval" in feeds and (last or taken % config.evaluation.every_steps == 0)
-        if evaluated:
-            progress = run.evaluate_policy(progress, taken)
-        due = last or taken % config.training.save_every == 0
-        if due or evaluated:
+        steps_taken, is_last = step + 1, step + 1 == total_steps
+        evaluate = "eval" in loaders and (is_last or steps_taken % config.evaluation.every_steps == 0)
+        save = is_last or steps_taken % config.training.save_every == 0
+        if evaluate:
+            progress = run.evaluate_policy(progress, steps_taken)
+        if save or evaluate:
             run.push_metrics()
         metrics = {
-            "step": taken,
-            "total": total,
-            **(run.exported_metrics(progress) if evaluated else {}),
+            "step": steps_taken,
+            "total": total_steps,
+            **(run.get_exported_metrics(progress) if evaluate else {}),
         }
-        if due:
-            progress = replace(progress, step=taken, schedule=schedule.state_dict())
+        if save:
+            progress = replace(progress, step=steps_taken, schedule=schedule.state_dict())
             session.report(metrics, partial(save_checkpoint, parallel=policy.parallel, progress=progress))
-        elif evaluated:
+        elif evaluate:
             session.report(metrics)
     run.close()
+
     if setup.export:
         if run.best is not None:
             mirror.pull(BEST_FILE)
-            load_best(mirror.folder / BEST_FILE, policy.parallel)
-        probes = [parts["train"].policy[row].prompt for row in range(min(4, len(parts["train"])))]
-        export_policy(policy, mirror.folder / EXPORT_FOLDER, probes=probes)
+            load_best_weights(mirror.folder / BEST_FILE, policy.parallel)
+        train = splits["train"]
+        probe_prompts = [train.policy[row].prompt for row in range(min(4, len(train)))]
+        export_policy(policy, mirror.folder / EXPORT_FOLDER, probes=probe_prompts)
         if rank == 0:
             mirror.push(EXPORT_FOLDER)
     return WorkerResult(
         status="done",
-        step=total,
-        exported_step=total if run.best is None else run.best.step,
-        metrics=run.exported_metrics(progress),
+        step=total_steps,
+        exported_step=total_steps if run.best is None else run.best.step,
+        metrics=run.get_exported_metrics(progress),
         phi_star=progress.phi_star,
         plain_rows_reason=policy.plain_rows_reason,
     )
 
 
 class _TrainingRun:
-    """The verbs of the loop, bound to this rank's policy and feeds."""
+    """The actions of the training loop, bound to this rank's policy, batch loaders and tracker.
+
+    Args:
+        loaders: by split, "train" and, with held-out data, "eval".
+        plan: which training pairs each step takes.
+        loss: resolved settings (`phi_star` is a number).
+        tracker: records the metrics; None on all ranks but 0.
+        best: the best evaluation so far, if the run keeps its best weights and has any.
+    """
 
     def __init__(
         self,
@@ -174,35 +190,37 @@ class _TrainingRun:
         session: Session,
         mirror: Mirror,
         policy: Policy,
-        feeds: dict[str, BatchLoader],
+        loaders: dict[str, BatchLoader],
         plan: BatchPlan,
         loss: LossConfig,
-        journal: Tracker | None,
+        tracker: Tracker | None,
         best: BestEvaluation | None,
     ) -> None:
-        self._setup, self._policy, self._loaders, self._plan = setup, policy, feeds, plan
-        self._loss, self._tracker, self._mirror = loss, journal, mirror
+        self._setup, self._policy, self._loaders, self._plan = setup, policy, loaders, plan
+        self._loss, self._tracker, self._mirror = loss, tracker, mirror
         self.best = best
-        self._names = setup.config.references.ordered
-        self._sampler = make_sampler(setup, session, policy, feeds.get("eval"))
+        self._reference_names = setup.config.references.ordered
+        self._sampler = make_sampler(setup, session, policy, loaders.get("eval"))
         self._flags = MetricFlags(
-            paired=feeds["train"].split.has_pairs,
-            soft=any(feed.split.has_soft_labels and feed.split.has_pairs for feed in feeds.values()),
-            dispersed=loss.dispersion.type != "none",
-            weighted=len(self._names) > 1 and not loss.reference_free,
+            has_pairs=loaders["train"].split.has_pairs,
+            has_soft_labels=any(
+                loader.split.has_soft_labels and loader.split.has_pairs for loader in loaders.values()
+            ),
+            has_dispersion=loss.dispersion.type != "none",
+            has_reference_weights=len(self._reference_names) > 1 and not loss.reference_free,
         )
 
     def request_scores(self, step: int) -> None:
-        """Ask the references for a coming step's scores."""
-        self._loaders["train"].request_scores(("train", step), self._plan_indices(step))
+        """Request the reference scores of a coming step, without waiting for them."""
+        self._loaders["train"].request_scores(("train", step), self._get_step_indices(step))
 
     def train_step(self, step: int, *, learning_rate: float) -> None:
-        """One optimizer step, and its metrics."""
+        """Take one optimizer step and log its metrics."""
         started = time.perf_counter()
-        training, indices = self._setup.config.training, self._plan_indices(step)
-        batches, waited = self._loaders["train"].collect_batches(("train", step), indices)
+        training, indices = self._setup.config.training, self._get_step_indices(step)
+        batches, waiting_cost = self._loaders["train"].collect_batches(("train", step), indices)
         table = self._make_table(len(indices))
-        table.add_cost(waited)
+        table.add_cost(waiting_cost)
         table, grad_norm = run_training_step(
             self._policy.parallel,
             list(batches),
@@ -223,40 +241,51 @@ class _TrainingRun:
             peak_flops=self._policy.peak_flops,
         )
         self._tracker.log(step + 1, metrics)
-        if self._flags.dispersed:
+        if self._flags.has_dispersion:
             self._tracker.log_scales(table["scale"].tolist())
 
     def evaluate_policy(
-        self, before: TrainingProgress, step: int, *, start_is: str | None = None
+        self, progress: TrainingProgress, step: int, *, equal_reference: str | None = None
     ) -> TrainingProgress:
-        """Measure on held-out pairs; `start_is` names a reference that the policy still equals."""
-        feed = self._loaders["eval"]
-        indices = np.arange(len(feed.split))
-        feed.request_scores(("eval", step), indices)
-        batches, _ = feed.collect_batches(("eval", step), indices)
+        """Measure the policy on held-out pairs, log the metrics, and save the weights if they are the best.
+
+        Args:
+            progress: before this evaluation.
+            step: optimizer steps taken.
+            equal_reference: the name of a reference that the policy still equals.
+
+        Returns:
+            The progress with this evaluation's metrics.
+        """
+        loader = self._loaders["eval"]
+        indices = np.arange(len(loader.split))
+        loader.request_scores(("eval", step), indices)
+        batches, _ = loader.collect_batches(("eval", step), indices)
         table = run_evaluation_pass(
             self._policy.parallel,
             batches,
             loss=self._loss,
             table=self._make_table(len(indices)),
             precision=self._policy.precision,
-            start_is=None if start_is is None else self._names.index(start_is),
+            equal_reference=None if equal_reference is None else self._reference_names.index(equal_reference),
         )
         metrics = compute_eval_metrics(table, self._flags)
         if self._sampler is not None:
             metrics |= self._sampler.measure_policy(step)
-            metrics |= find_best_within(self._sampler.config.kl_budget, metrics, before.metrics, self._names)
+            metrics |= find_best_within_kl_budget(
+                self._sampler.config.kl_budget, metrics, progress.metrics, self._reference_names
+            )
         if self._tracker is not None:
             self._tracker.log(step, metrics)
-        self._keep_if_best(metrics, step)
-        return replace(before, metrics=metrics)
+        self._save_if_best(metrics, step)
+        return replace(progress, metrics=metrics)
 
-    def exported_metrics(self, progress: TrainingProgress) -> dict[str, float]:
-        """Metrics of the weights that the run would export now."""
+    def get_exported_metrics(self, progress: TrainingProgress) -> dict[str, float]:
+        """Return the metrics of the weights that the run would export now."""
         return progress.metrics if self.best is None else self.best.metrics
 
-    def _keep_if_best(self, metrics: dict[str, float], step: int) -> None:
-        """Keep the weights if the best are to be kept and these are better than those before."""
+    def _save_if_best(self, metrics: dict[str, float], step: int) -> None:
+        """Save the weights if the run keeps its best and these are better than those saved before."""
         evaluation = self._setup.config.evaluation
         value = metrics.get(evaluation.metric)
         if evaluation.keep != "best" or value is None or not math.isfinite(value):
@@ -265,14 +294,14 @@ class _TrainingRun:
         if self.best is not None and sign * value <= sign * self.best.value:
             return
         self.best = BestEvaluation(metric=evaluation.metric, step=step, metrics=metrics)
-        save_best(self._mirror.folder / BEST_FILE, self._policy.parallel, self.best)
+        save_best_weights(self._mirror.folder / BEST_FILE, self._policy.parallel, self.best)
         if self._tracker is not None:  # rank 0, which wrote it
             self._mirror.push(BEST_FILE)
 
     def describe_failure(self, failure: NonFiniteLoss, step: int) -> str:
-        """Which step and pairs a loss was lost at, and what to do."""
-        part, indices = self._loaders["train"].split, self._plan_indices(step)
-        sources = [part.sources[int(indices[slot])] for slot in failure.slots[:5]]
+        """Say at which step and pairs the loss was not finite, and what to do about it."""
+        split, indices = self._loaders["train"].split, self._get_step_indices(step)
+        sources = [split.sources[int(indices[slot])] for slot in failure.slots[:5]]
         more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
         return (
             f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}; "
@@ -280,21 +309,22 @@ class _TrainingRun:
         )
 
     def push_metrics(self) -> None:
-        """The metrics so far, before a checkpoint that goes on from them."""
+        """Send the metrics so far to storage, before a checkpoint from which a restart continues them."""
         if self._tracker is not None:
             self._mirror.push(*METRIC_FILES)
 
     def close(self) -> None:
-        """Send the scores and metrics that are left."""
-        for feed in self._loaders.values():
-            feed.close()
+        """Wait until all scores are stored, and send the remaining metrics."""
+        for loader in self._loaders.values():
+            loader.close()
         if self._tracker is not None:
             self._tracker.close()
             self._mirror.push(*METRIC_FILES)
 
-    def _plan_indices(self, step: int) -> np.ndarray:
+    def _get_step_indices(self, step: int) -> np.ndarray:
+        """Return the training rows of a step's global batch."""
         epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
         return self._plan.get_step_indices(epoch, step_of_epoch)
 
     def _make_table(self, pairs: int) -> StepTable:
-        return StepTable(pairs, self._names, self._policy.parallel.device)
+        return StepTable(pairs, self._reference_names, self._policy.parallel.device)

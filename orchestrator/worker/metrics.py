@@ -1,4 +1,4 @@
-"""What a step reports: a row per pair, summed over ranks once, then read as named metrics.
+"""The metrics of a step: a table with a row per pair, summed over ranks once, then read as named metrics.
 
 Every pair of a step has a slot in one table that starts as zeros. A rank fills its own pairs' rows;
 summing the tables over ranks gives all of them the exact per-pair values of the whole step with a
@@ -30,10 +30,13 @@ COST_COLUMNS = ("tokens", "positions", "flops", "reference_stall")
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a rank spent on a step.
+    """The cost of a step on a rank.
 
-    Tokens that are not padding, positions computed (padding too), model FLOPs, and seconds blocked waiting
-    for reference scores.
+    Attributes:
+        tokens: tokens that are not padding.
+        positions: positions computed, padding included.
+        flops: model FLOPs.
+        reference_stall: seconds blocked waiting for reference scores.
     """
 
     tokens: int = 0
@@ -71,7 +74,7 @@ class StepTable:
         self.values = torch.zeros(pairs + 1, width, dtype=torch.float64, device=device)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The column's (pairs,) values."""
+        """Return a column's (pairs,) values."""
         return self.values[:-1, self._column[name]]
 
     def record_pairs(
@@ -93,7 +96,7 @@ class StepTable:
             policy.rejected,
             entropy,
             output.scale,
-            _primary_gap(policy, references[0] if references else None),
+            _compute_primary_gap(policy, references[0] if references else None),
             soft_labels,
         ]
         columns += [
@@ -113,46 +116,46 @@ class StepTable:
 
     @property
     def cost(self) -> StepCost:
-        """All ranks' costs once the table is summed."""
+        """The costs of all ranks, once the table is summed over them."""
         tokens, positions, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
         return StepCost(int(tokens), int(positions), flops, stall)
 
     def find_non_finite(self) -> list[int]:
-        """Slots of the pairs whose loss is NaN or infinite."""
+        """Return the slots of the pairs whose loss is NaN or infinite."""
         return torch.nonzero(~torch.isfinite(self["loss"])).flatten().tolist()
 
 
-def _primary_gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
-    """h against the primary reference, of raw sums: what accuracy is the sign of, for every loss alike."""
+def _compute_primary_gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:
+    """Compute h against the primary reference from summed log-probs: for every loss, accuracy is its sign."""
     gap = policy.chosen - policy.rejected
     return gap if primary is None else gap - (primary.chosen - primary.rejected)
 
 
 @dataclass(frozen=True)
 class MetricFlags:
-    """What of a run's metrics has a meaning.
+    """Which optional metrics a run has.
 
     Attributes:
-        paired: rows have a rejected response.
-        soft: labels other than 1 exist.
-        dispersed: the loss has a dispersion, whose scale is reported.
-        weighted: several references are weighed.
+        has_pairs: rows have a rejected response.
+        has_soft_labels: labels other than 1 exist.
+        has_dispersion: the loss has a dispersion, whose scale is reported.
+        has_reference_weights: several references are weighted.
     """
 
-    paired: bool = True
-    soft: bool = False
-    dispersed: bool = False
-    weighted: bool = False
+    has_pairs: bool = True
+    has_soft_labels: bool = False
+    has_dispersion: bool = False
+    has_reference_weights: bool = False
 
 
-def compute_training_metrics(table: StepTable, told: MetricFlags) -> dict[str, float]:
-    """Named means over a step's pairs; the table is summed over ranks."""
+def compute_training_metrics(table: StepTable, flags: MetricFlags) -> dict[str, float]:
+    """Compute named means over a step's pairs; the table is summed over ranks."""
     metrics = {
         "loss": table["loss"].mean(),
         "logps/chosen": table["chosen_logp"].mean(),
         "entropy": table["entropy"].mean(),
     }
-    if told.paired:
+    if flags.has_pairs:
         rewards = table["chosen_reward"] - table["rejected_reward"]
         metrics |= {
             "rewards/chosen": table["chosen_reward"].mean(),
@@ -162,11 +165,11 @@ def compute_training_metrics(table: StepTable, told: MetricFlags) -> dict[str, f
             "logps/rejected": table["rejected_logp"].mean(),
         }
     for name in table.references:
-        # A supervised row has one response, which the mean over two has halved.
-        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean() * (1 if told.paired else 2)
-        if told.weighted:
+        # A supervised row has one response, whose value the mean over two responses has halved.
+        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean() * (1 if flags.has_pairs else 2)
+        if flags.has_reference_weights:
             metrics[f"weights/{name}"] = table[f"weight/{name}"].mean()
-    if told.dispersed:
+    if flags.has_dispersion:
         scale = table["scale"]
         metrics["dispersion/mean"] = scale.mean()
         metrics["dispersion/p10"] = torch.quantile(scale, 0.1)
@@ -177,13 +180,14 @@ def compute_training_metrics(table: StepTable, told: MetricFlags) -> dict[str, f
 def compute_perf_metrics(
     table: StepTable, *, seconds: float, world_size: int, peak_flops: float | None
 ) -> dict[str, float]:
-    """Speed of a step over all ranks.
+    """Compute the speed of a step over all ranks.
 
     Args:
         table: summed over ranks.
         seconds: wall time of the step.
         world_size: number of ranks.
-        peak_flops: of one device in the step's precision; without it no model FLOPs utilisation is given.
+        peak_flops: FLOP/s of one device in the step's precision; without it no model FLOPs utilisation is
+            given.
     """
     cost, pairs = table.cost, len(table["loss"])
     metrics = {
@@ -197,24 +201,24 @@ def compute_perf_metrics(
     return metrics
 
 
-def compute_eval_metrics(table: StepTable, told: MetricFlags) -> dict[str, float]:
-    """`eval/` metrics: those of training, and agreement with the people who were asked.
+def compute_eval_metrics(table: StepTable, flags: MetricFlags) -> dict[str, float]:
+    """Compute the `eval/` metrics: those of training, and agreement with the annotators.
 
     `eval/accuracy` is the share of pairs whose h against the primary reference has the sign of the
     majority's label (h = 0 counts one half; pairs with p = 1/2 are left out), with the half-width of its
-    95 % normal interval. `eval/margin` is the mean of the same h, signed by the majority: nats, whatever beta
-    is. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence)
-    compare sigma(beta h), beta h being the implied reward margin, with the soft labels.
+    95 % normal interval. `eval/margin` is the mean of the same h, signed by the majority, in nats and
+    independent of beta. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence) compare
+    sigma(beta h), beta h being the implied reward margin, with the soft labels.
     """
-    metrics = compute_training_metrics(table, told)
-    if told.paired:
-        correct = majority_agreement(table)
-        if len(correct):
-            accuracy = correct.mean()
+    metrics = compute_training_metrics(table, flags)
+    if flags.has_pairs:
+        agreement = compute_majority_agreement(table)
+        if len(agreement):
+            accuracy = agreement.mean()
             metrics["accuracy"] = float(accuracy)
-            metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(correct)).sqrt())
+            metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(agreement)).sqrt())
             metrics["margin"] = float(compute_majority_gaps(table).mean())
-    if told.soft:
+    if flags.has_soft_labels:
         margin = table["chosen_reward"] - table["rejected_reward"]
         metrics["label_nll"] = float(compute_label_nll(margin, table["soft_label"]))
         metrics["calibration_error"] = float(compute_calibration_error(margin.sigmoid(), table["soft_label"]))
@@ -222,26 +226,29 @@ def compute_eval_metrics(table: StepTable, told: MetricFlags) -> dict[str, float
 
 
 def compute_majority_gaps(table: StepTable) -> Tensor:
-    """h against the primary reference with the sign of the majority's label: (pairs with p != 1/2,)."""
+    """Compute h against the primary reference, signed by the majority's label: (pairs with p != 1/2,)."""
     label = table["soft_label"] - 0.5
     return table["primary_gap"][label != 0] * label[label != 0].sign()
 
 
-def majority_agreement(table: StepTable) -> Tensor:
-    """1, 0 or (h = 0) one half for every pair that has a majority: (pairs with p != 1/2,)."""
+def compute_majority_agreement(table: StepTable) -> Tensor:
+    """Compute 1 for agreement, 0 against it, one half for h = 0: (pairs with p != 1/2,)."""
     gap = compute_majority_gaps(table)
     return torch.where(gap == 0, 0.5, (gap > 0).double())
 
 
-def find_best_within(
-    budget: float | None, metrics: Mapping[str, float], before: Mapping[str, float], references: Sequence[str]
+def find_best_within_kl_budget(
+    budget: float | None,
+    metrics: Mapping[str, float],
+    previous: Mapping[str, float],
+    references: Sequence[str],
 ) -> dict[str, float]:
-    """`eval/margin_at_kl` and `eval/reward_at_kl`: the best so far whose KL to the primary is within budget.
+    """Find `eval/margin_at_kl`, `eval/reward_at_kl`: the best so far with KL to the primary within budget.
 
     Args:
         budget: nats per response.
         metrics: of this evaluation.
-        before: of the evaluation before it, with the best until then.
+        previous: metrics of the evaluation before it, which include the best until then.
         references: names, the primary first.
     """
     kl = metrics.get(f"eval/kl/{references[0]}") if references else None
@@ -249,20 +256,23 @@ def find_best_within(
         return {}
     best: dict[str, float] = {}
     for name in ("eval/margin", "eval/reward"):
-        values = [before[f"{name}_at_kl"]] if f"{name}_at_kl" in before else []
+        values = [previous[f"{name}_at_kl"]] if f"{name}_at_kl" in previous else []
         values += [metrics[name]] if kl <= budget and math.isfinite(metrics.get(name, math.nan)) else []
         best |= {f"{name}_at_kl": max(values)} if values else {}
     return best
 
 
 def compute_label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:
-    """Mean -[p log sigma(m) + (1 - p) log sigma(-m)] of implied reward margins m against labels p."""
+    """Compute the mean of -[p log sigma(m) + (1 - p) log sigma(-m)]: reward margins m against labels p."""
     log_sigmoid = torch.nn.functional.logsigmoid
     return -(soft_labels * log_sigmoid(margins) + (1 - soft_labels) * log_sigmoid(-margins)).mean()
 
 
 def compute_calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int = 10) -> Tensor:
-    """Expected calibration error: |mean prediction - mean label| over equal-width bins, weighted by count."""
+    """Compute |mean prediction - mean label| over equal-width bins, weighted by count.
+
+    This is the expected calibration error.
+    """
     index = (predicted * bins).long().clamp(0, bins - 1)
     zeros = torch.zeros(bins, dtype=predicted.dtype)
     gap = zeros.index_add(0, index, predicted - soft_labels)

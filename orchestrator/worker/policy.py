@@ -1,4 +1,4 @@
-"""The policy a worker trains: opened from its start, made parallel, exported when done."""
+"""The policy that a worker trains: load the initial policy, make it parallel, export it at the end."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from models.probe import Probe
 from models.rows import Rows
 from orchestrator.config.run import RunConfig
 
-# Dense bfloat16 matrix FLOP/s that vendors state, for model FLOPs utilisation.
+# Dense bfloat16 matrix FLOP/s as the vendor states them, for model FLOPs utilisation.
 _PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
 
 
@@ -31,16 +31,16 @@ class Policy:
 
     Attributes:
         parallel: scorer, optimizer and communication.
-        start: loads the policy's start anew, trainable, on the CPU.
+        load_initial_policy: loads another copy of the initial policy, trainable, on the CPU.
         tokenizer: the policy's own.
         precision: dtype of matrix products.
-        sharing_refused: why a prompt is computed once per response instead of once per pair, if it is.
-        pad_id: what fills rows; masked by spans, never by its id.
-        peak_flops: of the device in `precision`, where known.
+        plain_rows_reason: why a prompt is computed once per response instead of once per pair, if it is.
+        pad_id: token id that pads rows; padding is masked by spans, never by its id.
+        peak_flops: FLOP/s of the device in `precision`, where known.
     """
 
     parallel: Parallel
-    start: Callable[[], PreTrainedModel | PeftModel]
+    load_initial_policy: Callable[[], PreTrainedModel | PeftModel]
     tokenizer: Any
     precision: torch.dtype
     plain_rows_reason: str | None
@@ -49,42 +49,48 @@ class Policy:
 
     @property
     def scorer(self) -> Scorer:
-        """The policy's scorer without communication around it."""
+        """The policy's scorer without the communication wrapped around it."""
         return self.parallel.unwrapped
 
-    def score_start(self, rows: Rows) -> SequenceScores:
-        """Scores of the policy's own start: the adapter switched off, no gradient.
+    def score_initial_policy(self, rows: Rows) -> SequenceScores:
+        """Score rows under the initial policy: the adapter switched off, no gradient.
 
-        Not under autocast: they are stored under the start's fingerprint, as a replica would score it.
+        Not under autocast: the scores are stored under the initial policy's fingerprint, and must be those
+        that a replica would compute.
         """
         with adapter_off(self.scorer.model):
             return self.scorer(rows, entropy=True)
 
     def count_flops(self, rows: Rows) -> float:
-        """Model FLOPs of a training step: backward costs twice the forward, or once with LoRA."""
+        """Count the model FLOPs of a training step: backward costs twice the forward, or once with LoRA."""
         passes = 2 if find_adapter(self.scorer) is not None else 3
         return passes * self.scorer.forward_flops(rows)
 
 
-def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, local_workers: int) -> Policy:
-    """Load the policy's start and make it trainable.
+def open_policy(
+    config: RunConfig, initial_policy: ModelConfig, *, device: torch.device, local_workers: int
+) -> Policy:
+    """Load the initial policy and make it trainable.
 
     Args:
         config: the run file.
-        start: the policy's start, pinned; it is located on this node.
-        device: this worker's. Weights that are to be sharded are read into main memory, and only the shards
-            come here.
+        initial_policy: its settings, pinned; it is located on this node.
+        device: this worker's. Weights to be sharded are read into main memory, and only the shards are moved
+            to the device.
         local_workers: workers on this machine, which share its cores.
+
+    Raises:
+        ModelError: the model cannot be loaded or trained; every rank raises it.
     """
     if device.type == "cpu":
         torch.set_num_threads(max(1, _count_cores() // local_workers))
     training, parallel = config.training, config.parallel
-    # Decided by what the policy runs on, wherever it is loaded.
+    # The dtype depends on the device that the policy runs on, also where it is loaded on the CPU.
     settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
     in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload)
     with together(device):
         try:
-            located = locate(start)
+            located = locate(initial_policy)
             load = partial(load_model, located, settings, trainable=True, seed=training.seed)
             model = load(
                 device=torch.device("cpu") if in_shards else device,
@@ -93,7 +99,7 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
             scorer, tokenizer = Scorer(model), load_tokenizer(located, config.policy)
         except ModelError as error:
             raise ModelError(f"policy: {error}") from error
-    refused = (
+    plain_rows_reason = (
         "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
     )
     precision = _choose_precision(training.precision, device)
@@ -108,12 +114,12 @@ def open_policy(config: RunConfig, start: ModelConfig, *, device: torch.device, 
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
         ),
-        start=partial(load, device=torch.device("cpu")),
+        load_initial_policy=partial(load, device=torch.device("cpu")),
         tokenizer=tokenizer,
         precision=precision,
-        plain_rows_reason=refused,
+        plain_rows_reason=plain_rows_reason,
         pad_id=0,
-        peak_flops=_peak_flops(device, precision),
+        peak_flops=_lookup_peak_flops(device, precision),
     )
 
 
@@ -122,9 +128,9 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
 
     Every rank calls it, rank 0 writes.
 
-    `model/` loads in transformers as it is (LoRA merged); the probe holds the logits of the policy in hand on
-    a few token rows, for comparison with whatever is loaded back later. Merging changes the policy in place:
-    this is the last thing done with it.
+    `model/` loads in transformers as it is (LoRA merged). The probe holds the logits of the policy in memory
+    on a few token rows, to compare them with those of a policy loaded later. Merging changes the policy in
+    place, so nothing can be done with it after the export.
     """
     device = policy.parallel.device
     policy.scorer.eval()
@@ -146,15 +152,16 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
 
 
 def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
-    """The trained model in one piece, on rank 0 alone.
+    """Return the whole trained model on rank 0, and None on the other ranks.
 
-    Shards are put together one weight at a time, into a copy of the start: that is all the memory it takes.
+    Shards are gathered one weight at a time into a copy of the initial policy, which is all the memory it
+    takes.
     """
     parallel = policy.parallel
     if not parallel.sharded:
         return policy.scorer.model if parallel.rank == 0 else None
     with together(parallel.device):
-        model = policy.start() if parallel.rank == 0 else None
+        model = policy.load_initial_policy() if parallel.rank == 0 else None
     weights = {} if model is None else trained_weights(model)
     with torch.no_grad():
         for name, state in parallel.saved(moments=False):
@@ -164,17 +171,19 @@ def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
 
 
 def _count_cores() -> int:
-    """Cores that this process may use; fewer than the machine has where it was given some of them."""
+    """Count the cores that this process may use: fewer than the machine's where it is limited to some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose_precision(asked: str, device: torch.device) -> torch.dtype:
-    if asked == "auto":
-        asked = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+def _choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a precision; `auto` is bfloat16 on GPUs that have it, else float32."""
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
-def _peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+def _lookup_peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    """Return the device's peak FLOP/s, if it is a known GPU and the precision is bfloat16."""
     if device.type != "cuda" or precision != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,7 +1,7 @@
-"""What the policy writes itself: how far it has moved from its references, and what a judge thinks of it.
+"""Samples of the policy: their KL to the references, and their rewards.
 
 log pi(y|x) - log ref(y|x) of a response y drawn from the policy is an unbiased estimate of
-KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is what is reported.
+KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is reported.
 """
 
 import math
@@ -26,54 +26,54 @@ from preferences.split import TokenizedSplit
 from preferences.tokenize import RaggedArray, TokenTable
 
 PROMPTS_PER_CHUNK = 8
-"""Prompts sampled together, whatever the number of ranks: padding is then the same, and so are samples."""
+"""Prompts sampled in one batch, for any number of ranks: padding is then the same, and so are samples."""
 
 
 class Sampler:
-    """Measures the policy on responses that it draws for the first held-out prompts.
+    """Measures the policy on responses that it generates to the first held-out prompts.
 
     Args:
-        config: how many prompts, how long the responses.
+        config: number of prompts and length of responses.
         policy: this rank's.
-        part: the held-out rows; a prompt that occurs in several of them counts once.
-        client: asks the served references.
+        split: the held-out rows; a prompt that occurs in several of them counts once.
+        client: requests the served references' scores.
         names: all references, the primary first. Those that read other token ids than the policy (another
             tokenizer or chat template) get no KL.
-        in_process: those that `policy.score_start` scores.
-        judge: gives rewards, if any are wanted.
+        in_process: the references that `policy.score_initial_policy` scores.
+        reward_scorer: gives rewards, if the run file sets a reward.
         rank, world_size: which share of the prompts is this rank's.
         seed: the training seed; samples depend on it, the step and the prompts, and not on the ranks.
 
     Raises:
-        ModelError: the policy has no positions for responses so long, or a KL budget is set and the KL to the
-            primary cannot be measured.
+        ModelError: the policy has too few positions for such long responses, or a KL budget is set and the KL
+            to the primary cannot be measured.
     """
 
     def __init__(
         self,
         config: SamplingConfig,
         policy: Policy,
-        part: TokenizedSplit,
+        split: TokenizedSplit,
         client: ReferenceClient,
         names: Sequence[str],
         in_process: Collection[str],
-        judge: RewardScorer | None,
+        reward_scorer: RewardScorer | None,
         rank: int,
         world_size: int,
         *,
         seed: int,
     ) -> None:
         self.config = config
-        self._policy, self._client, self._judge = policy, client, judge
+        self._policy, self._client, self._reward_scorer = policy, client, reward_scorer
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._prompts = _drop_repeats(part.policy.prompts)[: config.prompts]
+        self._prompts = _drop_repeats(split.policy.prompts)[: config.prompts]
         self._new_tokens = config.max_new_tokens
-        self._names = [name for name in names if _has_same_ids(part.policy, part.references[name])]
+        self._names = [name for name in names if _has_same_ids(split.policy, split.references[name])]
         self._served = [name for name in self._names if name not in in_process]
         self._in_process = [name for name in self._names if name in in_process]
         self._model = causal_model(policy.scorer.model)
-        self._ends = _find_end_tokens(self._model, policy.tokenizer)
-        self._refuse_too_long()
+        self._end_tokens = _find_end_tokens(self._model, policy.tokenizer)
+        self._refuse_too_few_positions()
         if config.kl_budget is not None and self._names[:1] != list(names[:1]):
             raise ModelError(
                 f"evaluation.sampling.kl_budget: the primary reference {names[0]!r} reads other token ids "
@@ -82,10 +82,10 @@ class Sampler:
             )
 
     def measure_policy(self, step: int) -> dict[str, float]:
-        """Means over the samples of all ranks, the same on every rank; every rank takes part.
+        """Sample responses and compute means over the samples of all ranks.
 
-        `eval/kl/<reference>` in nats per response, `eval/reward` with a judge, `eval/samples/length` in
-        tokens with the end token.
+        Every rank calls it and gets the same means: `eval/kl/<reference>` in nats per response, `eval/reward`
+        with a reward scorer, `eval/samples/length` in tokens with the end token.
         """
         parallel = self._policy.parallel
         parallel.module.eval()
@@ -93,51 +93,58 @@ class Sampler:
             values = self._measure_share(step)
         finally:
             parallel.module.train()
-        # A sample has one row, filled by one rank: the sum over ranks is exact, whatever their number.
+        # A sample has one row, filled by one rank: the sum is exact for any number of ranks.
         means = parallel.all_reduce_sum(values.to(parallel.device)).mean(dim=0).tolist()
-        return dict(zip(self._columns, means, strict=True))
+        return dict(zip(self._column_names, means, strict=True))
 
     @property
-    def _columns(self) -> list[str]:
-        reward = [] if self._judge is None else ["eval/reward"]
+    def _column_names(self) -> list[str]:
+        reward = [] if self._reward_scorer is None else ["eval/reward"]
         return [*(f"eval/kl/{name}" for name in self._names), *reward, "eval/samples/length"]
 
     @torch.no_grad()
     def _measure_share(self, step: int) -> Tensor:
-        """(prompts, columns) float64: this rank's samples, and zeros where the others' are."""
-        table = np.zeros((len(self._prompts), len(self._columns)))
-        column = {name: table[:, index] for index, name in enumerate(self._columns)}
+        """Sample this rank's share: (prompts, columns) float64, zeros in the rows of other ranks."""
+        table = np.zeros((len(self._prompts), len(self._column_names)))
+        column = {name: table[:, index] for index, name in enumerate(self._column_names)}
         logps: dict[int, np.ndarray] = {}
-        mine = range(self._rank * PROMPTS_PER_CHUNK, len(self._prompts), self._world_size * PROMPTS_PER_CHUNK)
-        for start in mine:
-            prompts, at = (
-                self._prompts[start : start + PROMPTS_PER_CHUNK],
-                slice(start, start + PROMPTS_PER_CHUNK),
-            )
+        starts = range(
+            self._rank * PROMPTS_PER_CHUNK, len(self._prompts), self._world_size * PROMPTS_PER_CHUNK
+        )
+        for start in starts:
+            chunk = slice(start, start + PROMPTS_PER_CHUNK)
+            prompts = self._prompts[chunk]
             responses = self._sample_responses(prompts, [self._seed, step, start])
+            # References score these samples while the next chunk is sampled.
             self._client.request_sample_scores(start, _build_groups(prompts, responses), self._served)
-            logps[start], own_start = self._log_probs(prompts, responses)
+            logps[start], initial_logps = self._compute_log_probs(prompts, responses)
             for name in self._in_process:
-                column[f"eval/kl/{name}"][at] = logps[start] - own_start
-            if self._judge is not None:
-                column["eval/reward"][at] = self._judge.score(*self._decode_rows(prompts, responses))
-            column["eval/samples/length"][at] = [len(response) for response in responses]
-        for start in mine:
+                column[f"eval/kl/{name}"][chunk] = logps[start] - initial_logps
+            if self._reward_scorer is not None:
+                texts = self._decode_samples(prompts, responses)
+                column["eval/reward"][chunk] = self._reward_scorer.score(*texts)
+            column["eval/samples/length"][chunk] = [len(response) for response in responses]
+        for start in starts:
             for name, scores in self._client.collect_sample_scores(start).items():
                 column[f"eval/kl/{name}"][start : start + PROMPTS_PER_CHUNK] = logps[start] - scores.logps
-        self._run_idle_chunks(step, done=len(mine))
+        self._run_idle_chunks(step, done=len(starts))
         return torch.from_numpy(table)
 
     def _run_idle_chunks(self, step: int, *, done: int) -> None:
-        """Where a forward pass is a collective of all ranks, run it for nothing as often as others do."""
+        """Run as many chunks as the other ranks, discarding them, where a forward pass is a collective.
+
+        Args:
+            step: optimizer steps taken.
+            done: chunks that this rank has run.
+        """
         if self._policy.parallel.sharded:
             chunks = math.ceil(len(self._prompts) / PROMPTS_PER_CHUNK)
             for _ in range(math.ceil(chunks / self._world_size) - done):
                 prompts = self._prompts[:PROMPTS_PER_CHUNK]
-                self._log_probs(prompts, self._sample_responses(prompts, [self._seed, step, 0]))
+                self._compute_log_probs(prompts, self._sample_responses(prompts, [self._seed, step, 0]))
 
     def _sample_responses(self, prompts: Sequence[Ids], seed: Sequence[int]) -> list[Ids]:
-        """A response to each prompt, drawn from the policy's distribution as it is."""
+        """Draw a response to each prompt from the policy's unmodified distribution."""
         width, device = max(map(len, prompts)), self._policy.parallel.device
         ids = np.full((len(prompts), width), self._policy.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -149,7 +156,7 @@ class Sampler:
             top_k=0,
             top_p=1.0,
             max_new_tokens=self._new_tokens,
-            eos_token_id=self._ends or None,
+            eos_token_id=self._end_tokens or None,
             pad_token_id=self._policy.pad_id,
             use_cache=True,
         )
@@ -163,25 +170,33 @@ class Sampler:
         return [self._cut_at_end(row) for row in out[:, width:].cpu().numpy().astype(np.int32)]
 
     def _cut_at_end(self, response: Ids) -> Ids:
-        """The response up to its first end token."""
-        ends = np.flatnonzero(np.isin(response, self._ends))
+        """Return the response up to and including its first end token."""
+        ends = np.flatnonzero(np.isin(response, self._end_tokens))
         return response[: ends[0] + 1] if len(ends) else response
 
-    def _log_probs(
+    def _compute_log_probs(
         self, prompts: Sequence[Ids], responses: Sequence[Ids]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Of the responses under the policy, and under its start where a reference is that."""
+        """Compute the responses' log-probs under the policy and under the initial policy.
+
+        The latter are None without a reference that is scored in process.
+        """
         groups = [Prompted(p, [r]) for p, r in zip(prompts, responses, strict=True)]
         rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
         with self._autocast():
             logps = _to_numpy(self._policy.scorer(rows).logps)
-        return logps, _to_numpy(self._policy.score_start(rows).logps) if self._in_process else None
+        return logps, _to_numpy(self._policy.score_initial_policy(rows).logps) if self._in_process else None
 
-    def _decode_rows(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> tuple[list[str], list[str]]:
-        before = [self._decode_ids(prompt) for prompt in prompts]
-        whole = [self._decode_ids(np.concatenate(pair)) for pair in zip(prompts, responses, strict=True)]
-        # Not decoded alone: some tokenizers leave out the blank that a text begins with.
-        return before, [text.removeprefix(start) for text, start in zip(whole, before, strict=True)]
+    def _decode_samples(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids]
+    ) -> tuple[list[str], list[str]]:
+        """Decode prompts and responses to texts."""
+        prompt_texts = [self._decode_ids(prompt) for prompt in prompts]
+        texts = [self._decode_ids(np.concatenate(pair)) for pair in zip(prompts, responses, strict=True)]
+        # Responses are not decoded alone: some tokenizers drop a text's leading space.
+        return prompt_texts, [
+            text.removeprefix(prompt) for text, prompt in zip(texts, prompt_texts, strict=True)
+        ]
 
     def _decode_ids(self, ids: Ids) -> str:
         tokenizer = self._policy.tokenizer
@@ -194,7 +209,8 @@ class Sampler:
         device = self._policy.parallel.device
         return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
-    def _refuse_too_long(self) -> None:
+    def _refuse_too_few_positions(self) -> None:
+        """Raise ModelError if the longest prompt and its response exceed the policy's positions."""
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self._prompts))
         if positions is not None and longest + self._new_tokens > positions:
@@ -206,13 +222,13 @@ class Sampler:
 
 
 def _drop_repeats(prompts: RaggedArray) -> list[Ids]:
-    """The prompts in the file's order, each once."""
+    """Return the prompts in the file's order, each once."""
     rows = (prompts[index] for index in range(len(prompts)))
     return list({row.tobytes(): row for row in rows}.values())
 
 
 def _has_same_ids(one: TokenTable, other: TokenTable) -> bool:
-    """Whether two models read the rows as the same token ids: a sample then means the same to both."""
+    """Return whether two models read the rows as the same token ids, so that a sample is one text to both."""
     if one is other:
         return True
     columns = [(one.prompts, other.prompts), (one.chosen, other.chosen)]
@@ -222,7 +238,7 @@ def _has_same_ids(one: TokenTable, other: TokenTable) -> bool:
 
 
 def _find_end_tokens(model: PreTrainedModel, tokenizer: object) -> list[int]:
-    """Token ids that end a response: the tokenizer's, and those the model was published with."""
+    """Return the token ids that end a response: the tokenizer's, and those the model was published with."""
     own = model.generation_config.eos_token_id
     ids = {getattr(tokenizer, "eos_token_id", None), *(own if isinstance(own, list) else [own])}
     return sorted(int(i) for i in ids if i is not None)
@@ -241,9 +257,10 @@ def _to_numpy(values: Tensor) -> np.ndarray:
 
 @contextmanager
 def _disable_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Without the sampling settings a model is published with (a repetition penalty, say).
+    """Disable the sampling settings that a model is published with (a repetition penalty, say).
 
-    `generate` merges them into whatever config it is given, and samples would not be the policy's.
+    `generate` merges them into the config that is passed to it, and samples would not follow the policy's
+    distribution.
     """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -254,7 +271,7 @@ def _disable_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _fork_seed(seed: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Random numbers that depend on `seed` alone, and leave no trace on those outside."""
+    """Draw random numbers in this block from `seed` alone, without changing those drawn after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
         yield

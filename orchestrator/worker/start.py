@@ -1,4 +1,4 @@
-"""What a worker's loop starts from: batches, tracker, sampler, the last checkpoint, a calibrated loss."""
+"""What a worker needs before its loop: batches, tracker, sampler, the last checkpoint, a calibrated loss."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,12 @@ from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.probe import why_invisible
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.batches import BatchLoader
-from orchestrator.worker.checkpoint import BestEvaluation, TrainingProgress, load_checkpoint, read_best
+from orchestrator.worker.checkpoint import (
+    BestEvaluation,
+    TrainingProgress,
+    load_checkpoint,
+    read_best_metadata,
+)
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
@@ -25,35 +30,38 @@ from preferences.split import TokenizedSplit
 
 
 def read_best_evaluation(config: RunConfig, mirror: Mirror) -> BestEvaluation | None:
-    """What an earlier start kept as the best, where the best is kept."""
+    """Return the best evaluation that an earlier start of the run saved, if the best weights are kept."""
     evaluation = config.evaluation
-    return read_best(mirror.folder / BEST_FILE, evaluation.metric) if evaluation.keep == "best" else None
+    if evaluation.keep != "best":
+        return None
+    return read_best_metadata(mirror.folder / BEST_FILE, evaluation.metric)
 
 
 def refuse_differing_ranks(policy: Policy, progress: TrainingProgress, best: BestEvaluation | None) -> None:
-    """Raise unless every rank goes on from the same point: storage may show one of them an older state.
+    """Raise unless every rank resumes from the same step: storage may show one of them an older state.
 
-    Another start of the workers puts it right.
+    Another start of the workers mends it.
     """
-    mine = torch.tensor([progress.step, -1 if best is None else best.step], dtype=torch.float64)
+    own_steps = torch.tensor([progress.step, -1 if best is None else best.step], dtype=torch.float64)
     parallel = policy.parallel
-    summed = parallel.all_reduce_sum(mine.to(parallel.device, copy=True)).cpu()
-    if not torch.equal(summed, mine * parallel.world_size):
+    summed = parallel.all_reduce_sum(own_steps.to(parallel.device, copy=True)).cpu()
+    if not torch.equal(summed, own_steps * parallel.world_size):
         raise RuntimeError(f"workers see different states of the run: step {progress.step} here, not on all")
 
 
 def make_batch_loader(
-    setup: WorkerSetup, part: TokenizedSplit, policy: Policy, *, rank: int, world_size: int
+    setup: WorkerSetup, split: TokenizedSplit, policy: Policy, *, rank: int, world_size: int
 ) -> BatchLoader:
+    """Make the loader of this rank's share of a split's batches."""
     return BatchLoader(
-        part,
-        order=setup.config.references.ordered,
+        split,
+        reference_names=setup.config.references.ordered,
         client=ReferenceClient(
             setup.routers,
-            {name: part.references[name] for name in setup.config.references.ordered},
+            {name: split.references[name] for name in setup.config.references.ordered},
             in_process=[n for n, r in setup.config.references.models.items() if r.scored_by_workers],
         ),
-        score_start=policy.score_start,
+        score_initial_policy=policy.score_initial_policy,
         on_any_rank=policy.parallel.on_any_rank,
         rank=rank,
         world_size=world_size,
@@ -61,38 +69,42 @@ def make_batch_loader(
         shared_rows=policy.plain_rows_reason is None,
         pad_id=policy.pad_id,
         device=policy.parallel.device,
-        flops=policy.count_flops,
+        count_flops=policy.count_flops,
     )
 
 
 def refuse_unshared_storage(setup: WorkerSetup) -> None:
-    """A node that came after the command had looked at all may have another folder of the same name."""
-    why = None if setup.probe_path is None else why_invisible(setup.probe_path)
-    if why is not None:
+    """Raise if this node does not share the run's storage.
+
+    The command has checked all nodes; one that joined later may have another folder of the same name.
+    """
+    reason = None if setup.probe_path is None else why_invisible(setup.probe_path)
+    if reason is not None:
         node = ray.util.get_node_ip_address()
-        raise RuntimeError(explain_unshared_storage(setup.config.storage_path, node, why))
+        raise RuntimeError(explain_unshared_storage(setup.config.storage_path, node, reason))
 
 
 def open_worker_tracker(setup: WorkerSetup, folder: Path, progress: TrainingProgress) -> Tracker:
-    """The run's metrics, without those that came after the checkpoint it goes on from."""
-    after = progress.step or -1
-    return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=after)
+    """Open the run's metrics, without those logged after the checkpoint that the run resumes from."""
+    resume_step = progress.step or -1  # a run that starts anew logs step 0 again
+    return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=resume_step)
 
 
 def make_sampler(
-    setup: WorkerSetup, session: Session, policy: Policy, feed: BatchLoader | None
+    setup: WorkerSetup, session: Session, policy: Policy, eval_loader: BatchLoader | None
 ) -> Sampler | None:
+    """Make the sampler of responses to held-out prompts, if the run file has a sampling section."""
     sampling, references = setup.config.evaluation.sampling, setup.config.references
-    if sampling is None or feed is None:
+    if sampling is None or eval_loader is None:
         return None
     return Sampler(
         sampling,
         policy,
-        feed.split,
-        feed.client,
+        eval_loader.split,
+        eval_loader.client,
         names=references.ordered,
         in_process=[name for name, reference in references.models.items() if reference.scored_by_workers],
-        judge=setup.reward_scorer,
+        reward_scorer=setup.reward_scorer,
         rank=session.rank,
         world_size=session.world_size,
         seed=setup.config.training.seed,
@@ -100,25 +112,28 @@ def make_sampler(
 
 
 def resume_training(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> TrainingProgress:
-    """Where the run stood at its last checkpoint, weights and optimizer put back; or its start."""
-    with session.checkpoint() as folder:
+    """Restore weights, optimizer and schedule from the last checkpoint, and return its progress.
+
+    Without a checkpoint nothing is restored, and the progress is that of a new run.
+    """
+    with session.open_checkpoint() as folder:
         if folder is None:
             return TrainingProgress(identity=setup.identity)
         progress = load_checkpoint(folder, policy.parallel, identity=setup.identity)
-    # The rate is this run's, not the checkpoint's: a search may go on from another trial's with a new one.
+    # The rate is this run's, not the checkpoint's: a search may resume another trial's with a new rate.
     rate = setup.config.training.learning_rate
     scaled = rate * schedule.lr_lambdas[0](progress.step)
-    groups = len(policy.parallel.optimizer.param_groups)  # another strategy may group weights otherwise
+    groups = len(policy.parallel.optimizer.param_groups)  # another strategy may group weights differently
     rates = {"base_lrs": [rate] * groups, "_last_lr": [scaled] * groups, "lr_lambdas": [None] * groups}
     schedule.load_state_dict(progress.schedule | rates)
-    policy.parallel.set_learning_rate(scaled)  # loading a schedule leaves the optimizer's
+    policy.parallel.set_learning_rate(scaled)  # loading a schedule does not change the optimizer's rate
     return progress
 
 
 def calibrate_loss(
-    config: RunConfig, feed: BatchLoader, progress: TrainingProgress
+    config: RunConfig, train_loader: BatchLoader, progress: TrainingProgress
 ) -> tuple[LossConfig, TrainingProgress]:
-    """The loss with `phi_star: auto` resolved from the primary's scores of a seeded sample of pairs.
+    """Resolve `phi_star: auto` of the loss from the primary reference's scores of a seeded sample of pairs.
 
     Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
     """
@@ -126,7 +141,8 @@ def calibrate_loss(
     if not loss.needs_calibration:
         return loss, progress
     if progress.phi_star is None:
-        sample = sample_calibration_rows(len(feed.split), config.training.seed)
-        progress = replace(progress, phi_star=calibrate_phi_star(feed.read_primary_entropies(sample)))
+        sample = sample_calibration_rows(len(train_loader.split), config.training.seed)
+        entropies = train_loader.collect_primary_entropies(sample)
+        progress = replace(progress, phi_star=calibrate_phi_star(entropies))
     assert progress.phi_star is not None
     return loss.with_phi_star(progress.phi_star), progress

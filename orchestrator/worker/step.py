@@ -1,5 +1,7 @@
-"""One optimizer step on plain tensors. No Ray in here, so that tests, benchmarks and a bare GPU machine
-run exactly what a cluster runs."""
+"""One optimizer step on plain tensors.
+
+No Ray in here, so that tests, benchmarks and a bare GPU machine run exactly what a cluster runs.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,23 +23,23 @@ from orchestrator.worker.metrics import StepCost, StepTable
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient is NaN or infinite; `slots` are the pairs' places in the global batch."""
 
-    def __init__(self, what: str, slots: Sequence[int]) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, slots: Sequence[int]) -> None:
+        super().__init__(message)
         self.slots = tuple(slots)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Pairs that go through the policy together.
+    """Pairs that go through the policy in one forward and backward pass.
 
     Attributes:
         rows: the policy's rows, chosen before rejected for each pair.
-        slots: (B,) each pair's place in the step's global batch. A micro-batch of no pairs keeps a rank
-            that has nothing left in step with the others' collectives.
+        slots: (B,) each pair's place in the step's global batch. A rank without pairs left runs micro-batches
+            of no pairs, so that it joins the other ranks' collectives.
         soft_labels: (B,) probability that chosen beats rejected.
         references: scores of the same pairs under every reference, the primary first.
         paired: whether pairs have a rejected response (false for supervised rows).
-        flops: of the policy's forward and backward pass over the rows.
+        flops: FLOPs of the policy's forward and backward pass over the rows.
     """
 
     rows: Rows
@@ -63,8 +65,8 @@ def run_training_step(
     pairs are split over ranks and micro-batches.
 
     Args:
-        parallel: the policy and its optimizer; every rank calls with as many micro-batches.
-        microbatches: this rank's share.
+        parallel: the policy and its optimizer.
+        microbatches: this rank's share; every rank passes equally many.
         loss: resolved settings (`phi_star` is a number).
         table: empty, one row per pair of the global batch.
         clip_norm: largest norm of the whole gradient.
@@ -74,7 +76,7 @@ def run_training_step(
         The table summed over ranks, and the norm of the whole gradient before clipping.
 
     Raises:
-        NonFiniteLoss: before any weight is touched.
+        NonFiniteLoss: the loss or the gradient is not finite; no weight has changed.
     """
     pairs = len(table["loss"])
     for index, batch in enumerate(microbatches):
@@ -86,9 +88,9 @@ def run_training_step(
                 reduce_to_global_mean(losses, global_count=pairs, world_size=parallel.world_size)
             )
     parallel.all_reduce_sum(table.values)
-    if bad := table.find_non_finite():
+    if slots := table.find_non_finite():
         parallel.zero_grad()
-        raise NonFiniteLoss("the loss is not finite", bad)
+        raise NonFiniteLoss("the loss is not finite", slots)
     grad_norm = float(parallel.clip(clip_norm))
     if not torch.isfinite(torch.tensor(grad_norm)):
         parallel.zero_grad()
@@ -106,13 +108,18 @@ def run_evaluation_pass(
     loss: LossConfig,
     table: StepTable,
     precision: torch.dtype = torch.float32,
-    start_is: int | None = None,
+    equal_reference: int | None = None,
 ) -> StepTable:
-    """The same scores and losses without gradients, dropout off.
+    """Compute the scores and losses of `run_training_step` without gradients and with dropout off.
 
     Args:
-        start_is: the reference that the policy still equals; its scores then stand for the policy's, and
-            no forward pass is run.
+        parallel: the policy.
+        microbatches: this rank's share; every rank passes equally many.
+        loss: resolved settings (`phi_star` is a number).
+        table: empty, one row per pair of the evaluated split.
+        precision: dtype that matrix products run in.
+        equal_reference: index of a reference that the policy still equals; its scores are then used as the
+            policy's, and no forward pass is run.
 
     Returns:
         The table summed over ranks.
@@ -120,16 +127,18 @@ def run_evaluation_pass(
     parallel.module.eval()
     try:
         for batch in microbatches:
-            if start_is is None:
+            if equal_reference is None:
                 with _autocast(parallel.device, precision):
                     scores = parallel.module(batch.rows, entropy=True)
                 _score_batch(scores, batch, loss=loss, table=table)
             elif len(batch.slots):
-                same = batch.references[start_is]
-                assert same.chosen_entropy is not None
-                assert same.rejected_entropy is not None
-                policy = PairScores(same.chosen, same.rejected, same.chosen_lengths, same.rejected_lengths)
-                entropy = (same.chosen_entropy + same.rejected_entropy) / (2 if batch.paired else 1)
+                equal = batch.references[equal_reference]
+                assert equal.chosen_entropy is not None
+                assert equal.rejected_entropy is not None
+                policy = PairScores(
+                    equal.chosen, equal.rejected, equal.chosen_lengths, equal.rejected_lengths
+                )
+                entropy = (equal.chosen_entropy + equal.rejected_entropy) / (2 if batch.paired else 1)
                 _record_losses(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()
@@ -138,19 +147,20 @@ def run_evaluation_pass(
 
 
 def _score_batch(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
-    """Per-pair losses of a micro-batch, written down in the table: (B,)."""
-    if not len(batch.slots):
+    """Compute the losses (B,) of a micro-batch's pairs, and record them and their cost in the table."""
+    if not len(batch.slots):  # (0,), still connected to the weights for the backward pass
         return scores.logps
     table.add_cost(
         StepCost(tokens=batch.rows.tokens, positions=batch.rows.input_ids.numel(), flops=batch.flops)
     )
-    policy, entropy = pair_scores(scores, paired=batch.paired)
+    policy, entropy = to_pair_scores(scores, paired=batch.paired)
     return _record_losses(policy, entropy, batch, loss=loss, table=table)
 
 
 def _record_losses(
     policy: PairScores, entropy: Tensor, batch: MicroBatch, *, loss: LossConfig, table: StepTable
 ) -> Tensor:
+    """Compute the losses (B,) from the scores, and record pairs and losses in the table."""
     output = preference_loss(policy, batch.references, config=loss, soft_labels=batch.soft_labels)
     table.record_pairs(
         batch.slots, policy, batch.references, output, entropy=entropy, soft_labels=batch.soft_labels
@@ -158,10 +168,10 @@ def _record_losses(
     return output.losses
 
 
-def pair_scores(scores: SequenceScores, *, paired: bool) -> tuple[PairScores, Tensor]:
-    """Sequences in row order to pairs, with the (B,) mean entropy of a pair's responses.
+def to_pair_scores(scores: SequenceScores, *, paired: bool) -> tuple[PairScores, Tensor]:
+    """Convert scores of sequences in row order to pairs, with the (B,) mean entropy of a pair's responses.
 
-    A supervised row has no rejected response: its place is taken by a log-prob of 0 over one token.
+    A supervised row has no rejected response: a log-prob of 0 over one token takes its place.
     """
     assert scores.entropy is not None
     if not paired:

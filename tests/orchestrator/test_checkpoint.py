@@ -13,7 +13,7 @@ from models.rows import Prompted, build_rows
 from orchestrator.errors import RunFailed
 from orchestrator.worker.checkpoint import (
     TrainingProgress,
-    find_newest,
+    find_newest_checkpoint,
     load_checkpoint,
     quarantine_corrupt_index,
     save_checkpoint,
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_before_versions_is_read_and_one_of_after_is_refused(tmp
 
 
 def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -> None:
-    assert find_newest(tmp_path) is None
+    assert find_newest_checkpoint(tmp_path) is None
     checkpoint(tmp_path / "checkpoint_1")
     checkpoint(tmp_path / "checkpoint_2")
     state = tmp_path / "checkpoint_2" / "state-00000-of-00001.safetensors"
@@ -86,7 +86,7 @@ def test_the_newest_whole_checkpoint_is_found_behind_torn_ones(tmp_path: Path) -
     checkpoint(tmp_path / "checkpoint_4")
     part = tmp_path / "checkpoint_4" / state.name
     part.rename(part.with_name("state-00000-of-00002.safetensors"))  # the other rank's was not written
-    assert find_newest(tmp_path) == tmp_path / "checkpoint_1"
+    assert find_newest_checkpoint(tmp_path) == tmp_path / "checkpoint_1"
 
 
 def test_only_a_torn_list_is_set_aside(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import start_references
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.metrics import StepTable
-from orchestrator.worker.step import MicroBatch, pair_scores, run_training_step
+from orchestrator.worker.step import MicroBatch, run_training_step, to_pair_scores
 
 POSITIONS = 64
 FILM_TEMPLATE = (
@@ -212,7 +212,7 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
     scorer = Scorer(load_model(locate(frozen), frozen, device="cpu", trainable=False))
     with torch.no_grad():
         scores = scorer(rows, entropy=True)
-    pairs, _ = pair_scores(scores, paired=True)
+    pairs, _ = to_pair_scores(scores, paired=True)
     assert scores.entropy is not None
     reference = ReferenceScores(
         pairs.chosen.double(),

@@ -16,9 +16,9 @@ from orchestrator.worker.metrics import (
     compute_calibration_error,
     compute_eval_metrics,
     compute_label_nll,
+    compute_majority_agreement,
     compute_perf_metrics,
     compute_training_metrics,
-    majority_agreement,
 )
 
 
@@ -54,7 +54,7 @@ def test_ranks_sum_to_the_whole_batch() -> None:
     whole, policy, references = table_of(7, parts=[[0, 1, 2, 3, 4, 5, 6]])
     split, *_ = table_of(7, parts=[[6, 0], [3, 1, 5], [2, 4]])
     assert torch.equal(whole.values[:-1], split.values[:-1])
-    metrics = compute_training_metrics(split, MetricFlags(dispersed=True, weighted=True))
+    metrics = compute_training_metrics(split, MetricFlags(has_dispersion=True, has_reference_weights=True))
     assert metrics["logps/chosen"] == pytest.approx(float(policy.chosen.mean()))
     by_hand = (policy.chosen - references[1].chosen + policy.rejected - references[1].rejected) / 2
     assert metrics["logratio/movie"] == pytest.approx(float(by_hand.mean()))
@@ -78,7 +78,7 @@ def test_accuracy_counts_ties_half_and_leaves_out_pairs_without_majority() -> No
     table = StepTable(5, [])
     table["primary_gap"][:] = torch.tensor([1.0, -1.0, 0.0, 5.0, -2.0], dtype=torch.float64)
     table["soft_label"][:] = torch.tensor([0.9, 0.9, 0.9, 0.5, 0.2], dtype=torch.float64)
-    assert majority_agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
+    assert compute_majority_agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
     metrics = compute_eval_metrics(table, MetricFlags())
     assert metrics["eval/accuracy"] == 0.625
     assert metrics["eval/accuracy_interval"] == pytest.approx(1.96 * math.sqrt(0.625 * 0.375 / 4))

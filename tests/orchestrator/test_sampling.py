@@ -34,7 +34,7 @@ END, OTHER_END = WORDS.eos_token_id, 7
 def policy_of(model: PreTrainedModel) -> Policy:
     return Policy(
         parallel=prepare(Scorer(model.train()), device=CPU, learning_rate=1e-3),
-        start=lambda: model,
+        load_initial_policy=lambda: model,
         tokenizer=WORDS,
         precision=torch.float32,
         plain_rows_reason=None,
@@ -93,7 +93,7 @@ def plain(model: PreTrainedModel, groups: list[PromptGroup]) -> np.ndarray:
 
 
 class Length:
-    """A judge that keeps what it was shown."""
+    """A reward scorer that records what it scores."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
@@ -107,17 +107,18 @@ class Length:
 
 
 def sampler(policy, part, client, **changes):
-    arguments = {"names": ["a", "b"], "in_process": [], "judge": None, "rank": 0, "world_size": 1, "seed": 0}
+    arguments = {"names": ["a", "b"], "in_process": [], "reward_scorer": None}
+    arguments |= {"rank": 0, "world_size": 1, "seed": 0}
     return Sampler(changes.pop("config", SETTINGS), policy, part, client, **(arguments | changes))
 
 
 def test_kl_is_the_mean_log_ratio_of_the_samples_under_plain_models():
     model, a, b = (tiny.llama(seed=seed, **SMALL) for seed in range(3))
     model.generation_config.eos_token_id = [OTHER_END]
-    client, judge, prompts = Client(a=a, b=b), Length(), shuffled(24)
-    measured = sampler(policy_of(model), part_of(prompts[:5] + prompts), client, judge=judge).measure_policy(
-        3
-    )
+    client, scorer, prompts = Client(a=a, b=b), Length(), shuffled(24)
+    measured = sampler(
+        policy_of(model), part_of(prompts[:5] + prompts), client, reward_scorer=scorer
+    ).measure_policy(3)
     groups = client.asked
     assert [group.prompt.tolist() for group in groups] == prompts[:19]
     written = [group.responses[0].tolist() for group in groups]
@@ -128,12 +129,12 @@ def test_kl_is_the_mean_log_ratio_of_the_samples_under_plain_models():
     assert measured == {
         "eval/kl/a": pytest.approx(np.mean(ours - plain(a, groups)), abs=1e-5),
         "eval/kl/b": pytest.approx(np.mean(ours - plain(b, groups)), abs=1e-5),
-        "eval/reward": pytest.approx(np.mean([len(text) for _, text in judge.seen])),
+        "eval/reward": pytest.approx(np.mean([len(text) for _, text in scorer.seen])),
         "eval/samples/length": pytest.approx(np.mean([len(response) for response in written])),
     }
     assert measured["eval/kl/a"] > 0.1
     whole = [WORDS.decode([*p, *r], skip_special_tokens=True) for p, r in zip(prompts, written, strict=False)]
-    assert [prompt + response for prompt, response in judge.seen] == whole
+    assert [prompt + response for prompt, response in scorer.seen] == whole
 
 
 def test_samples_follow_the_policys_distribution_whatever_its_own_sampling_settings():
@@ -177,7 +178,7 @@ def test_samples_depend_on_step_and_seed_and_neither_on_ranks_nor_padding():
 
     def given(rank, world_size, *, seed=0, step=5, pad_id=0):
         client = Client(a=reference, b=reference)
-        options = {"rank": rank, "world_size": world_size, "seed": seed, "judge": Length()}
+        options = {"rank": rank, "world_size": world_size, "seed": seed, "reward_scorer": Length()}
         sampler(replace(policy, pad_id=pad_id), part, client, **options).measure_policy(step)
         return parallel.given
 

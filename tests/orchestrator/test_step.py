@@ -144,16 +144,18 @@ def test_a_loss_that_is_not_finite_names_its_pairs_and_touches_no_weight() -> No
     assert all(w.grad is None for w in parallel.unwrapped.parameters())
 
 
-def test_evaluation_leaves_weights_and_mode_and_equals_the_start_it_is_told() -> None:
+def test_evaluation_leaves_weights_and_mode_and_equals_that_of_an_equal_reference() -> None:
     groups, parallel = pairs(), policy()
     own = reference_scores(parallel.unwrapped, groups)
     other = reference_scores(Scorer(tiny.llama(seed=1)), groups)
     batches = [batch(groups, [0, 2, 4], [own, other]), batch(groups, [1, 3, 5], [own, other])]
     before = weights_of(parallel)
     table = run_evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]))
-    told = run_evaluation_pass(parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), start_is=0)
-    assert torch.allclose(table.values[:-1], told.values[:-1], atol=1e-4)
-    assert told.cost.tokens == 0 < table.cost.tokens
+    equal = run_evaluation_pass(
+        parallel, batches, loss=LOSS, table=StepTable(6, ["a", "b"]), equal_reference=0
+    )
+    assert torch.allclose(table.values[:-1], equal.values[:-1], atol=1e-4)
+    assert equal.cost.tokens == 0 < table.cost.tokens
     assert parallel.module.training
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(parallel).items())
 
