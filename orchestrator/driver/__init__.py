@@ -1,1 +1,1 @@
-"""One training run as the command sees it."""
+"""One training run, as the commands `train`, `score` and `check` drive it."""

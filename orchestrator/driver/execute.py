@@ -1,9 +1,9 @@
-"""Training on the cluster, from a prepared run to its result in the record."""
+"""Train a prepared run on the cluster and write its result to the record."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import ray
 from rich.console import Console
@@ -13,12 +13,7 @@ from orchestrator.cluster.placement import ClusterProfile, build_worker_bundle
 from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord
-from orchestrator.driver.scoring import (
-    report_scores,
-    score_split,
-    select_served_tables,
-    start_missing_references,
-)
+from orchestrator.driver.scoring import prepare_references, report_scores
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.references.service import ReferenceService
 from orchestrator.storage.mirror import Mirror
@@ -32,9 +27,11 @@ from orchestrator.worker.setup import WorkerSetup, count_total_steps
 
 
 def open_tracker(prepared: PreparedRun, record: RunRecord) -> Tracker:
-    """The one MLflow run of this training run, whatever the number of restarts."""
+    """Open the MLflow run of this training run, the same one after every restart."""
     config, mirror = prepared.config, Mirror(run_location(prepared.config))
-    fingerprints = {f"reference.{n}": m.fingerprint.digest for n, m in prepared.references.items()}
+    fingerprints = {
+        f"reference.{name}": model.fingerprint.digest for name, model in prepared.references.items()
+    }
     pins = {f"pin.{field}": pin for field, pin in prepared.pins.items()}
     digests = {f"data.{split}_digest": digest for split, digest in prepared.digests.items()}
     tracker = Tracker.resume_or_start(
@@ -57,13 +54,13 @@ def train_on_cluster(
     prepared: PreparedRun,
     record: RunRecord,
     service: ReferenceService,
-    judge: RewardScorer | None,
+    reward_scorer: RewardScorer | None,
     console: Console,
 ) -> None:
-    """Run the workers to the end beside references that are served, and keep what came of it in the record.
+    """Train with the workers while the references are served, and write the result to the record.
 
     Raises:
-        UsageError: the policy cannot be made as asked.
+        UsageError: the policy cannot be built with these settings.
         RunFailed: training diverged, or the workers were lost too often.
     """
     config, tracker, mirror = (
@@ -71,32 +68,23 @@ def train_on_cluster(
         open_tracker(prepared, record),
         Mirror(run_location(prepared.config)),
     )
-    total = count_total_steps(config, len(prepared.train))
-    with _report_failure(tracker):
-        if prepared.eval is not None:  # needed at once, for the evaluation before the first step
-            score_split(service, prepared.eval, "eval", config, console)
-        if config.references.mode == "precompute":
-            score_split(service, prepared.train, "train", config, console)
-            service.release()
-        else:
-            start_missing_references(
-                service,
-                select_served_tables(prepared.train, config),
-                sampled=config.evaluation.sampling is not None,
-            )
-        refuse_unshared(config.storage_path)  # by nodes too that the autoscaler has started for references
-        console.print(f"training {total} steps on {config.parallel.workers} worker(s)")
+    total_steps = count_total_steps(config, len(prepared.train))
+    with _mark_failure(tracker):
+        prepare_references(service, prepared, console)
+        # Checked again, because the autoscaler may have started nodes for the references.
+        refuse_unshared(config.storage_path)
+        console.print(f"training {total_steps} steps on {config.parallel.workers} worker(s)")
         with (
-            follow_steps(mirror.folder, total, console),
+            follow_steps(mirror.folder, total_steps, console),
             mirror.pull_periodically(METRICS_FILE),
-            mirror.write_probe() as seen,
+            mirror.write_probe() as probe_path,
         ):
-            setup = _build_worker_setup(prepared, service, tracker, judge, seen)
+            setup = _build_worker_setup(prepared, service, tracker, reward_scorer, probe_path)
             try:
                 result = run_workers(setup)
             except RunFailed as error:
-                kept = "Checkpoints are kept: the same command goes on from the last one"
-                raise RunFailed(f"{error}. {kept}") from error
+                remedy = "Checkpoints are kept: the same command resumes from the last one"
+                raise RunFailed(f"{error}. {remedy}") from error
         report_scores(service, console)
         counts = {name: asdict(stats) for name, stats in service.stats().items()}
         if result.status == "refused":
@@ -108,9 +96,13 @@ def train_on_cluster(
 
 
 def _build_worker_setup(
-    prepared: PreparedRun, service: ReferenceService, tracker: Tracker, judge: RewardScorer | None, seen: str
+    prepared: PreparedRun,
+    service: ReferenceService,
+    tracker: Tracker,
+    reward_scorer: RewardScorer | None,
+    probe_path: str,
 ) -> WorkerSetup:
-    """What every worker of a run is given, its rows put where all nodes reach them."""
+    """Build the setup that every worker gets, with the rows in Ray's object store for all nodes."""
     return WorkerSetup(
         config=prepared.config,
         policy=prepared.policy.config,
@@ -123,17 +115,17 @@ def _build_worker_setup(
             prepared.config.parallel.resources, ClusterProfile.from_nodes(list_node_resources())
         ),
         folder=run_location(prepared.config),
-        code_folder=os.getcwd(),
-        probe_path=seen,
+        code_folder=str(Path.cwd()),
+        probe_path=probe_path,
         tracking_uri=prepared.tracking_uri,
         tracking_run=tracker.run_id,
-        reward_scorer=judge,
+        reward_scorer=reward_scorer,
     )
 
 
 @contextmanager
-def _report_failure(tracker: Tracker) -> Iterator[None]:
-    """Let MLflow know how the run ended, where it did not end well."""
+def _mark_failure(tracker: Tracker) -> Iterator[None]:
+    """Mark the MLflow run as killed or failed if the block raises."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""What follows training: plots, artifacts, the registered version, and the report on the console."""
+"""The steps after training: plots, artifacts, the registered version, and the report on the console."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +24,9 @@ from orchestrator.worker.setup import EXPORT_FOLDER, METRIC_FILES
 
 
 def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str, str] | None = None) -> None:
-    """Plots, artifacts and the registered version; each can be done again after a kill.
+    """Draw plots, log artifacts and register the version; each step can be repeated after a kill.
 
-    `search` says which search chose the run, if one did.
+    `search` are lineage tags of the search that chose the run, if one did.
     """
     config, mirror, tracker = (
         prepared.config,
@@ -45,7 +45,8 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
         export = folder / EXPORT_FOLDER
         if not (export / "probe.safetensors").exists():
             raise RunFailed(
-                f"{mirror.describe_path(EXPORT_FOLDER)} is gone, so there is nothing to register: train again with --fresh"
+                f"{mirror.describe_path(EXPORT_FOLDER)} is gone, so there is nothing to register: "
+                "train again with --fresh"
             )
         version = register_model(
             prepared.tracking_uri,
@@ -65,6 +66,7 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
 
 
 def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
+    """Print a run's metrics before and after training, and where its plots, model and MLflow run are."""
     mirror = Mirror(run_location(config))
     mirror.pull(*METRIC_FILES)
     evaluations = _read_evaluations(config, record)
@@ -84,7 +86,7 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
 
 
 def _build_result_tags(record: RunRecord) -> dict[str, str]:
-    """How often references were asked, and what `phi_star: auto` came to."""
+    """Build MLflow tags of the references' counts and, for `phi_star: auto`, of the calibrated value."""
     phi_star = record.training_result.phi_star
     resolved = {} if phi_star is None else {"loss.dispersion.phi_star": f"{phi_star:.6g}"}
     return resolved | {
@@ -95,18 +97,24 @@ def _build_result_tags(record: RunRecord) -> dict[str, str]:
 
 
 def _resolve_loss(config: RunConfig, record: RunRecord) -> LossConfig:
+    """Return the loss that was trained, with the calibrated phi_star if it was `auto`."""
     phi_star = record.training_result.phi_star
     return config.loss if phi_star is None else config.loss.with_phi_star(phi_star)
 
 
 def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str, str]) -> Lineage:
+    """Collect what the model card says about the model, the data and the code behind a version."""
     config = prepared.config
-    history = _read_evaluations(config, record)
-    held_out = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in history]
+    evaluations = [
+        {name: value for name, value in line.items() if name.startswith("eval/")}
+        for line in _read_evaluations(config, record)
+    ]
     counts: dict[str, int] = {}
-    for split, part in record.counts.items():
-        counts |= {f"{split} {key.replace('_', ' ')}": n for key, n in part.items() if key != "skipped"}
-        counts |= {f"{split} skipped, {reason}": count for reason, count in part["skipped"].items()}
+    for split, rows in record.counts.items():
+        counts |= {
+            f"{split} {key.replace('_', ' ')}": count for key, count in rows.items() if key != "skipped"
+        }
+        counts |= {f"{split} skipped, {reason}": count for reason, count in rows["skipped"].items()}
     return Lineage(
         base_model=record.pins["policy"],
         preset=config.preset,
@@ -119,8 +127,8 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         data_digest=prepared.digests["train"],
         eval_digest=prepared.digests.get("eval"),
         counts=counts,
-        before=held_out[0] if held_out else {},
-        after=held_out[-1] if held_out else {},
+        before=evaluations[0] if evaluations else {},
+        after=evaluations[-1] if evaluations else {},
         config=record.config,
         code=prepared.code_tags,
         search=search,
@@ -128,6 +136,6 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
 
 
 def _read_evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
-    """Lines of the held-out evaluations, up to the one whose weights were exported."""
+    """Read the metrics of the evaluations, up to the one whose weights were exported."""
     lines = [line for line in read_metrics(find_working_folder(run_location(config))) if "eval/loss" in line]
     return [line for line in lines if line["step"] <= record.training_result.exported_step]

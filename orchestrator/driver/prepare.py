@@ -1,6 +1,5 @@
-"""What can be refused before a device is held: models found and pinned, data read and tokenised."""
+"""Check a run before it takes a device: find and pin its models, read and tokenise its data."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,20 +23,20 @@ from preferences.load import LoadedPairs, load_splits
 from preferences.split import TokenizedSplit
 from preferences.tokenize import Rendering, tokenize_pairs
 
-_POLICY_ROWS = "the policy"
+_POLICY_RENDERING = "the policy"
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that was found.
+    """A model whose files and tokenizer have been found.
 
     Attributes:
         config: its settings, with registry names resolved to a folder and hub revisions to a commit.
         located: its files.
-        tokenizer: its own, with the chat template that was asked for.
-        pin: what its name stood for when the run began.
+        tokenizer: its own tokenizer, with the configured chat template.
+        pin: the exact version that its name meant when the run began.
         template_kwargs: arguments of the chat template.
-        device_type: what `dtype: auto` is decided for.
+        device_type: "cuda" or "cpu", which decides `dtype: auto`.
     """
 
     config: ModelConfig
@@ -49,7 +48,7 @@ class PreparedModel:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What identifies its scores."""
+        """The fingerprint that identifies its scores."""
         return fingerprint(
             self.located,
             self.config,
@@ -61,17 +60,17 @@ class PreparedModel:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that was checked as far as it can be without a device.
+    """A run that has passed all checks that need no device.
 
     Attributes:
         config: the run file.
-        policy: the policy's start.
-        references: by name, in the file's order.
-        train, held_out: tokenised rows.
-        digests: of the rows' content, per split.
+        policy: the model that the policy starts from.
+        references: reference models by name, in the file's order.
+        train, eval: tokenised rows.
+        digests: digests of the rows' content, per split.
         counts: rows kept, swapped, and skipped by reason, per split.
         tracking_uri: the MLflow server or file.
-        function_digests: of the sources of functions that the loss depends on, by field.
+        function_digests: digests of the sources of functions that the loss depends on, by field.
     """
 
     config: RunConfig
@@ -85,19 +84,23 @@ class PreparedRun:
     function_digests: Mapping[str, str] = field(default_factory=dict)
 
     def for_device(self, device_type: str) -> "PreparedRun":
-        """The same run with every `dtype: auto` decided for "cuda" or "cpu"."""
-        references = {n: replace(m, device_type=device_type) for n, m in self.references.items()}
+        """Return the same run with every `dtype: auto` decided for "cuda" or "cpu"."""
+        references = {
+            name: replace(model, device_type=device_type) for name, model in self.references.items()
+        }
         return replace(self, policy=replace(self.policy, device_type=device_type), references=references)
 
     @property
     def initial_policy_reference(self) -> str | None:
-        """The reference whose scores are the policy's own at its start, if there is one."""
-        start = self.policy.fingerprint.digest
-        return next((n for n, m in self.references.items() if m.fingerprint.digest == start), None)
+        """The reference that scores exactly like the policy before training, if there is one."""
+        initial = self.policy.fingerprint.digest
+        return next(
+            (name for name, model in self.references.items() if model.fingerprint.digest == initial), None
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's meaning depends on besides the settings."""
+        """Digests of everything besides the settings that a checkpoint depends on."""
         functions = {"functions": dict(self.function_digests)} if self.function_digests else {}
         return {
             "policy": self.policy.fingerprint.digest,
@@ -107,82 +110,96 @@ class PreparedRun:
 
     @property
     def code_tags(self) -> dict[str, str]:
-        """Which code a result came from: polyref's, and functions of the user's that the loss calls."""
+        """MLflow tags of the code behind a result: polyref, and the user's functions in the loss."""
         return read_code_tags() | {f"digest.{name}": digest for name, digest in self.function_digests.items()}
 
     @property
     def pins(self) -> dict[str, str]:
-        """What names stood for when the run began."""
+        """The exact model versions that names meant when the run began, by field."""
         return {"policy": self.policy.pin} | {
             f"references.models.{name}": model.pin for name, model in self.references.items()
         }
 
 
-def prepare_run(config: RunConfig, before: RunRecord | None = None) -> PreparedRun:
+def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> PreparedRun:
     """Find and pin the models of a run file whose paths are resolved, read and tokenise the data.
 
-    A run that was begun `before` keeps to what its names stood for then, wherever they point now.
+    A run that resumes from a `previous` record keeps the model versions pinned there, even if a name means
+    another version by now.
 
     Raises:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
-    function_digests = check_functions(config, os.getcwd())
+    function_digests = check_functions(config, str(Path.cwd()))
     uri = check_storage(config)
-    policy = _find_model("policy", _initial_policy_config(config), config, uri, before)
+    policy = _find_model("policy", _build_policy_config(config), config, uri, previous)
     references = {
         name: policy
         if reference.scored_by_workers
-        else _find_model(f"references.models.{name}", _strip_to_model_config(reference), config, uri, before)
+        else _find_model(
+            f"references.models.{name}", _strip_to_model_config(reference), config, uri, previous
+        )
         for name, reference in config.references.models.items()
     }
-    train, held_out = load_splits(
+    train, evaluation = load_splits(
         config.data, completions_only=config.loss.completions_only, seed=config.training.seed
     )
-    parts, counts = {}, {}
-    for split, loaded in (("train", train), ("eval", held_out)):
+    splits, counts = {}, {}
+    for name, loaded in (("train", train), ("eval", evaluation)):
         if loaded is not None:
-            parts[split], counts[split] = _tokenize_split(loaded, policy, references, config)
-    digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
+            splits[name], counts[name] = _tokenize_split(loaded, policy, references, config)
+    digests = {"train": train.digest} | ({"eval": evaluation.digest} if evaluation else {})
     return PreparedRun(
-        config, policy, references, parts["train"], parts.get("eval"), digests, counts, uri, function_digests
+        config,
+        policy,
+        references,
+        splits["train"],
+        splits.get("eval"),
+        digests,
+        counts,
+        uri,
+        function_digests,
     )
 
 
 def check_storage(config: RunConfig) -> str:
-    """The MLflow server of a run that can be kept where it is to be; the storage is written to, to find out.
+    """Check that a run's storage can be written to, by writing to it.
+
+    Returns:
+        The URI of the run's MLflow server or file.
 
     Raises:
-        UsageError: it cannot, or its storage needs a server that is not named.
+        UsageError: the storage cannot be written to, or it needs an MLflow server and none is named.
     """
     uri = resolve_tracking_uri(config.tracking.uri, config.storage_path)
     refuse_unwritable(config.storage_path)
     return uri
 
 
-def _initial_policy_config(config: RunConfig) -> ModelConfig:
-    """The policy's start as a frozen model: float32 master weights where every weight is trained."""
-    start = _strip_to_model_config(config.policy)
-    return start if config.policy.adapter is not None else start.model_copy(update={"dtype": "float32"})
+def _build_policy_config(config: RunConfig) -> ModelConfig:
+    """Describe the initial policy as a frozen model: float32 master weights if all weights are trained."""
+    initial = _strip_to_model_config(config.policy)
+    return initial if config.policy.adapter is not None else initial.model_copy(update={"dtype": "float32"})
 
 
 def _strip_to_model_config(config: ModelConfig) -> ModelConfig:
-    """The settings that say which model it is, without those of its training or serving."""
+    """Keep the settings that identify the model, and drop those of its training or serving."""
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
 def _find_model(
-    field: str, asked: ModelConfig, config: RunConfig, uri: str, before: RunRecord | None
+    field: str, requested: ModelConfig, config: RunConfig, uri: str, previous: RunRecord | None
 ) -> PreparedModel:
     """Resolve a registry name, find the files and read the tokenizer."""
-    pin, settings = find_pin(before, field, asked.model), asked
-    if asked.model.startswith("models:/"):
+    pin, settings = find_pin(previous, field, requested.model), requested
+    if requested.model.startswith("models:/"):
         try:
-            resolved = resolve_model(pin or asked.model, uri)
+            resolved = resolve_model(pin or requested.model, uri)
         except UsageError as error:
             raise UsageError(f"{field}: {error}") from error
-        pin, settings = resolved.uri_pinned, asked.model_copy(update={"model": str(resolved.folder)})
-    elif pin is not None and pin.startswith(f"{asked.model}@"):
-        settings = asked.model_copy(update={"revision": pin.removeprefix(f"{asked.model}@")})
+        pin, settings = resolved.uri_pinned, requested.model_copy(update={"model": str(resolved.folder)})
+    elif pin is not None and pin.startswith(f"{requested.model}@"):
+        settings = requested.model_copy(update={"revision": pin.removeprefix(f"{requested.model}@")})
     try:
         located = locate(settings)
         tokenizer = load_tokenizer(located, settings)
@@ -190,8 +207,8 @@ def _find_model(
         raise ModelError(f"{field}: {error}") from error
     if located.revision:
         settings = settings.model_copy(update={"revision": located.revision})
-    if not asked.model.startswith("models:/"):
-        pin = f"{asked.model}@{located.revision}" if located.revision else str(located.path)
+    if not requested.model.startswith("models:/"):
+        pin = f"{requested.model}@{located.revision}" if located.revision else str(located.path)
     assert pin is not None
     return PreparedModel(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
 
@@ -199,7 +216,8 @@ def _find_model(
 def _tokenize_split(
     loaded: LoadedPairs, policy: PreparedModel, references: Mapping[str, PreparedModel], config: RunConfig
 ) -> tuple[TokenizedSplit, dict[str, Any]]:
-    models = {_POLICY_ROWS: policy} | {f"reference {name}": model for name, model in references.items()}
+    """Tokenise a split for every model; return it with its counts of kept, swapped and skipped rows."""
+    models = {_POLICY_RENDERING: policy} | {f"reference {name}": model for name, model in references.items()}
     renderings = {
         name: Rendering(
             tokenizer=model.tokenizer,
@@ -209,49 +227,49 @@ def _tokenize_split(
         for name, model in models.items()
     }
     tokenized = tokenize_pairs(loaded.pairs, renderings, config.data)
-    kept = [loaded.pairs[int(index)] for index in tokenized.kept_indices]
-    part = TokenizedSplit(
-        policy=tokenized.tables[_POLICY_ROWS],
+    kept_pairs = [loaded.pairs[int(index)] for index in tokenized.kept_indices]
+    split = TokenizedSplit(
+        policy=tokenized.tables[_POLICY_RENDERING],
         references={name: tokenized.tables[f"reference {name}"] for name in references},
-        soft_labels=np.array([pair.soft_label for pair in kept]),
-        sources=tuple(pair.source for pair in kept),
+        soft_labels=np.array([pair.soft_label for pair in kept_pairs]),
+        sources=tuple(pair.source for pair in kept_pairs),
         has_pairs=not config.loss.completions_only,
         has_soft_labels=loaded.has_soft_labels,
     )
     skipped = dict(loaded.skipped + tokenized.skipped)
     counts = {
-        "pairs": len(kept),
+        "pairs": len(kept_pairs),
         "swapped": loaded.swapped,
         "truncated": tokenized.truncated,
         "skipped": skipped,
     }
-    return part, counts
+    return split, counts
 
 
 def resolve_paths(config: RunConfig, *, base: Path) -> RunConfig:
-    """Relative paths of the run file against `base`; names on a hub or in a registry stay as they are."""
+    """Resolve the run file's relative paths against `base`; names on a hub or in a registry are kept."""
 
-    def local(name: str | None) -> str | None:
+    def resolve_path(name: str | None) -> str | None:
         if name is None or "://" in name or "{" in name or name.startswith("models:/"):
             return name
         path = (base / Path(name).expanduser()).resolve()
         return str(path) if path.exists() else name
 
-    def model(settings: Any) -> Any:
+    def resolve_model_paths(settings: Any) -> Any:
         names = ("model", "base", "chat_template")
-        return settings.model_copy(update={name: local(getattr(settings, name)) for name in names})
+        return settings.model_copy(update={name: resolve_path(getattr(settings, name)) for name in names})
 
     references = {
-        name: reference if reference.scored_by_workers else model(reference)
+        name: reference if reference.scored_by_workers else resolve_model_paths(reference)
         for name, reference in config.references.models.items()
     }
     storage = config.storage_path
     return config.model_copy(
         update={
-            "policy": model(config.policy),
+            "policy": resolve_model_paths(config.policy),
             "references": config.references.model_copy(update={"models": references}),
             "data": config.data.model_copy(
-                update={"train": local(config.data.train), "eval": local(config.data.eval)}
+                update={"train": resolve_path(config.data.train), "eval": resolve_path(config.data.eval)}
             ),
             "storage_path": storage
             if "://" in storage

@@ -1,7 +1,7 @@
-"""A run's record, `run.json` in its folder: what was asked, what was pinned, what came of it.
+"""A run's record, `run.json` in its folder: its settings, its pinned versions and its result.
 
-Running the same command again reads it and goes on; a run whose settings, data or references have changed
-is refused, because its checkpoint would silently mean something else.
+Running the same command again reads the record and resumes the run; a run whose settings, data or references
+have changed is refused, because its checkpoint would silently mean something else.
 """
 
 import json
@@ -17,12 +17,12 @@ from orchestrator.files import RecordError, dump_record, load_record, replace_te
 from orchestrator.storage.mirror import Mirror
 from orchestrator.worker.result import WorkerResult
 
-Kept = Path | Mirror
-"""A run's folder, or what stands for it where the run is kept on an object store."""
-RECORD = "run.json"
+RunFolder = Path | Mirror
+"""A run's folder, or the mirror of a run that is on an object store."""
+RECORD_FILE = "run.json"
 VERSION = 2
-"""Of the record's fields. 1 had `result` as a dictionary with the references' counts in it."""
-# How a run is spread, watched and stored may change between restarts; what it computes may not.
+"""Version of the record's fields. In version 1 `result` was a dictionary with the references' counts."""
+# How a run is distributed, watched and stored may change between restarts; what it computes may not.
 MAY_CHANGE = (
     "storage_path",
     "placement",
@@ -39,19 +39,19 @@ _MAY_CHANGE_PER_REFERENCE = ("replicas", "resources")
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What is kept about a run.
+    """The record of a run or of a search.
 
     Attributes:
         config: the run file as resolved.
-        device_type: "cuda" or "cpu", what `dtype: auto` was decided for.
-        identity: digests of data, references and policy start that results depend on.
-        pins: hub revisions and registry versions that names stood for when the run began.
+        device_type: "cuda" or "cpu", which decided `dtype: auto`.
+        identity: digests of the data, the references and the initial policy that results depend on.
+        pins: hub revisions and registry versions that names meant when the run began.
         counts: rows read, kept, skipped (by reason) and swapped, per split.
-        key: the run's own name for ever, which finds its MLflow run where the id was not written down.
+        key: a unique name that never changes, which finds the MLflow run if its id was not written down.
         mlflow_run: the MLflow run's id.
         mlflow_parent: the MLflow run it is nested under.
         result: what the workers returned once training was done.
-        reference_counts: what each reference was asked and computed, by name.
+        reference_counts: how many scores each reference was asked for and computed, by name.
         best_trial: of a search, the number of the trial that was promoted.
         registered: `models:/name/version`, once registered.
         finished: whether plots, artifacts and registration are done too.
@@ -73,29 +73,37 @@ class RunRecord:
 
     @property
     def training_result(self) -> WorkerResult:
-        """The result of a run whose training is done."""
+        """The result of the run, whose training must be done."""
         assert self.result is not None
         return self.result
 
-    def write(self, kept: Kept) -> None:
-        """Replace the record in one move; RunFailed where the storage does not take it."""
-        mirror = _open_mirror(kept)
+    def write(self, folder: RunFolder) -> None:
+        """Replace the record atomically.
+
+        Raises:
+            RunFailed: the storage refuses the write.
+        """
+        mirror = _open_mirror(folder)
         with mirror.explain_failures():
-            replace_text(mirror.folder / RECORD, dump_record(self, version=VERSION))
-        mirror.push(RECORD)
+            replace_text(mirror.folder / RECORD_FILE, dump_record(self, version=VERSION))
+        mirror.push(RECORD_FILE)
 
 
-def read_record(kept: Kept) -> RunRecord | None:
-    """The record of a run that was started before, if there is one."""
-    mirror = _open_mirror(kept)
-    mirror.pull(RECORD)
-    path = mirror.folder / RECORD
+def read_record(folder: RunFolder) -> RunRecord | None:
+    """Read the record of a run that was started before; return None if there is none.
+
+    Raises:
+        UsageError: the record is damaged, or a newer polyref wrote it.
+    """
+    mirror = _open_mirror(folder)
+    mirror.pull(RECORD_FILE)
+    path = mirror.folder / RECORD_FILE
     if not path.exists():
         return None
     try:
         return load_record(RunRecord, path.read_text(), version=VERSION, convert=_convert_fields)
     except RecordError as error:
-        place = mirror.describe_path(RECORD)
+        place = mirror.describe_path(RECORD_FILE)
         raise UsageError(
             f"{place}: is not a run's record that can be read: {error}. Give the run another name, or start "
             "over with --fresh, which removes its checkpoints"
@@ -103,7 +111,7 @@ def read_record(kept: Kept) -> RunRecord | None:
 
 
 def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
-    """Turn the fields of a record, of version 1 too, into those of RunRecord."""
+    """Convert the fields of a record, of version 1 too, to those of RunRecord."""
     result = fields.get("result") or None
     if version == 1 and result is not None:
         fields |= {"reference_counts": result.pop("scores", {}), "best_trial": result.pop("best", None)}
@@ -118,18 +126,18 @@ def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_record(
-    kept: Kept, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE, more_to_do: bool = False
+    folder: RunFolder, new: RunRecord, *, may_change: Collection[str] = MAY_CHANGE, reopen: bool = False
 ) -> RunRecord:
-    """The record to go on with: the one that is there if it is of the same run, else the new one, written.
+    """Return the existing record if it is of the same run, with today's settings; else write `new`.
 
-    `may_change` are fields that may differ from the first start; `more_to_do` begins a finished run again.
+    `may_change` are fields that may differ from the first start; `reopen` marks a finished run as unfinished.
 
     Raises:
         UsageError: a run of this name exists with other settings, data or references; lists them.
     """
-    old = read_record(kept)
+    old = read_record(folder)
     if old is None:
-        new.write(kept)
+        new.write(folder)
         return new
     changes = _list_changes(old.config, new.config, may_change) + _list_changes(
         old.identity, new.identity, ()
@@ -137,58 +145,64 @@ def open_record(
     if changes:
         listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         raise UsageError(
-            f"run {new.config['name']!r} in {kept} was started with other settings: {listed}. "
+            f"run {new.config['name']!r} in {folder} was started with other settings: {listed}. "
             "Give the run another name, take the change back, or start over with --fresh"
         )
     old.config, old.counts = new.config, new.counts
-    old.finished = old.finished and not more_to_do
-    old.write(kept)
+    old.finished = old.finished and not reopen
+    old.write(folder)
     return old
 
 
 def find_pin(record: RunRecord | None, field: str, model: str) -> str | None:
-    """What `model` at `field` (`policy`, `references.models.<name>`) stood for when the run began."""
+    """Return the version that `model` meant when the run began.
+
+    `field` is `policy` or `references.models.<name>`. None without a record, or if the field named another
+    model then.
+    """
     settings: Any = record.config if record else {}
     for part in field.split(".", 2):
         settings = settings.get(part) or {}
     return record.pins.get(field) if record and settings.get("model") == model else None
 
 
-def lock_run(kept: Kept) -> AbstractContextManager[None]:
-    """Hold a run for this process while inside; the lock goes with the process, however it ends.
+def lock_run(folder: RunFolder) -> AbstractContextManager[None]:
+    """Lock a run for this process within the block; the lock ends with the process, however that ends.
 
     Raises:
         UsageError: another process is training this run.
     """
-    return _open_mirror(kept).hold_lease()
+    return _open_mirror(folder).hold_lease()
 
 
-def remove_run(kept: Kept) -> None:
-    """Forget a run: its record, checkpoints, metrics and plots. Scores are kept elsewhere."""
-    _open_mirror(kept).remove_run()
+def remove_run(folder: RunFolder) -> None:
+    """Remove a run's record, checkpoints, metrics and plots; its scores are stored elsewhere and stay."""
+    _open_mirror(folder).remove_run()
 
 
-def _open_mirror(kept: Kept) -> Mirror:
-    return kept if isinstance(kept, Mirror) else Mirror(str(kept))
+def _open_mirror(folder: RunFolder) -> Mirror:
+    return folder if isinstance(folder, Mirror) else Mirror(str(folder))
 
 
 def _list_changes(old: Any, new: Any, may_change: Collection[str], path: str = "") -> list[str]:
-    """`field: old -> new` for every difference that matters."""
-    if path in may_change or _is_reference_setting(path):
+    """List `field: old -> new` for every difference outside the fields that may change."""
+    if path in may_change or _is_changeable_of_reference(path):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         paths = {key: f"{path}.{key}" if path else key for key in [*old, *new]}
         return [
-            c
-            for key, inner in paths.items()
-            for c in _list_changes(old.get(key), new.get(key), may_change, inner)
+            change
+            for key, inner_path in paths.items()
+            for change in _list_changes(old.get(key), new.get(key), may_change, inner_path)
         ]
     return [] if old == new else [f"{path}: {_shorten(old)} -> {_shorten(new)}"]
 
 
-def _is_reference_setting(path: str) -> bool:
+def _is_changeable_of_reference(path: str) -> bool:
     parts = path.removeprefix("run.").split(".")  # references.models.<name>.<field>
-    return parts[:2] == ["references", "models"] and parts[3:] in ([f] for f in _MAY_CHANGE_PER_REFERENCE)
+    return parts[:2] == ["references", "models"] and parts[3:] in (
+        [field] for field in _MAY_CHANGE_PER_REFERENCE
+    )
 
 
 def _shorten(value: Any) -> str:

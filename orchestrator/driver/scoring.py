@@ -1,4 +1,4 @@
-"""A run's references and judge at work: started, their stores filled, what they did told, ended."""
+"""Start a run's references and reward scorer, fill the references' stores, and report what they computed."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,16 @@ from preferences.split import TokenizedSplit
 from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
-"""Tokens of a replica's batch: enough to fill the device, few enough that a CPU answers within seconds."""
+"""Most tokens per batch of a replica: enough to fill the device, and a CPU answers within seconds."""
 
 
 def start_services(prepared: PreparedRun) -> ReferenceService:
-    """Routers for all references; those scored in process have a store and no replicas."""
+    """Start the routers of all references; a reference scored in process has a store and no replicas."""
     config = prepared.config
-    specs, kind = [], ClusterProfile.from_nodes(list_node_resources())
+    specs, cluster = [], ClusterProfile.from_nodes(list_node_resources())
     for name in config.references.ordered:
         settings, model = config.references.models[name], prepared.references[name]
-        bundle = build_replica_bundle(settings.resources, kind)
+        bundle = build_replica_bundle(settings.resources, cluster)
         num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
         specs.append(
             ReferenceSpec(
@@ -49,30 +49,53 @@ def start_services(prepared: PreparedRun) -> ReferenceService:
 
 @contextmanager
 def open_reward_scorer(config: RunConfig) -> Iterator[RewardScorer | None]:
-    """What rewards sampled responses while inside, where the run has a reward."""
+    """Yield the scorer of sampled responses, None if the run has no reward, and close it afterwards."""
     sampling = config.evaluation.sampling
     if sampling is None or sampling.reward is None:
         yield None
         return
-    judge = start_reward_scorer(sampling.reward, start_timeout_s=60 * config.placement.wait_minutes)
+    reward_scorer = start_reward_scorer(sampling.reward, start_timeout_s=60 * config.placement.wait_minutes)
     try:
-        yield judge
+        yield reward_scorer
     finally:
-        judge.close()
+        reward_scorer.close()
 
 
-def select_served_tables(part: TokenizedSplit, config: RunConfig) -> dict[str, TokenTable]:
-    """The rows as the served references read them; those scored in process are the workers' own affair."""
+def prepare_references(service: ReferenceService, prepared: PreparedRun, console: Console) -> None:
+    """Score the eval split; score the train split too, or start the references that training will need.
+
+    In mode precompute the train split is scored and the references are ended. In mode live they keep running.
+    """
+    config = prepared.config
+    if prepared.eval is not None:  # needed at once, for the evaluation before the first step
+        score_split(service, prepared.eval, "eval", config, console)
+    if config.references.mode == "precompute":
+        score_split(service, prepared.train, "train", config, console)
+        service.release()
+    else:
+        start_missing_references(
+            service,
+            select_served_tables(prepared.train, config),
+            sampled=config.evaluation.sampling is not None,
+        )
+
+
+def select_served_tables(split: TokenizedSplit, config: RunConfig) -> dict[str, TokenTable]:
+    """Return the split's token table of every served reference; workers score the other references."""
     served = [name for name, reference in config.references.models.items() if not reference.scored_by_workers]
-    return {name: part.references[name] for name in served}
+    return {name: split.references[name] for name in served}
 
 
 def start_missing_references(
     service: ReferenceService, tables: Mapping[str, TokenTable], *, sampled: bool = False
 ) -> bool:
-    """Place the references whose store misses scores, before any worker; raises what prevents it.
+    """Start the replicas of references whose store lacks scores, before workers take the room.
 
-    All of them where samples of the policy will have to be scored, which no store knows.
+    With `sampled` all references start, because no store has scores of the policy's samples. An error that
+    prevents the start is raised.
+
+    Returns:
+        Whether any reference had to start.
     """
     missing = [name for name, count in service.count_missing(tables).items() if count or sampled]
     service.start_replicas(missing)
@@ -80,17 +103,17 @@ def start_missing_references(
 
 
 def score_split(
-    service: ReferenceService, part: TokenizedSplit, split: str, config: RunConfig, console: Console
+    service: ReferenceService, split: TokenizedSplit, name: str, config: RunConfig, console: Console
 ) -> None:
-    """Fill the stores with a split's scores."""
-    tables = select_served_tables(part, config)
+    """Fill the references' stores with the scores of a split, "train" or "eval" by `name`."""
+    tables = select_served_tables(split, config)
     if start_missing_references(service, tables):
-        with ProgressMeter(console, prefix=f"scoring {split}, ") as meter:
+        with ProgressMeter(console, prefix=f"scoring {name}, ") as meter:
             service.score_all(tables, meter.update)
 
 
 def report_scores(service: ReferenceService, console: Console) -> None:
-    """Print what every reference was asked and had to compute."""
+    """Print how many scores every reference was asked for, and how many it had to compute."""
     for name, counts in service.stats().items():
         samples = f", {counts.sampled} samples scored" if counts.sampled else ""
         console.print(

@@ -1,7 +1,6 @@
 """The commands `train`, `score` and `check`: from a run file to a registered model."""
 
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +24,10 @@ from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import is_uri, run_location
 from orchestrator.tracking.mlflow import connect_to_mlflow as connect_to_mlflow
 from orchestrator.tracking.progress import make_plain_console
-from orchestrator.worker.rewards import RewardScorer
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse what can be refused before a device is held; report what the run will read and ask for."""
+    """Refuse a wrong run before it takes a device; print the rows it reads and the memory it needs."""
     console = make_plain_console()
     prepared = prepare_and_report(config, console)
     connect_to_mlflow(prepared.tracking_uri)
@@ -41,20 +39,20 @@ def check_run(config: RunConfig) -> None:
 
 
 def score_run(config: RunConfig) -> None:
-    """Fill the store with every score the run will need."""
+    """Fill the references' stores with every score that the run will need."""
     console = make_plain_console()
     prepared = prepare_and_report(config, console)
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
         prepared = _place_on_cluster(prepared)
         with start_services(prepared) as service:
-            for split, part in (("train", prepared.train), ("eval", prepared.eval)):
-                if part is not None:
-                    score_split(service, part, split, config, console)
+            for name, split in (("train", prepared.train), ("eval", prepared.eval)):
+                if split is not None:
+                    score_split(service, split, name, config, console)
             report_scores(service, console)
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
-    """Train and register, or go on where an earlier call was killed.
+    """Train and register, or resume where an earlier call was killed.
 
     Raises:
         UsageError: the input is wrong.
@@ -64,18 +62,18 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     resolved = _resolve_config(config)
     check_storage(resolved)
     mirror = Mirror(run_location(resolved))
-    before = None if fresh else read_record(mirror)
-    prepared = prepare_and_report(config, console, before)
+    previous = None if fresh else read_record(mirror)
+    prepared = prepare_and_report(config, console, previous)
     with lock_run(mirror):
-        if before is not None and before.result is not None:
-            prepared = prepared.for_device(before.device_type)
+        if previous is not None and previous.result is not None:
+            prepared = prepared.for_device(previous.device_type)
             record = _open_record(prepared)
         else:
             with connect_to_ray(wait_minutes=config.placement.wait_minutes):
                 prepared = _place_on_cluster(prepared)
                 record = _open_record(prepared, fresh=fresh)
-                with start_services(prepared) as service, _open_reward_scorer(prepared) as judge:
-                    train_on_cluster(prepared, record, service, judge, console)
+                with start_services(prepared) as service, open_reward_scorer(config) as reward_scorer:
+                    train_on_cluster(prepared, record, service, reward_scorer, console)
         if not record.finished:
             finish_run(prepared, record)
         report_run(prepared.config, record, console)
@@ -83,9 +81,9 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     return record
 
 
-def prepare_and_report(config: RunConfig, console: Console, before: RunRecord | None = None) -> PreparedRun:
-    """Everything that can be refused without a cluster, and a line on each split's rows."""
-    prepared = prepare_run(_resolve_config(config), before)
+def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord | None = None) -> PreparedRun:
+    """Prepare a run with all checks that need no cluster, and print a line on each split's rows."""
+    prepared = prepare_run(_resolve_config(config), previous)
     for split, counts in prepared.counts.items():
         text = f"{split}: {counts['pairs']} pairs"
         if counts["truncated"]:
@@ -99,6 +97,7 @@ def prepare_and_report(config: RunConfig, console: Console, before: RunRecord | 
 
 
 def _resolve_config(config: RunConfig) -> RunConfig:
+    """Resolve the run file's paths against the current folder; refuse a storage that ends with the job."""
     storage = config.storage_path
     if JOB_CONFIG in os.environ and not is_uri(storage) and not Path(storage).expanduser().is_absolute():
         raise UsageError(
@@ -109,7 +108,7 @@ def _resolve_config(config: RunConfig) -> RunConfig:
 
 
 def _place_on_cluster(prepared: PreparedRun) -> PreparedRun:
-    """The run on the cluster that is connected, or a refusal with the arithmetic."""
+    """Return the run for the connected cluster's devices; refuse one that cannot fit, with the arithmetic."""
     cluster = list_node_resources()
     refuse_impossible(prepared.config, cluster)
     refuse_unshared(prepared.config.storage_path)
@@ -117,7 +116,7 @@ def _place_on_cluster(prepared: PreparedRun) -> PreparedRun:
 
 
 def _open_record(prepared: PreparedRun, *, fresh: bool = False) -> RunRecord:
-    """The run's record, begun or gone on with, once nothing is left that could refuse the run."""
+    """Create the run's record or resume it; called last, so that a refused run leaves no record."""
     config = prepared.config
     connect_to_mlflow(prepared.tracking_uri)
     mirror = Mirror(run_location(config))
@@ -133,7 +132,3 @@ def _open_record(prepared: PreparedRun, *, fresh: bool = False) -> RunRecord:
             counts=dict(prepared.counts),
         ),
     )
-
-
-def _open_reward_scorer(prepared: PreparedRun) -> AbstractContextManager[RewardScorer | None]:
-    return open_reward_scorer(prepared.config)
