@@ -1,4 +1,4 @@
-"""Errors that end a command with one message, and the hint that it ends with."""
+"""Errors that end a command with one message, and the spelling hint in such messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class RunFailed(RuntimeError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of the options, or the list of them."""
+    """Return `; did you mean 'x'?` with the closest option, or the list of options if none is close."""
     options = list(options)
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(map(str, options))}"
+    closest = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f"; did you mean {closest[0]!r}?" if closest else f"; known are {', '.join(map(str, options))}"

@@ -1,4 +1,4 @@
-"""Validation errors of a file as messages: file, field, what is wrong, what would be right."""
+"""Turn validation errors of a run or sweep file into messages: file, field, problem, remedy."""
 
 from typing import Any, get_args, get_origin
 
@@ -8,15 +8,21 @@ from orchestrator.config.sections import Section
 from orchestrator.errors import did_you_mean
 
 
-def explain_validation_error(error: ValidationError, *, source: str, of: type[BaseModel]) -> str:
-    """A file's validation error, one line per problem: file, field, what is wrong, what would be right."""
+def explain_validation_error(error: ValidationError, *, source: str, model: type[BaseModel]) -> str:
+    """Format a file's validation error, one line per problem: file, field, problem, remedy.
+
+    Args:
+        error: the error of pydantic.
+        source: the file, as messages name it.
+        model: the config class that the file was validated as.
+    """
     lines = []
     for problem in error.errors(include_url=False):
         field = ".".join(str(part) for part in problem["loc"]) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field" + did_you_mean(
-                str(problem["loc"][-1]), _list_sibling_fields(problem["loc"], of)
+                str(problem["loc"][-1]), _list_sibling_fields(problem["loc"], model)
             )
         elif problem["type"] == "missing":
             message = "is required and missing"
@@ -26,9 +32,9 @@ def explain_validation_error(error: ValidationError, *, source: str, of: type[Ba
     return "\n".join(lines)
 
 
-def _list_sibling_fields(location: tuple[int | str, ...], of: type[BaseModel]) -> list[str]:
-    """Fields that the section of an unknown field does have."""
-    section: Any = of
+def _list_sibling_fields(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """List the known fields of the section that has an unknown field at `location`."""
+    section: Any = model
     for part in location[:-1]:
         if get_origin(section) is dict:
             section = get_args(section)[1]
@@ -38,6 +44,8 @@ def _list_sibling_fields(location: tuple[int | str, ...], of: type[BaseModel]) -
 
 
 def _find_model_class(annotation: Any) -> type[BaseModel]:
-    """The pydantic model in an annotation such as `LossConfig | None`."""
-    options = (annotation, *get_args(annotation))
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), Section)
+    """Return the pydantic model in an annotation such as `LossConfig | None`, else `Section`."""
+    members = (annotation, *get_args(annotation))
+    return next(
+        (member for member in members if isinstance(member, type) and issubclass(member, BaseModel)), Section
+    )

@@ -1,6 +1,6 @@
 """The run file: one frozen tree of settings, composed of the configs of the packages that own them.
 
-Nothing here imports torch or Ray, so that a file is refused in a fraction of a second.
+This module imports neither torch nor Ray, so that a wrong file is refused in a fraction of a second.
 """
 
 import os
@@ -36,6 +36,7 @@ from preferences.config import DataConfig
 
 
 def _parse_loss(value: Any) -> Any:
+    """Parse a loss section with its preset; a `LossConfig` is returned as it is."""
     if not isinstance(value, Mapping | LossConfig):
         raise ValueError(f"must be a section such as {{preset: dpo, beta: 0.1}}, got {value!r}")
     return loss_config_from_settings(value) if isinstance(value, Mapping) else value
@@ -60,7 +61,7 @@ class RunConfig(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _keep_preset(cls, values: Any, handler: ModelWrapValidatorHandler["RunConfig"]) -> "RunConfig":
-        """Keep the preset's name, which the settings it stands for do not tell."""
+        """Keep the preset's name, because the settings it expands to no longer contain it."""
         config = handler(values)
         loss = values.get("loss") if isinstance(values, Mapping) else None
         if isinstance(loss, Mapping):
@@ -69,32 +70,42 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _weights_by_name(cls, values: Any) -> Any:
-        """`loss.references.weights: {base: 0.7, movie: 0.3}` becomes a list in the references' order."""
+    def _order_named_weights(cls, values: Any) -> Any:
+        """Turn `loss.references.weights: {base: 0.7, movie: 0.3}` into a list in the references' order."""
         if not isinstance(values, Mapping):
             return values
         loss, references = values.get("loss"), values.get("references") or {}
         loss = loss if isinstance(loss, Mapping) else {}
-        stage = loss.get("references")
-        weights = stage.get("weights") if isinstance(stage, Mapping) else None
+        combination = loss.get("references")
+        weights = combination.get("weights") if isinstance(combination, Mapping) else None
         if not (
-            isinstance(stage, Mapping) and isinstance(weights, Mapping) and isinstance(references, Mapping)
+            isinstance(combination, Mapping)
+            and isinstance(weights, Mapping)
+            and isinstance(references, Mapping)
         ):
             return values
         use = references.get("use")
         primary = references.get("primary")
-        names = [n for n in references.get("models") or {} if use is None or n in use]
+        names = [name for name in references.get("models") or {} if use is None or name in use]
         if set(weights) != set(names):
             raise ValueError(
                 f"loss.references.weights names {sorted(weights)}, references.models {sorted(names)}: "
                 "give every reference one weight"
             )
         ordered = sorted(names, key=lambda name: name != primary)
-        by_order = {**stage, "weights": [weights[name] for name in ordered]}
-        return {**values, "loss": {**loss, "references": by_order}}
+        combination = {**combination, "weights": [weights[name] for name in ordered]}
+        return {**values, "loss": {**loss, "references": combination}}
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "RunConfig":
+    def _check_combinations(self) -> "RunConfig":
+        """Refuse sections that are valid alone and do not fit together."""
+        self._refuse_unsuitable_references()
+        self._refuse_unscored_samples()
+        self._refuse_unsuitable_policy()
+        return self
+
+    def _refuse_unsuitable_references(self) -> None:
+        """Refuse a number of references or weights that the loss cannot use."""
         count, loss = len(self.references.models), self.loss
         if count < loss.min_references:
             raise ValueError(
@@ -109,7 +120,9 @@ class RunConfig(Section):
         weights = loss.references.weights
         if not isinstance(weights, str) and len(weights) != count:
             raise ValueError(f"loss.references.weights has {len(weights)} weights for {count} references")
-        self._refuse_unsampled()
+
+    def _refuse_unsuitable_policy(self) -> None:
+        """Refuse a policy that the parallel strategy or a reference `model: policy` cannot use."""
         if self.policy.quantization != "none" and self.parallel.shards_weights:
             raise ValueError(
                 f"policy.quantization {self.policy.quantization} packs weights, which parallel.strategy "
@@ -126,32 +139,32 @@ class RunConfig(Section):
                 "a reference with `model: policy` is the policy with its adapter off, but policy.adapter is "
                 "not set: set policy.adapter, or name the reference's model itself"
             )
-        return self
 
-    def _refuse_unsampled(self) -> None:
+    def _refuse_unscored_samples(self) -> None:
+        """Refuse sampling whose samples no reference would be there to score."""
         sampling, references = self.evaluation.sampling, self.references
         if sampling is None:
             return
         if sampling.kl_budget is not None and not references.models:
             raise ValueError(
-                "evaluation.sampling.kl_budget is of KL to the primary reference, but references.models is "
+                "evaluation.sampling.kl_budget limits KL to the primary reference, but references.models is "
                 "empty: add one, or leave the budget out"
             )
         served = [name for name, reference in references.models.items() if not reference.scored_by_workers]
         if references.mode == "precompute" and served:
             raise ValueError(
-                f"evaluation.sampling asks references ({', '.join(served)}) for scores of fresh samples, but "
+                f"evaluation.sampling needs scores of fresh samples from references ({', '.join(served)}), but "
                 "references.mode: precompute ends them before training; set mode: live, or model: policy"
             )
 
     @property
     def preset(self) -> str:
-        """The named loss the file started from, or "custom"."""
+        """The named loss that the file starts from, or "custom"."""
         return self._preset
 
     @property
     def folder(self) -> Path:
-        """The run's own folder."""
+        """The run's folder under `storage_path`."""
         return Path(self.storage_path) / self.name
 
 
@@ -169,12 +182,12 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
-        raise UsageError(explain_validation_error(error, source=source, of=RunConfig)) from None
+        raise UsageError(explain_validation_error(error, source=source, model=RunConfig)) from None
     return config
 
 
 def build_run_schema() -> dict[str, Any]:
-    """JSON Schema of the run file, for editors; `loss.preset` included."""
+    """Build the JSON Schema of the run file for editors, with `loss.preset`."""
     schema = RunConfig.model_json_schema()
     preset = {"enum": sorted(PRESETS), "description": "a named loss; other fields override it"}
     schema["$defs"]["LossConfig"]["properties"]["preset"] = preset

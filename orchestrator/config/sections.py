@@ -9,7 +9,7 @@ from models.config import ModelConfig
 from orchestrator.errors import did_you_mean
 
 POLICY = "policy"
-"""The reference model name that means: the policy's own start, scored in process with the adapter off."""
+"""The reference model name that means the initial policy, scored in process with the adapter off."""
 
 
 class Section(BaseModel):
@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class Resources(Section):
-    """What one replica or worker asks of Ray; `null` means the default for the cluster at hand."""
+    """What one replica or worker requests from Ray; `null` means the default for the connected cluster."""
 
     cpu: float | None = Field(default=None, ge=0)
     gpu: float | None = Field(default=None, ge=0)
@@ -38,11 +38,12 @@ class ReferenceConfig(ModelConfig):
         return self.model == POLICY
 
     @model_validator(mode="after")
-    def _in_process_has_no_settings(self) -> "ReferenceConfig":
+    def _refuse_settings_in_process(self) -> "ReferenceConfig":
+        """Refuse settings next to `model: policy`, because the policy's own settings apply."""
         extra = sorted(self.model_fields_set - {"model"})
         if self.scored_by_workers and extra:
             raise ValueError(
-                f"`model: policy` is the policy's own start, so {', '.join(extra)} cannot be set here; "
+                f"`model: policy` is the initial policy, so {', '.join(extra)} cannot be set here; "
                 "leave it out, or name the model itself"
             )
         return self
@@ -58,8 +59,8 @@ class ReferencesConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_those_used(cls, values: Any) -> Any:
-        """A model that is not in `use` is as good as not in the file."""
+    def _drop_unused_models(cls, values: Any) -> Any:
+        """Drop the models that are not in `use`, before they are validated."""
         if not isinstance(values, Mapping) or not isinstance(values.get("models"), Mapping):
             return values
         use = values.get("use")
@@ -72,7 +73,8 @@ class ReferencesConfig(Section):
         return {**values, "models": {name: model for name, model in models.items() if name in use}}
 
     @model_validator(mode="after")
-    def _primary_is_named(self) -> "ReferencesConfig":
+    def _require_primary(self) -> "ReferencesConfig":
+        """Refuse references without a primary, or a primary that is not among them."""
         names = list(self.models)
         if not names and self.primary is not None:
             raise ValueError(f"primary names {self.primary!r}, but references.models is empty")
@@ -85,7 +87,7 @@ class ReferencesConfig(Section):
 
     @property
     def ordered(self) -> list[str]:
-        """Names with the primary first, the others as the file has them: the order losses see."""
+        """The names, primary first and the others in the file's order: the order of references in losses."""
         return sorted(self.models, key=lambda name: name != self.primary)
 
 
@@ -109,7 +111,7 @@ class TrainingConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How many policy workers, what each asks of the cluster, and how they share the policy."""
+    """How many policy workers, what each requests from the cluster, and how they share the policy."""
 
     workers: int = Field(default=1, ge=1)
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
@@ -124,7 +126,8 @@ class ParallelConfig(Section):
     max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
 
     @model_validator(mode="after")
-    def _settings_suit_the_strategy(self) -> "ParallelConfig":
+    def _refuse_unsuitable_settings(self) -> "ParallelConfig":
+        """Refuse settings that the strategy does not have."""
         if self.zero_stage is not None and self.strategy != "deepspeed":
             raise ValueError(
                 f"zero_stage is DeepSpeed's, and strategy is {self.strategy}: set strategy: deepspeed, "
@@ -136,17 +139,17 @@ class ParallelConfig(Section):
 
     @property
     def stage(self) -> int:
-        """DeepSpeed's ZeRO stage."""
+        """The ZeRO stage of DeepSpeed, 2 by default."""
         return self.zero_stage or 2
 
     @property
     def shards_weights(self) -> bool:
-        """Whether weights are cut, and not gradients and moments alone."""
+        """Whether weights are sharded, and not only gradients and optimizer states."""
         return self.strategy == "fsdp" or (self.strategy == "deepspeed" and self.stage == 3)
 
 
 class RewardConfig(Section):
-    """What judges sampled responses: a Python function, or a model that classifies text, as an actor."""
+    """The reward of sampled responses: a Python function, or a model that classifies text, as an actor."""
 
     function: str | None = Field(
         default=None, description="package.module:function, (prompts, responses) -> one number each"
@@ -157,11 +160,14 @@ class RewardConfig(Section):
     resources: Resources = Resources()
 
     @model_validator(mode="after")
-    def _one_judge(self) -> "RewardConfig":
+    def _require_one_scorer(self) -> "RewardConfig":
+        """Refuse both or neither of function and model, and a model's settings for a function."""
         if (self.function is None) == (self.model is None):
             raise ValueError("a reward is either function: package.module:name or model: ..., not both")
-        of_model = self.revision is not None or self.label is not None or self.resources != Resources()
-        if self.function is not None and of_model:
+        has_model_settings = (
+            self.revision is not None or self.label is not None or self.resources != Resources()
+        )
+        if self.function is not None and has_model_settings:
             raise ValueError("revision, label and resources are for a reward model, not for a function")
         return self
 
@@ -187,9 +193,9 @@ METRICS: Mapping[str, Literal["max", "min"]] = {
     "eval/reward": "max",
     "eval/reward_at_kl": "max",
 }
-"""What a run can be judged by, and which way is better."""
+"""The metrics that a run can be judged by, and whether more or less is better."""
 KL = "eval/kl/"
-"""Prefix of the divergence from a reference, which follows; measured where the policy is sampled."""
+"""Prefix of the KL to a reference, whose name follows; measured if the policy is sampled."""
 
 
 class EvaluationConfig(Section):
@@ -207,9 +213,10 @@ class EvaluationConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _metric_is_measured(self) -> "EvaluationConfig":
+    def _require_measured_metric(self) -> "EvaluationConfig":
+        """Refuse an unknown metric, or one whose reward, KL budget or `keep: best` is not set."""
         if self.metric not in METRICS:
-            raise ValueError(f"metric {self.metric!r} is none{did_you_mean(self.metric, METRICS)}")
+            raise ValueError(f"metric {self.metric!r} is unknown{did_you_mean(self.metric, METRICS)}")
         sampling = self.sampling or SamplingConfig()
         if self.metric in ("eval/reward", "eval/reward_at_kl") and sampling.reward is None:
             raise ValueError(
@@ -231,14 +238,14 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where MLflow records the run, and the registered model its result becomes a version of."""
+    """Where MLflow records the run, and the registered model that gets a version of its result."""
 
     uri: str | None = Field(
         default=None, description="default: MLFLOW_TRACKING_URI, else sqlite under storage_path"
     )
     experiment: str = "polyref"
     registered_model: str | None = None
-    alias: str | None = Field(default=None, description="alias that the version asks for")
+    alias: str | None = Field(default=None, description="alias that the version requests")
 
 
 class PlacementConfig(Section):

@@ -1,6 +1,6 @@
-"""The sweep file: which runs a search makes of one run file, how it looks for them and what it keeps.
+"""The sweep file: how a search varies one run file, chooses trials and promotes the best.
 
-Nothing here imports torch or Ray, so that a file is refused in a fraction of a second.
+This module imports neither torch nor Ray, so that a wrong file is refused in a fraction of a second.
 """
 
 import os
@@ -26,7 +26,7 @@ from tune_spaces.schedulers import FifoConfig, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, apply_point, parse_domain
 
 Point = Mapping[str, Any]
-"""Dotted run-file fields and their values: what a trial changes."""
+"""The run-file fields that a trial changes, by dotted name, and their values."""
 
 
 _SEARCHABLE = ("loss", "training", "references.use", "policy.adapter")
@@ -39,7 +39,7 @@ _NOT_SEARCHED = {
 
 
 class SearchConfig(Section):
-    """How points are chosen, and how often each is run."""
+    """How points are chosen, and how often each point is run."""
 
     algorithm: Literal["random", "grid", "tpe"] = "random"
     trials: int | None = Field(
@@ -52,7 +52,8 @@ class SearchConfig(Section):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _ends(self) -> "SearchConfig":
+    def _require_trials(self) -> "SearchConfig":
+        """Refuse a search without a number of trials, unless it is a grid, which is finite."""
         if self.trials is None and self.algorithm != "grid":
             raise ValueError(
                 f"trials must say how many points a {self.algorithm} search tries, e.g. trials: 16"
@@ -61,27 +62,28 @@ class SearchConfig(Section):
 
 
 class Objective(Section):
-    """A metric and which way is better; both known metrics and `eval/kl/<reference>` have a direction."""
+    """A metric and its direction, by default that of the known metric, and min for `eval/kl/<reference>`."""
 
     metric: str
     mode: Literal["max", "min"]
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, values: Any) -> Any:
+    def _fill_mode(cls, values: Any) -> Any:
+        """Accept a metric's name alone, refuse an unknown one, and fill in its direction."""
         values = {"metric": values} if isinstance(values, str) else values
         metric = values.get("metric") if isinstance(values, Mapping) else None
         if not isinstance(metric, str):
             return values
         if metric not in METRICS and not metric.startswith(KL):
             raise ValueError(
-                f"metric {metric!r} is none{did_you_mean(metric, [*METRICS, KL + '<reference>'])}"
+                f"metric {metric!r} is unknown{did_you_mean(metric, [*METRICS, KL + '<reference>'])}"
             )
         return {"mode": METRICS.get(metric, "min"), **values}
 
 
 class PlateauConfig(Section):
-    """Stop a trial whose metric no longer moves: its standard deviation over the last results."""
+    """When to stop a trial whose metric no longer moves, by the standard deviation of its last results."""
 
     std: float = Field(default=0.005, gt=0)
     results: int = Field(default=4, ge=2)
@@ -89,11 +91,12 @@ class PlateauConfig(Section):
 
 
 def _wrap_objective(value: Any) -> Any:
+    """Return a single objective as a list of one."""
     return value if isinstance(value, list | tuple) else [value]
 
 
 class SweepFile(Section):
-    """A sweep file as it is written."""
+    """A sweep file as the user writes it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run: dict[str, Any] = Field(
@@ -115,7 +118,8 @@ class SweepFile(Section):
     promote: Literal["best", "retrain"] | None = "best"
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "SweepFile":
+    def _check_combinations(self) -> "SweepFile":
+        """Refuse unknown spaces, an empty space, and several objectives without TPE."""
         for name in self.spaces:
             if name not in SPACES:
                 raise ValueError(f"spaces: there is no space {name!r}{did_you_mean(name, SPACES)}")
@@ -127,21 +131,24 @@ class SweepFile(Section):
 
 
 class SweepConfig(SweepFile):
-    """A sweep file with the run file that its trials start from and its domains parsed."""
+    """A sweep file whose run file and domains are parsed."""
 
-    base: RunConfig = Field(exclude=True, description="the run file without any drawn field")
+    base: RunConfig = Field(
+        exclude=True, description="the run file that trials start from, without drawn fields"
+    )
     domains: Mapping[str, Domain] = Field(exclude=True, description="the fields under space")
 
 
 def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep file and the run file it names, apply overrides (`search.trials=4 run.training.epochs=2`).
+    """Read a sweep file and its run file, and apply overrides (`search.trials=4 run.training.epochs=2`).
 
     Raises:
         UsageError: one message naming the file and the line or the field, and the remedy.
     """
     content = read_yaml(path, what="sweep file (name, run, spaces, search, ...)")
-    early = [text for text in overrides if text.startswith("run=")]
-    content = apply_overrides(content, early)
+    # Which run file is read comes first, and then overrides of the fields in it.
+    run_overrides = [text for text in overrides if text.startswith("run=")]
+    content = apply_overrides(content, run_overrides)
     run, run_source = content.get("run"), f"{path}: run"
     if isinstance(run, str):
         run_file = Path(path).parent / Path(run).expanduser()
@@ -149,16 +156,16 @@ def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
         content["run"] = read_yaml(run_file)
     elif run is None:
         raise UsageError(f"{path}: run is required and missing; name the run file that trials start from")
-    late = [text for text in overrides if text not in early]
-    return parse_sweep(apply_overrides(content, late), source=str(path), run_source=run_source)
+    field_overrides = [text for text in overrides if text not in run_overrides]
+    return parse_sweep(apply_overrides(content, field_overrides), source=str(path), run_source=run_source)
 
 
 def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:
-    """Validate a sweep whose `run` is the content of a run file; the sources name them in messages."""
+    """Validate a sweep whose `run` is the content of a run file; messages name the files by their sources."""
     try:
         file = SweepFile.model_validate(content)
     except ValidationError as error:
-        raise UsageError(explain_validation_error(error, source=source, of=SweepFile)) from None
+        raise UsageError(explain_validation_error(error, source=source, model=SweepFile)) from None
     base = parse_run(_set_evaluation_metric(file, file.run), source=run_source or f"{source}: run")
     domains = {}
     for field, value in file.space.items():
@@ -169,36 +176,39 @@ def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | No
             raise UsageError(f"{source}: space.{field}: {error}") from None
     fields = {name: getattr(file, name) for name in SweepFile.model_fields}
     sweep = SweepConfig(**fields, base=base, domains=domains)
-    _refuse_unmeasured(sweep, source)
+    for objective in sweep.objective:
+        _refuse_unmeasured(sweep, objective.metric, source)
+    _refuse_unsuitable_run(sweep, source)
     return sweep
 
 
 def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: str = "trial") -> RunConfig:
-    """The run that a trial is: the run file with the point's fields put in, in a folder of the search.
+    """Build a trial's run: the run file with the point's fields, and the seed of its repeat.
 
     A drawn `loss.preset` replaces the run file's whole loss, whose other fields belong to another loss.
 
     Raises:
         UsageError: the point makes no valid run.
     """
-    own: dict[str, Any] = {"name": name, "training.keep_last": 1}
-    own["training.seed"] = sweep.base.training.seed + repeat
-    if sweep.scheduler.type == "pbt":  # what it copies from one trial to another is a checkpoint
-        own["training.save_every"] = sweep.base.evaluation.every_steps
+    trial_fields: dict[str, Any] = {"name": name, "training.keep_last": 1}
+    trial_fields["training.seed"] = sweep.base.training.seed + repeat
+    if sweep.scheduler.type == "pbt":  # it copies checkpoints from one trial to another after evaluations
+        trial_fields["training.save_every"] = sweep.base.evaluation.every_steps
     return parse_run(
-        apply_point(_set_evaluation_metric(sweep, sweep.run), {**point, **own}), source=f"trial {name}"
+        apply_point(_set_evaluation_metric(sweep, sweep.run), {**point, **trial_fields}),
+        source=f"trial {name}",
     )
 
 
 def build_sweep_schema() -> dict[str, Any]:
-    """JSON Schema of the sweep file, for editors; `run` is a path or a run file's content."""
+    """Build the JSON Schema of the sweep file for editors; `run` is a path or a run file's content."""
     schema = SweepFile.model_json_schema()
     schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
     return schema
 
 
 def _set_evaluation_metric(sweep: SweepFile, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The run file's content, judged by the search's first objective."""
+    """Return the run file's content with the search's first objective as its evaluation metric."""
     metric = sweep.objective[0].metric
     evaluation = dict(run.get("evaluation") or {})
     if metric in METRICS:
@@ -209,15 +219,16 @@ def _set_evaluation_metric(sweep: SweepFile, run: Mapping[str, Any]) -> dict[str
 
 
 def _refuse_unsearchable(field: str, where: str) -> None:
+    """Refuse a field under `space` that a run file does not have, or that trials must share."""
     section: Any = RunConfig
-    for part in field.split("."):
+    for name in field.split("."):
         models = list(_find_model_classes(section))
-        options = [name for model in models for name in model.model_fields]
+        known = [known_name for model in models for known_name in model.model_fields]
         if LossConfig in models:
-            options.append("preset")
-        if part not in options:
-            raise UsageError(f"{where}: unknown field{did_you_mean(part, options)}")
-        section = tuple(model.model_fields[part].annotation for model in models if part in model.model_fields)
+            known.append("preset")
+        if name not in known:
+            raise UsageError(f"{where}: unknown field{did_you_mean(name, known)}")
+        section = tuple(model.model_fields[name].annotation for model in models if name in model.model_fields)
     if field in _NOT_SEARCHED:
         raise UsageError(f"{where}: cannot be searched; {_NOT_SEARCHED[field]}")
     if not any(field == root or field.startswith(f"{root}.") for root in _SEARCHABLE):
@@ -228,67 +239,79 @@ def _refuse_unsearchable(field: str, where: str) -> None:
 
 
 def _find_model_classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models in an annotation, such as the members of a union."""
+    """Iterate over the pydantic models in an annotation, such as the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in annotation if isinstance(annotation, tuple) else get_args(annotation):
         yield from _find_model_classes(inner)
 
 
-def _refuse_unmeasured(sweep: SweepConfig, source: str) -> None:
+def _refuse_unmeasured(sweep: SweepConfig, metric: str, source: str) -> None:
+    """Refuse an objective that the run file's evaluation does not measure."""
     base = sweep.base
-    for objective in sweep.objective:
-        reference = objective.metric.removeprefix(KL)
-        if not objective.metric.startswith(KL):
-            _refuse_unmeasurable(base, objective.metric, source)
-        elif base.evaluation.sampling is None:
+    if not metric.startswith(KL):
+        keep = "best" if metric.endswith("_at_kl") else "last"
+        settings = base.evaluation.model_dump() | {"metric": metric, "keep": keep}
+        try:
+            EvaluationConfig.model_validate(settings)
+        except ValidationError as error:
             raise UsageError(
-                f"{source}: objective {objective.metric} needs samples of the policy; "
-                "set evaluation.sampling in the run file"
-            )
-        elif reference != base.references.primary:
-            raise UsageError(
-                f"{source}: objective {objective.metric}: trials have only the primary reference in common; "
-                f"measure KL to it: {KL}{base.references.primary}"
-            )
+                explain_validation_error(
+                    error, source=f"{source}: objective {metric}", model=EvaluationConfig
+                )
+            ) from None
+    elif base.evaluation.sampling is None:
+        raise UsageError(
+            f"{source}: objective {metric} needs samples of the policy; "
+            "set evaluation.sampling in the run file"
+        )
+    elif metric.removeprefix(KL) != base.references.primary:
+        raise UsageError(
+            f"{source}: objective {metric}: trials have only the primary reference in common; "
+            f"measure KL to it: {KL}{base.references.primary}"
+        )
+
+
+def _refuse_unsuitable_run(sweep: SweepConfig, source: str) -> None:
+    """Refuse a search whose trials could not be compared, or could not run under its scheduler."""
+    base = sweep.base
     if base.data.eval is None and base.data.eval_fraction is None and base.data.eval_split is None:
         raise UsageError(
             f"{source}: trials are compared on held-out pairs; set data.eval or data.eval_fraction"
         )
-    of_loss = {"losses", "references", "dispersion", "soft_labels"} & set(sweep.spaces)
-    of_loss |= {field for field in sweep.space if field.startswith(("loss.", "references."))}
-    for objective in sweep.objective:
-        if of_loss and objective.metric in ("eval/loss", "eval/rewards/margins"):
-            raise UsageError(
-                f"{source}: objective {objective.metric} is in the units of each loss, so that trials of "
-                f"different losses cannot be compared by it ({', '.join(sorted(of_loss))} searched); "
-                "judge by eval/accuracy, eval/label_nll or eval/margin_at_kl"
-            )
+    _refuse_incomparable_objectives(sweep, source)
     if sweep.scheduler.type == "pbt":
-        if base.evaluation.keep == "best":
-            raise UsageError(
-                f"{source}: scheduler pbt hands on the last weights of a trial; it needs "
-                "evaluation.keep: last, and no objective at a KL budget"
-            )
-        if base.parallel.workers > 1:
-            raise UsageError(
-                f"{source}: scheduler pbt hands checkpoints around; it needs parallel.workers: 1"
-            )
-        if sweep.search.repeats > 1 or sweep.search.controls:
-            raise UsageError(
-                f"{source}: scheduler pbt changes a trial while it runs, so that repeats and controls of a "
-                "point mean nothing; set search.repeats: 1 and search.controls: false, or another scheduler"
-            )
+        _refuse_unsuitable_for_pbt(sweep, source)
     if base.loss.completions_only:
         raise UsageError(f"{source}: a search compares preference losses, and preset sft reads no pairs")
 
 
-def _refuse_unmeasurable(base: RunConfig, metric: str, source: str) -> None:
-    keep = "best" if metric.endswith("_at_kl") else "last"
-    settings = base.evaluation.model_dump() | {"metric": metric, "keep": keep}
-    try:
-        EvaluationConfig.model_validate(settings)
-    except ValidationError as error:
+def _refuse_incomparable_objectives(sweep: SweepConfig, source: str) -> None:
+    """Refuse objectives in the units of a loss if the search compares losses."""
+    loss_fields = {"losses", "references", "dispersion", "soft_labels"} & set(sweep.spaces)
+    loss_fields |= {field for field in sweep.space if field.startswith(("loss.", "references."))}
+    for objective in sweep.objective:
+        if loss_fields and objective.metric in ("eval/loss", "eval/rewards/margins"):
+            raise UsageError(
+                f"{source}: objective {objective.metric} is in the units of each loss, so that trials of "
+                f"different losses cannot be compared by it ({', '.join(sorted(loss_fields))} searched); "
+                "judge by eval/accuracy, eval/label_nll or eval/margin_at_kl"
+            )
+
+
+def _refuse_unsuitable_for_pbt(sweep: SweepConfig, source: str) -> None:
+    """Refuse what population based training cannot do: keep the best weights, several workers, repeats."""
+    if sweep.base.evaluation.keep == "best":
         raise UsageError(
-            explain_validation_error(error, source=f"{source}: objective {metric}", of=EvaluationConfig)
-        ) from None
+            f"{source}: scheduler pbt copies the last weights of a trial to others; it needs "
+            "evaluation.keep: last, and no objective at a KL budget"
+        )
+    if sweep.base.parallel.workers > 1:
+        raise UsageError(
+            f"{source}: scheduler pbt copies checkpoints between trials; it needs parallel.workers: 1"
+        )
+    if sweep.search.repeats > 1 or sweep.search.controls:
+        raise UsageError(
+            f"{source}: scheduler pbt changes a trial while it runs, so that repeats and controls of a "
+            "point mean nothing; set search.repeats: 1 and search.controls: false, or another scheduler"
+        )

@@ -1,4 +1,4 @@
-"""YAML files with overrides from the command line."""
+"""Read YAML files, with overrides from the command line."""
 
 import os
 from collections.abc import Sequence
@@ -18,11 +18,20 @@ def read_yaml(
     *,
     what: str = "run file (name, policy, data, ...)",
 ) -> dict[str, Any]:
-    """The mapping in a YAML file with dotted overrides merged over it; `what` it should be, for messages."""
+    """Read the mapping in a YAML file and merge dotted overrides over it.
+
+    Args:
+        path: the file.
+        overrides: `field.name=value`.
+        what: the kind of file that is expected, for messages.
+
+    Raises:
+        UsageError: the file cannot be read or is no mapping, or an override is malformed.
+    """
     try:
         loaded = OmegaConf.load(Path(path))
         if not OmegaConf.is_dict(loaded):
-            raise UsageError(f"{path}: is no mapping of sections, as a {what} is")
+            raise UsageError(f"{path}: is not a mapping of sections, as a {what} is")
         content = apply_overrides(OmegaConf.to_container(loaded, resolve=True), overrides)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; start from one in configs/, a {what}") from None
@@ -37,13 +46,14 @@ def read_yaml(
 
 
 def apply_overrides(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
-    """A mapping with dotted `field.name=value` overrides merged over it."""
+    """Merge dotted `field.name=value` overrides over a mapping."""
     merged = OmegaConf.to_container(OmegaConf.merge(content, *map(_parse_override, overrides)), resolve=True)
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
 
 
 def _parse_override(text: str) -> Any:
+    """Parse one `field.name=value` into a nested OmegaConf mapping."""
     if "=" not in text or text.startswith("="):
         raise UsageError(f"override {text!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:

@@ -101,7 +101,7 @@ def test_a_refusal_names_file_field_and_remedy(sections: dict[str, object], word
     ("text", "words"),
     [
         ("name: a\npolicy: {model: x\ndata: 3", ["run.yaml:", "not valid YAML"]),
-        ("- a\n- b\n", ["no mapping of sections, as a run file"]),
+        ("- a\n- b\n", ["is not a mapping of sections, as a run file"]),
     ],
 )
 def test_files_that_are_no_run_file(tmp_path: Path, text: str, words: list[str]) -> None:
