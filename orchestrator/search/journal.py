@@ -1,7 +1,7 @@
-"""A search's journal: one JSON file per trial, replaced in one move, so that a kill loses nothing.
+"""A search's journal: one JSON file per trial, replaced atomically, so that a kill loses nothing.
 
-It is the whole state of a search. Ray Tune's own is thrown away at every start: what a trial was asked,
-what came of it and where it lies is read back from here.
+It is the whole state of a search. Ray Tune's own state is deleted at every start: a trial's point, status and
+result are read back from here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,35 +12,35 @@ from typing import Any, Literal
 from orchestrator.errors import UsageError
 from orchestrator.files import RecordError, dump_record, load_record, replace_text
 
-TRIAL = "trial.json"
+TRIAL_FILE = "trial.json"
 VERSION = 2
-"""Of the record's fields. 1 called `end_reported` by another name."""
+"""Version of the record's fields. Version 1 had another name for `end_reported`."""
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
-"""stopped: ended early by the scheduler or a stopping rule, with a result all the same."""
-ENDED = ("finished", "stopped", "failed")
+"""A trial's status; "stopped" means ended early by the scheduler or a stopping rule, with a result."""
+END_STATUSES = ("finished", "stopped", "failed")
 
 
 @dataclass(kw_only=True)
 class TrialRecord:
-    """One trial.
+    """The record of one trial.
 
     Attributes:
-        number: from 1, in the order they were entered.
+        number: from 1, in the order in which trials were added.
         point_id: number of the first trial of the same point; repeats share it.
         repeat: 0, 1, ...; added to the run file's seed.
         control_of: the point whose matched control this is.
         control: the point's matched control; one control may serve several points.
         point: dotted run-file fields that the trial runs with.
-        drawn: the same as they were entered; a scheduler may change `point` while the trial runs.
+        drawn: the fields that it was added with; a scheduler may change `point` while the trial runs.
         params: the sampler's own names and values for the point.
-        status: where it stands.
+        status: pending, running or how it ended.
         step: optimizer steps taken at its last report.
         result: its last reported metrics.
         reason: why it failed.
         seconds: wall time over all its starts.
-        mlflow_run: its child run.
-        told: whether its end is in MLflow.
+        mlflow_run: id of its MLflow run, a child of the search's.
+        end_reported: whether its end is in MLflow.
     """
 
     number: int
@@ -64,25 +64,25 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """`0007`: the trial's folder and its name in MLflow."""
+        """The name of its folder and its MLflow run, such as `0007`."""
         return f"{self.number:04d}"
 
     @property
     def ended(self) -> bool:
         """Whether it will not be started again."""
-        return self.status in ENDED
+        return self.status in END_STATUSES
 
 
 @dataclass(frozen=True)
 class TrialReport:
-    """What a trial has reported: its step, and its held-out metrics unless the report has none."""
+    """A trial's report: its step, and its held-out metrics unless the report has none."""
 
     step: int
     metrics: Mapping[str, float] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The record's fields that it replaces."""
+        """The fields of the trial's record that the report replaces."""
         return {"step": self.step} | ({} if self.metrics is None else {"result": dict(self.metrics)})
 
 
@@ -92,7 +92,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._records: dict[int, TrialRecord] = {}
-        for path in sorted(folder.glob(f"*/{TRIAL}")):
+        for path in sorted(folder.glob(f"*/{TRIAL_FILE}")):
             record = read_trial(path.parent)
             self._records[record.number] = record
 
@@ -105,7 +105,7 @@ class Journal:
     def __getitem__(self, number: int) -> TrialRecord:
         return self._records[number]
 
-    def enter_point(
+    def add_point(
         self,
         point: Mapping[str, Any],
         *,
@@ -113,10 +113,10 @@ class Journal:
         params: Mapping[str, Any] | None = None,
         control_of: int | None = None,
     ) -> list[TrialRecord]:
-        """New pending trials of one point, one per repeat."""
+        """Add a point: pending trials of it, one per repeat."""
         first = TrialRecord(
-            number=self._next,
-            point_id=self._next,
+            number=self._next_number,
+            point_id=self._next_number,
             control_of=control_of,
             point=dict(point),
             params=dict(params or {}),
@@ -125,72 +125,72 @@ class Journal:
         return self.complete_repeats(first.number, repeats)
 
     def complete_repeats(self, point_id: int, repeats: int) -> list[TrialRecord]:
-        """A point's trials; repeats it lacks, as after a kill between two of them, are entered as pending."""
-        there = [record for record in self if record.point_id == point_id]
-        for repeat in sorted(set(range(repeats)) - {record.repeat for record in there}):
+        """Return a point's trials, after adding missing repeats (as after a kill between two) as pending."""
+        trials = [record for record in self if record.point_id == point_id]
+        for repeat in sorted(set(range(repeats)) - {record.repeat for record in trials}):
             record = TrialRecord(
-                number=self._next,
+                number=self._next_number,
                 point_id=point_id,
                 repeat=repeat,
-                control_of=there[0].control_of,
-                point=dict(there[0].drawn),
-                params=dict(there[0].params),
+                control_of=trials[0].control_of,
+                point=dict(trials[0].drawn),
+                params=dict(trials[0].params),
             )
             self._write(record)
-            there.append(record)
-        return there
+            trials.append(record)
+        return trials
 
     def start(self, number: int) -> TrialRecord:
         """Mark a trial as running; a reason from an earlier start is dropped."""
         return self._change(number, status="running", reason=None)
 
-    def put_back(self, number: int) -> TrialRecord:
-        """Mark a trial as pending again, because what ran it is gone or is to run it anew."""
+    def mark_pending(self, number: int) -> TrialRecord:
+        """Mark a trial as pending again, because its process is gone or because it shall be run again."""
         return self._change(number, status="pending", reason=None)
 
-    def update(self, number: int, last: TrialReport) -> TrialRecord:
-        """Keep a running trial's last report."""
-        return self._change(number, **last.fields)
+    def update(self, number: int, report: TrialReport) -> TrialRecord:
+        """Record a running trial's latest report."""
+        return self._change(number, **report.fields)
 
-    def finish(self, number: int, last: TrialReport) -> TrialRecord:
+    def finish(self, number: int, report: TrialReport) -> TrialRecord:
         """Mark a trial as run to its last step."""
-        return self._change(number, status="finished", **last.fields)
+        return self._change(number, status="finished", **report.fields)
 
-    def stop(self, number: int, last: TrialReport) -> TrialRecord:
+    def stop(self, number: int, report: TrialReport) -> TrialRecord:
         """Mark a trial as ended before its last step by the scheduler or a stopping rule."""
-        return self._change(number, status="stopped", **last.fields)
+        return self._change(number, status="stopped", **report.fields)
 
-    def fail(self, number: int, last: TrialReport, reason: str) -> TrialRecord:
+    def fail(self, number: int, report: TrialReport, reason: str) -> TrialRecord:
         """Mark a trial as failed."""
-        return self._change(number, status="failed", reason=reason, **last.fields)
+        return self._change(number, status="failed", reason=reason, **report.fields)
 
     def note_reason(self, number: int, reason: str) -> TrialRecord:
-        """Keep the error that a trial raised; whether it has failed for good is not known yet."""
+        """Record the error that a trial raised; whether the trial has failed for good is not known yet."""
         return self._change(number, reason=reason)
 
     def change_point(self, number: int, point: Mapping[str, Any]) -> TrialRecord:
-        """Replace the fields that a trial runs with; the fields it was entered with stay as `drawn`."""
+        """Replace the fields that a trial runs with; the fields that it was added with stay as `drawn`."""
         return self._change(number, point=dict(point))
 
     def set_control(self, number: int, control: Mapping[str, Any]) -> TrialRecord:
-        """Keep a point's matched control with its first trial."""
+        """Record a point's matched control in its first trial."""
         return self._change(number, control=dict(control))
 
     def set_mlflow_run(self, number: int, run_id: str) -> TrialRecord:
-        """Keep the MLflow run that belongs to a trial."""
+        """Record a trial's MLflow run."""
         return self._change(number, mlflow_run=run_id)
 
     def report_end(self, number: int, *, seconds: float) -> TrialRecord:
-        """Add the wall time of a start, and note whether MLflow has the trial's end."""
+        """Add the wall time of a start, and record whether MLflow has the trial's end."""
         record = self._records[number]
         return self._change(number, seconds=record.seconds + seconds, end_reported=record.ended)
 
     def show_step(self, number: int, step: int) -> None:
-        """Show a running trial's step in the live table, without writing it: its next report will."""
+        """Set a running trial's step for the live table, in memory only: its next report writes it."""
         self._records[number].step = step
 
     @property
-    def _next(self) -> int:
+    def _next_number(self) -> int:
         return max(self._records, default=0) + 1
 
     def _change(self, number: int, **fields: Any) -> TrialRecord:
@@ -202,14 +202,14 @@ class Journal:
 
     def _write(self, record: TrialRecord) -> None:
         self._records[record.number] = record
-        replace_text(self.trial_folder(record) / TRIAL, dump_record(record, version=VERSION))
+        replace_text(self.trial_folder(record) / TRIAL_FILE, dump_record(record, version=VERSION))
 
     def trial_folder(self, record: TrialRecord) -> Path:
-        """The trial's own folder: metrics, checkpoints, its record."""
+        """Return the trial's own folder, which has its metrics, checkpoints and record."""
         return self.folder / record.name
 
     def group_by_point(self) -> dict[int, list[TrialRecord]]:
-        """Trials by point, repeats together, controls under points of their own."""
+        """Group the trials by point: repeats together, controls as points of their own."""
         grouped: dict[int, list[TrialRecord]] = {}
         for record in self:
             grouped.setdefault(record.point_id, []).append(record)
@@ -217,8 +217,12 @@ class Journal:
 
 
 def read_trial(folder: Path) -> TrialRecord:
-    """The record in a trial's folder. Raises UsageError when it is none."""
-    path = folder / TRIAL
+    """Read the record in a trial's folder.
+
+    Raises:
+        UsageError: the record is damaged, or a newer polyref wrote it.
+    """
+    path = folder / TRIAL_FILE
     try:
         return load_record(TrialRecord, path.read_text(), version=VERSION, convert=_convert_fields)
     except RecordError as error:
@@ -229,6 +233,7 @@ def read_trial(folder: Path) -> TrialRecord:
 
 
 def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Convert the fields of a record, of version 1 too, to those of TrialRecord."""
     if version == 1:
         fields["end_reported"] = fields.pop("told", False)
     return fields

@@ -1,4 +1,4 @@
-"""Limits that end a search: time, failures, no room."""
+"""Limits that end a search: time, failed trials, no room on the cluster."""
 
 import time
 from typing import Any, Protocol
@@ -10,72 +10,73 @@ from orchestrator.search.journal import Journal
 
 
 class InterruptibleSearch(Protocol):
-    """A search that can be told that trials which end from now on were ended by us."""
+    """A searcher that can be interrupted: trials that end from then on have been cut off, not finished."""
 
-    cut_short: bool
+    interrupted: bool
 
     def change_point(self, number: int, point: dict[str, Any]) -> None:
-        """A scheduler changed a trial's fields."""
+        """Record that a scheduler changed a trial's fields."""
 
 
 class SearchLimits(Stopper):
-    """Ends the search: its time is up, too many trials failed, or none finds a place.
+    """Tune's stopper: ends a search when its time is up, too many trials failed, or no trial finds room.
 
-    Trials that it ends stay unfinished in the journal, and go on with the next call.
+    Trials that it ends stay unfinished in the journal, and resume with the next call.
 
     Attributes:
-        reason: why it ended the search, if it did.
-        failed: the reason where that is a failure.
+        reason: why it ended the search, None if it did not.
+        failure: the same reason if it makes the search fail, else None.
     """
 
     def __init__(
-        self, sweep: SweepConfig, trials: Journal, search: InterruptibleSearch, *, wait_minutes: float
+        self, sweep: SweepConfig, journal: Journal, search: InterruptibleSearch, *, wait_minutes: float
     ) -> None:
         self.reason: str | None = None
-        self.failed: str | None = None
-        self._budget, self._most = sweep.time_budget, sweep.max_failures
-        self._journal, self._search, self._wait_minutes = trials, search, wait_minutes
-        self._began = time.monotonic()
-        self._ran = self._began
+        self.failure: str | None = None
+        self._budget, self._max_failures = sweep.time_budget, sweep.max_failures
+        self._journal, self._search, self._wait_minutes = journal, search, wait_minutes
+        self._started_at = time.monotonic()
+        self._last_running_at = self._started_at
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is ended alone."""
+        """Return False: no trial is ended alone."""
         return False
 
     def note_running(self) -> None:
-        """Some trial has found its place."""
-        self._ran = time.monotonic()
+        """Note that some trial has room and runs now."""
+        self._last_running_at = time.monotonic()
 
     def stop_all(self) -> bool:
-        """Whether a limit is reached."""
+        """Return whether a limit is reached, and mark the search as interrupted if so."""
         if self.reason is None:
             self.reason = self._check_time() or self._check_failures() or self._check_placement()
-        self._search.cut_short = self.reason is not None
+        self._search.interrupted = self.reason is not None
         return self.reason is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def _check_time(self) -> str | None:
-        if self._budget is None or time.monotonic() - self._began < 60 * self._budget:
+        if self._budget is None or time.monotonic() - self._started_at < 60 * self._budget:
             return None
         return f"the time budget of {self._budget:g} minutes is used up"
 
     def _check_failures(self) -> str | None:
         failed = [record for record in self._journal if record.status == "failed"]
-        if self._most is None or len(failed) <= self._most:
+        if self._max_failures is None or len(failed) <= self._max_failures:
             return None
-        self.failed = (
-            f"{len(failed)} trials failed, and max_failures is {self._most}; the last: {failed[-1].reason}. "
+        self.failure = (
+            f"{len(failed)} trials failed, and max_failures is {self._max_failures}; "
+            f"the last: {failed[-1].reason}. "
             "Finished trials are kept: --retry-failed tries the failed ones again"
         )
-        return self.failed
+        return self.failure
 
     def _check_placement(self) -> str | None:
-        if time.monotonic() - self._ran < 60 * self._wait_minutes:
+        if time.monotonic() - self._last_running_at < 60 * self._wait_minutes:
             return None
-        self.failed = (
+        self.failure = (
             f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one "
             "would fit if nothing else ran: free resources, or raise placement.wait_minutes"
         )
-        return self.failed
+        return self.failure

@@ -1,7 +1,7 @@
-"""What a search is for: its best trial's model in the registry, with the search in its lineage."""
+"""Find a search's best trial and register its model, with the search in its lineage."""
 
-import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config.functions import check_functions
@@ -23,18 +23,26 @@ from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.worker.rewards import RewardScorer
 
 
-def find_best_trial(trials: Journal, sweep: SweepConfig) -> TrialRecord | None:
-    """The best repeat of the best point; a control is there to be compared with. None without any result."""
+def find_best_trial(journal: Journal, sweep: SweepConfig) -> TrialRecord | None:
+    """Return the best repeat of the best point by the first objective; None if no trial has a result.
+
+    Controls are passed over: they are there for comparison.
+    """
     objective = sweep.objective[0]
-    for point in rank_points(list(trials), sweep.objective):
-        given = {t.number: v for t in point.trials if (v := read_result(t, objective.metric)) is not None}
-        if given and point.rank is not None and point.control_of is None:
-            return trials[(max if objective.mode == "max" else min)(given, key=lambda number: given[number])]
+    choose = max if objective.mode == "max" else min
+    for point in rank_points(list(journal), sweep.objective):
+        values = {
+            trial.number: value
+            for trial in point.trials
+            if (value := read_result(trial, objective.metric)) is not None
+        }
+        if values and point.rank is not None and point.control_of is None:
+            return journal[choose(values, key=lambda number: values[number])]
     return None
 
 
 def _choose_alias(base: RunConfig) -> str:
-    """The alias that the promoted version asks for."""
+    """Return the alias that is requested for the promoted version."""
     return base.tracking.alias or "best"
 
 
@@ -52,32 +60,20 @@ def promote_trial(
 
     Args:
         search: the search.
-        best: the trial.
+        best: its best trial.
         trials: how many trials the search had.
-        service: the references, running.
-        reward_scorer: scores sampled responses, where a reward is set.
+        service: the running references.
+        reward_scorer: rewards sampled responses; None if no reward is set.
 
     Returns:
         The record of the promoted run.
     """
-    sweep, base = search.sweep, search.base
-    anew = sweep.promote == "retrain"
-    config = build_trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
-    named = {"registered_model": base.tracking.registered_model or sweep.name, "alias": _choose_alias(base)}
-    update: dict[str, Any] = {"tracking": base.tracking.model_copy(update=named)}
-    if anew:
-        update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
-    config = config.model_copy(update=update)
-    references = {name: search.prepared.references[name] for name in config.references.ordered}
-    prepared = replace(
-        search.prepared,
-        config=config,
-        references=references,
-        function_digests=check_functions(config, os.getcwd()),
-    )
-    how = ", trained anew" if anew else f", from step {best.step} to its end" * (best.status == "stopped")
+    sweep = search.sweep
+    retrain = sweep.promote == "retrain"
+    prepared = _prepare_promoted_run(search, best)
+    how = ", trained anew" if retrain else f", from step {best.step} to its end" * (best.status == "stopped")
     search.console.print(f"\npromoting trial {best.number}{how}")
-    record = _open_trial_record(prepared, search, None if anew else best)
+    record = _open_trial_record(prepared, search, None if retrain else best)
     if record.result is None:
         train_on_cluster(prepared, record, service, reward_scorer, search.console)
     if not record.finished:
@@ -88,14 +84,32 @@ def promote_trial(
     return record
 
 
-def registration_message(run: RunRecord, tracking_uri: str) -> str:
-    """Where the promoted version is, with the aliases that it has: one that it asked for may be refused."""
+def _prepare_promoted_run(search: SearchContext, best: TrialRecord) -> PreparedRun:
+    """Prepare the run to export: the trial's, or a new one in its own folder with `promote: retrain`."""
+    sweep, base = search.sweep, search.base
+    config = build_trial_config(sweep, base, best.point, repeat=best.repeat, name=best.name)
+    target = {"registered_model": base.tracking.registered_model or sweep.name, "alias": _choose_alias(base)}
+    update: dict[str, Any] = {"tracking": base.tracking.model_copy(update=target)}
+    if sweep.promote == "retrain":
+        update |= {"name": f"retrained-{best.name}", "storage_path": str(search.folder)}
+    config = config.model_copy(update=update)
+    return replace(
+        search.prepared,
+        config=config,
+        references={name: search.prepared.references[name] for name in config.references.ordered},
+        function_digests=check_functions(config, str(Path.cwd())),
+    )
+
+
+def format_registration(run: RunRecord, tracking_uri: str) -> str:
+    """Format a message of the promoted version and its aliases; the requested alias may have been refused."""
     assert run.registered is not None
     aliases = find_version(connect_to_mlflow(tracking_uri), run.registered).aliases
     return f"registered as {run.registered}" + (f", alias {', '.join(sorted(aliases))}" if aliases else "")
 
 
 def _open_trial_record(prepared: PreparedRun, search: SearchContext, best: TrialRecord | None) -> RunRecord:
+    """Open the record of the promoted run, in the MLflow run of `best`, or in a new one if that is None."""
     new = RunRecord(
         config=hide_secrets(prepared.config.model_dump(mode="json")),
         device_type=prepared.policy.device_type,

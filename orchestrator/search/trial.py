@@ -1,6 +1,6 @@
-"""What Ray Tune runs: one trial, a training run that reports its evaluations and exports nothing.
+"""Run one trial under Ray Tune: a training run that reports its evaluations and exports nothing.
 
-A trial of one worker is that worker, in Tune's process; several are a group of Ray Train, started from it.
+A single worker runs in Tune's own process; several workers are a group of Ray Train, started from there.
 """
 
 import logging
@@ -21,35 +21,35 @@ from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
 from orchestrator.worker.result import WorkerResult
 from orchestrator.worker.setup import WorkerSetup
 
-Tell = Callable[..., None]
-"""Gets a report's metrics, and the checkpoint written with it."""
+ReportMetrics = Callable[..., None]
+"""(metrics, checkpoint folder or None) -> None."""
 
-NUMBER = "number"
-"""What a trial's config has besides its point; the rest of it is in the journal."""
+NUMBER_KEY = "number"
+"""Key of the trial's number in its Tune config, beside the point's fields; all else is in the journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSetup:
-    """Everything that is the same for all trials of a search.
+    """The setup that all trials of a search share.
 
     Attributes:
         sweep: the sweep file.
-        worker: of the run file that all trials start from, with paths resolved and every reference served; a
-            trial replaces what depends on its point.
+        worker: setup of the run file that all trials start from, with paths resolved and every reference
+            served; a trial replaces the fields that depend on its point.
         secrets: environment variables of the trials' processes.
-        total: optimizer steps of a trial.
+        total_steps: optimizer steps of a trial.
     """
 
     sweep: SweepConfig
     worker: WorkerSetup
     secrets: dict[str, str]
-    total: int
+    total_steps: int
 
 
 def build_trial_config(
     sweep: SweepConfig, base: RunConfig, point: Point, *, repeat: int, name: str
 ) -> RunConfig:
-    """The trial's run over the models and data that the search has found and resolved.
+    """Build the trial's run, with the models and data that the search has resolved.
 
     Raises:
         UsageError: the point makes no valid run.
@@ -74,43 +74,44 @@ def build_trial_config(
 
 
 def find_trials_folder(sweep: SweepConfig, base: RunConfig) -> Path:
-    """Where the search's trials are."""
+    """Return the folder of the search's trials."""
     return Path(base.storage_path) / sweep.name / "trials"
 
 
 def run_trial(config: dict[str, Any], shared: TrialSetup) -> None:
-    """Tune's trainable: go on where the trial was, report every evaluation, tell why if it gives up."""
+    """Start or resume a trial and report every evaluation, or why it gives up: Tune's trainable."""
     os.environ.update(shared.secrets)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # which tells of every checkpoint at INFO
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it logs every checkpoint at INFO
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
     from ray import tune
 
     setup = _build_worker_setup(config, shared)
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
 
-    def tell(metrics: Mapping[str, Any], written: Path | None = None) -> None:
+    def report_metrics(metrics: Mapping[str, Any], folder: Path | None = None) -> None:
         if any(name.startswith("eval/") for name in metrics):
-            told.update(metrics)
-            # Only population based training hands checkpoints around; a trial's folder has its own.
-            passed_on = written is not None and shared.sweep.scheduler.type == "pbt"
-            checkpoint = tune.Checkpoint.from_directory(written) if passed_on else None
+            reported.update(metrics)
+            # Only population based training copies checkpoints between trials; a trial's folder has its own.
+            is_shared = folder is not None and shared.sweep.scheduler.type == "pbt"
+            checkpoint = tune.Checkpoint.from_directory(folder) if is_shared else None
             tune.report(dict(metrics), checkpoint=checkpoint)
 
     result = (
-        _run_in_process(setup, shared, tell)
+        _run_in_process(setup, report_metrics)
         if setup.config.parallel.workers == 1
-        else _run_worker_group(setup, shared, tell)
+        else _run_worker_group(setup, report_metrics, total_steps=shared.total_steps)
     )
     if result.status != "done":
         tune.report({"failed": result.reason})
-    elif told.get("step") != result.step or setup.config.evaluation.keep == "best":
-        # A trial that was killed after its last step; or whose best was before the start that told the last.
-        tell({"step": result.step, "total": result.step, **result.metrics})
+    elif reported.get("step") != result.step or setup.config.evaluation.keep == "best":
+        # The trial was killed after its last step, or its best evaluation may be of an earlier start.
+        report_metrics({"step": result.step, "total": result.step, **result.metrics})
 
 
 def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> WorkerSetup:
+    """Build the workers' setup of one trial from the setup that all trials share and the trial's config."""
     point = {field: value for field, value in config.items() if "." in field}
-    name = f"{config[NUMBER]:04d}"
+    name = f"{config[NUMBER_KEY]:04d}"
     worker = shared.worker
     record = read_trial(find_trials_folder(shared.sweep, worker.config) / name)
     run = build_trial_config(shared.sweep, worker.config, point, repeat=record.repeat, name=name)
@@ -133,8 +134,8 @@ def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> Worker
     )
 
 
-def _run_in_process(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> WorkerResult:
-    """The trial's only worker is this process."""
+def _run_in_process(setup: WorkerSetup, report_metrics: ReportMetrics) -> WorkerResult:
+    """Train in this process, as the trial's only worker."""
     import torch
     from ray import tune
 
@@ -145,19 +146,20 @@ def _run_in_process(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> Worke
         Path(setup.folder),
         device=torch.device("cuda", 0) if setup.bundle.get("GPU", 0) > 0 else torch.device("cpu"),
         keep_last=setup.config.training.keep_last,
-        on_report=tell,
+        on_report=report_metrics,
     )
-    if (handed := tune.get_checkpoint()) is not None:
-        with handed.as_directory() as folder:
+    # Tune has a checkpoint only under population based training, which copies them between trials.
+    if (tune_checkpoint := tune.get_checkpoint()) is not None:
+        with tune_checkpoint.as_directory() as folder:
             session.adopt_checkpoint(Path(folder))
     return train_worker(setup, session)
 
 
-def _run_worker_group(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> WorkerResult:
-    """A group of workers; their evaluations are read from the file that rank 0 writes.
+def _run_worker_group(setup: WorkerSetup, report_metrics: ReportMetrics, *, total_steps: int) -> WorkerResult:
+    """Train with a group of workers, and report their evaluations from the metrics file that rank 0 writes.
 
-    Tune's own callback for this passes reports through a queue of one place from Train's controller, and a
-    report that finds it full at the trial's end waits for ever.
+    Tune's own callback for this passes reports from Train's controller through a queue of length one, and a
+    report that finds the queue full at the trial's end waits for ever.
     """
     from orchestrator.worker.launch import run_workers
 
@@ -175,7 +177,7 @@ def _run_worker_group(setup: WorkerSetup, shared: TrialSetup, tell: Tell) -> Wor
                     continue
                 if evaluation.keep == "last" or not best or sign * value > sign * best[evaluation.metric]:
                     best = line
-                tell({**best, "step": line["step"], "total": shared.total})
+                report_metrics({**best, "step": line["step"], "total": total_steps})
             if ended:
                 break
         try:

@@ -1,14 +1,13 @@
-"""The command `tune`: from a sweep file to a ranked table, pictures and a registered model.
+"""The command `tune`: from a sweep file to a ranked table, plots and a registered model.
 
-Everything that can be refused is refused here, before a trial starts; `searching` does the rest.
+Everything that can be refused is refused here, before a trial starts; `SearchRunner` does the rest.
 """
 
 import math
-import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.table import Table
@@ -21,7 +20,7 @@ from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
-from orchestrator.config.sweep import SweepConfig
+from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.driver.prepare import PreparedRun, resolve_paths
 from orchestrator.driver.record import MAY_CHANGE, RunRecord, lock_run, open_record, read_record, remove_run
 from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, start_services
@@ -29,6 +28,7 @@ from orchestrator.driver.train import prepare_and_report
 from orchestrator.errors import UsageError
 from orchestrator.redaction import hide_secrets
 from orchestrator.references.service import ROUTER_CPUS, ReferenceService
+from orchestrator.search.context import SearchPlan
 from orchestrator.search.journal import Journal
 from orchestrator.search.report.labels import format_value
 from orchestrator.search.runner import SearchRunner
@@ -41,11 +41,8 @@ from preferences.buckets import redact_uri
 from tune_spaces.schedulers import build_scheduler
 from tune_spaces.spaces import Space
 
-if TYPE_CHECKING:
-    from ray.tune.schedulers import TrialScheduler
-
 CHECKED_POINTS = 100
-"""Points drawn before anything starts, each of which must make a valid run."""
+"""Number of points that are drawn before anything starts; each must make a valid run."""
 _SWEEP_MAY_CHANGE = (
     *(f"run.{field}" for field in MAY_CHANGE if field != "evaluation"),
     "search.trials",
@@ -57,7 +54,7 @@ _SWEEP_MAY_CHANGE = (
 
 
 def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = False) -> RunRecord:
-    """Search, rank and promote; or go on where an earlier call was killed or ran out of time.
+    """Search, rank and promote; resume where an earlier call was killed or ran out of time.
 
     Raises:
         UsageError, SpaceError: the input is wrong, or not even one trial fits the cluster.
@@ -67,48 +64,50 @@ def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = F
     base = _serve_all_references(sweep)
     folder = Path(base.storage_path) / sweep.name
     space = _build_space(sweep, base)
-    found = read_record(folder)
-    if found is not None and "run" not in found.config:
+    existing = read_record(folder)
+    if existing is not None and "run" not in existing.config:
         raise UsageError(f"{sweep.name}: {folder} is a training run's folder; give the search another name")
-    before = None if fresh else found
+    previous = None if fresh else existing
     with lock_run(folder):
-        of_base = None if before is None else replace(before, config=before.config["run"])
-        prepared = prepare_and_report(base, console, of_base)
-        scheduler, total = _refuse_unfit(sweep, base, space, prepared)
-        more = retry_failed or (before is not None and _wants_more(sweep, before))
+        previous_run = None if previous is None else replace(previous, config=previous.config["run"])
+        plan = _plan_search(sweep, space, prepare_and_report(base, console, previous_run))
+        reopen = retry_failed or (previous is not None and _is_extended(sweep, previous))
 
-        def searching(device_type: str) -> SearchRunner:
-            on = prepared.for_device(device_type)
-            record = _open_record(sweep, on, folder, fresh=fresh, more_to_do=more)
-            trials = Journal(find_trials_folder(sweep, base))
-            return SearchRunner(sweep, space, scheduler, total, on, record, trials, folder, console)
+        def build_runner(device_type: str) -> SearchRunner:
+            prepared = plan.prepared.for_device(device_type)
+            return SearchRunner(
+                plan=replace(plan, prepared=prepared),
+                record=_open_record(sweep, prepared, folder, fresh=fresh, reopen=reopen),
+                journal=Journal(find_trials_folder(sweep, base)),
+                folder=folder,
+                console=console,
+            )
 
-        if before is not None and before.finished and not more:
-            done = searching(before.device_type)
-            done.reprint_result()
-            return done.record
+        if previous is not None and previous.finished and not reopen:
+            runner = build_runner(previous.device_type)
+            runner.reprint_result()
+            return runner.record
         with connect_to_ray(wait_minutes=base.placement.wait_minutes):
             slots = _count_slots(sweep, base)
             refuse_unshared(base.storage_path)
-            search = searching(ClusterProfile.from_nodes(list_node_resources()).device_type)
+            runner = build_runner(ClusterProfile.from_nodes(list_node_resources()).device_type)
             if retry_failed:
-                _retry_failed(search.journal)
-            return search.run_search(slots, _count_trials_per_node(sweep, space, slots))
+                _requeue_failed_trials(runner.journal)
+            return runner.run_search(slots, _count_trials_per_node(sweep, space, slots))
 
 
 def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
-    """Print the space, some of its points, the placement, and what the references would have to score."""
+    """Print the space, some of its points, the placement, and how much the references would have to score."""
     console = make_plain_console()
     base = _serve_all_references(sweep)
     space = _build_space(sweep, base)
-    prepared = prepare_and_report(base, console, None)
-    _, total = _refuse_unfit(sweep, base, space, prepared)
+    prepared = prepare_and_report(base, console)
+    plan = _plan_search(sweep, space, prepared)
     console.print(_build_space_table(space))
     console.print(f"\n{samples} of its points:")
     for point in sample_points(space, samples, seed=sweep.search.seed):
-        told = (f"{field} {format_value(value)}" for field, value in point.items())
-        console.print("  " + ", ".join(told))
-    console.print(f"\n{_format_trial_counts(sweep, space)} of {total} steps each")
+        console.print(f"  {_format_point(point)}")
+    console.print(f"\n{_format_trial_counts(sweep, space)} of {plan.total_steps} steps each")
     with connect_to_ray(wait_minutes=base.placement.wait_minutes):
         slots = _count_slots(sweep, base)
         console.print(
@@ -121,9 +120,10 @@ def dry_run(sweep: SweepConfig, *, samples: int = 5) -> None:
 
 
 def _serve_all_references(sweep: SweepConfig) -> RunConfig:
-    """The sweep's run file with paths resolved and every reference served.
+    """Return the sweep's run file with paths resolved and every reference served.
 
-    One replica scores the policy's own start for all trials, where each trial would score it for itself.
+    A reference `model: policy` is served too: one replica scores the initial policy for all trials, which
+    would otherwise score it once each.
     """
     base = resolve_paths(sweep.base, base=Path.cwd())
     if is_uri(base.storage_path):
@@ -131,16 +131,15 @@ def _serve_all_references(sweep: SweepConfig) -> RunConfig:
             f"storage_path {redact_uri(base.storage_path)} is a URI, and a search keeps its journal in "
             "a folder: name one that all nodes share, such as a mounted bucket"
         )
-    start = {name: getattr(base.policy, name) for name in ModelConfig.model_fields}
+    policy_settings = {name: getattr(base.policy, name) for name in ModelConfig.model_fields}
     models = {
-        name: ReferenceConfig(**start) if reference.scored_by_workers else reference
+        name: ReferenceConfig(**policy_settings) if reference.scored_by_workers else reference
         for name, reference in base.references.models.items()
     }
     references: dict[str, Any] = {"models": models}
-    if base.evaluation.sampling is not None:  # a served reference must be there for samples
+    if base.evaluation.sampling is not None:  # the references must keep running to score samples
         references |= {"mode": "live"}
-    base = base.model_copy(update={"references": base.references.model_copy(update=references)})
-    return base
+    return base.model_copy(update={"references": base.references.model_copy(update=references)})
 
 
 def _build_space(sweep: SweepConfig, base: RunConfig) -> Space:
@@ -148,24 +147,14 @@ def _build_space(sweep: SweepConfig, base: RunConfig) -> Space:
     return Space(sweep.spaces, sweep.domains, tuple(base.references.ordered), loss)
 
 
-def _refuse_unfit(
-    sweep: SweepConfig, base: RunConfig, space: Space, prepared: PreparedRun
-) -> tuple["TrialScheduler", int]:
-    """Draw many points, each of which must make a valid run; the scheduler, and the length of a trial."""
-    if sweep.search.algorithm == "grid":
-        next(space.iterate_grid())
-    lengths = set()
-    for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
-        try:
-            run = build_trial_config(sweep, base, point, repeat=0, name="trial")
-            check_functions(run, os.getcwd())
-        except UsageError as error:
-            said = ", ".join(f"{field} {format_value(value)}" for field, value in point.items())
-            raise UsageError(
-                f"{sweep.name}: the space has a point that makes no valid run ({said}):\n{error}\n"
-                "Narrow a field under space, or leave a named space out"
-            ) from None
-        lengths.add(count_total_steps(run, len(prepared.train)))
+def _plan_search(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> SearchPlan:
+    """Check that the search can run, and build its scheduler for the length of its trials.
+
+    Raises:
+        UsageError, SpaceError: a drawn point makes no valid run, the data has no soft labels that the search
+            needs, or the scheduler cannot compare trials of different lengths.
+    """
+    lengths = _measure_trial_lengths(sweep, space, prepared)
     _refuse_unlabelled(sweep, prepared)
     if len(lengths) > 1 and sweep.scheduler.type != "fifo":
         raise UsageError(
@@ -173,72 +162,102 @@ def _refuse_unfit(
             f"would have {min(lengths)} to {max(lengths)} steps; fix training.epochs, max_steps and "
             "pairs_per_step, or use scheduler: {type: fifo}"
         )
+    total_steps = max(lengths)
     scheduler = build_scheduler(
         sweep.scheduler,
         metric=sweep.objective[0].metric,
         mode=sweep.objective[0].mode,
-        max_steps=max(lengths),
-        every_steps=base.evaluation.every_steps,
+        max_steps=total_steps,
+        every_steps=prepared.config.evaluation.every_steps,
         mutations=space.numeric_domains,
         seed=sweep.search.seed,
     )
-    return scheduler, max(lengths)
+    return SearchPlan(
+        sweep=sweep, space=space, scheduler=scheduler, total_steps=total_steps, prepared=prepared
+    )
+
+
+def _measure_trial_lengths(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> set[int]:
+    """Draw many points, refuse one that makes no valid run, and return the trials' numbers of steps."""
+    if sweep.search.algorithm == "grid":
+        next(space.iterate_grid())
+    lengths = set()
+    for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
+        try:
+            run = build_trial_config(sweep, prepared.config, point, repeat=0, name="trial")
+            check_functions(run, str(Path.cwd()))
+        except UsageError as error:
+            raise UsageError(
+                f"{sweep.name}: the space has a point that makes no valid run ({_format_point(point)}):\n"
+                f"{error}\nNarrow a field under space, or leave a named space out"
+            ) from None
+        lengths.add(count_total_steps(run, len(prepared.train)))
+    return lengths
 
 
 def _refuse_unlabelled(sweep: SweepConfig, prepared: PreparedRun) -> None:
-    """What compares soft labels is pointless where every label is 1."""
-    assert prepared.eval is not None
+    """Refuse a search that compares soft labels on data where every label is 1."""
+    assert prepared.eval is not None  # a sweep without held-out pairs is refused
     if prepared.train.has_soft_labels or prepared.eval.has_soft_labels:
         return
-    wanted = [o.metric for o in sweep.objective if o.metric == "eval/label_nll"]
-    wanted += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
-    if wanted:
+    needing = [objective.metric for objective in sweep.objective if objective.metric == "eval/label_nll"]
+    needing += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
+    if needing:
         raise UsageError(
-            f"{sweep.name}: {', '.join(wanted)} needs soft labels, and the data has none: give rows a "
+            f"{sweep.name}: {', '.join(needing)} needs soft labels, and the data has none: give rows a "
             "soft_label or vote counts, or search and judge by something else"
         )
 
 
 def _count_slots(sweep: SweepConfig, base: RunConfig) -> int:
-    fit = count_trial_slots(base, list_node_resources(), routers=ROUTER_CPUS * len(base.references.models))
-    return min(fit, sweep.max_concurrent or fit)
+    """Count the trials that run at a time: those that fit the cluster, up to `max_concurrent`."""
+    fitting = count_trial_slots(
+        base, list_node_resources(), routers=ROUTER_CPUS * len(base.references.models)
+    )
+    return min(fitting, sweep.max_concurrent or fitting)
 
 
 def _count_trials_per_node(sweep: SweepConfig, space: Space, slots: int) -> int:
-    """How many trials share a machine's cores: no more than the search has, spread over its machines."""
-    most = _count_points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
-    return math.ceil(min(slots, most) / count_nodes())
+    """Count the trials that share a machine's cores: at most all of the search, spread over the machines."""
+    max_trials = _count_points(sweep, space) * sweep.search.repeats * (2 if sweep.search.controls else 1)
+    return math.ceil(min(slots, max_trials) / count_nodes())
 
 
 def _count_points(sweep: SweepConfig, space: Space) -> int:
     if sweep.search.algorithm == "grid":
         return sum(1 for _ in islice(space.iterate_grid(), sweep.search.trials))
-    assert sweep.search.trials is not None  # only a grid ends by itself
+    assert sweep.search.trials is not None  # only a grid is finite without it
     return sweep.search.trials
 
 
+def _format_point(point: Point) -> str:
+    return ", ".join(f"{field} {format_value(value)}" for field, value in point.items())
+
+
 def _format_trial_counts(sweep: SweepConfig, space: Space) -> str:
-    """`24 trials: 8 points x 3 seeds, and up to as many controls,`."""
-    told = f"{_count_points(sweep, space)} point(s) x {sweep.search.repeats} seed(s)"
-    return told + (", and up to as many controls," if sweep.search.controls else "")
+    """Format the number of trials, such as `8 point(s) x 3 seed(s), and up to as many controls,`."""
+    counts = f"{_count_points(sweep, space)} point(s) x {sweep.search.repeats} seed(s)"
+    return counts + (", and up to as many controls," if sweep.search.controls else "")
 
 
 def _format_trial_request(base: RunConfig) -> str:
+    """Format the resources that a trial requests, such as `1 CPU, 1 GPU`."""
     bundles = list_trial_bundles(base, ClusterProfile.from_nodes(list_node_resources()))
     return " + ".join(
         ", ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles
     )
 
 
-def _wants_more(sweep: SweepConfig, before: RunRecord) -> bool:
-    """Whether a finished search is asked for more than it was."""
-    now = sweep.model_dump(mode="json")
-    return any(before.config[name] != now[name] for name in ("search", "promote"))
+def _is_extended(sweep: SweepConfig, previous: RunRecord) -> bool:
+    """Return whether search or promotion settings have changed since the search was recorded."""
+    current = sweep.model_dump(mode="json")
+    return any(previous.config[name] != current[name] for name in ("search", "promote"))
 
 
 def _open_record(
-    sweep: SweepConfig, prepared: PreparedRun, folder: Path, *, fresh: bool, more_to_do: bool
+    sweep: SweepConfig, prepared: PreparedRun, folder: Path, *, fresh: bool, reopen: bool
 ) -> RunRecord:
+    """Create the search's record or resume it, and write its settings to `sweep.yaml`."""
     if fresh:
         remove_run(folder)
     run = prepared.config.model_dump(mode="json")
@@ -253,19 +272,20 @@ def _open_record(
             counts=dict(prepared.counts),
         ),
         may_change=_SWEEP_MAY_CHANGE,
-        more_to_do=more_to_do,
+        reopen=reopen,
     )
     (folder / "sweep.yaml").write_text(yaml.safe_dump(record.config, sort_keys=False))
     return record
 
 
-def _retry_failed(trials: Journal) -> None:
-    for trial in trials:
+def _requeue_failed_trials(journal: Journal) -> None:
+    for trial in journal:
         if trial.status == "failed":
-            trials.put_back(trial.number)
+            journal.mark_pending(trial.number)
 
 
 def _build_space_table(space: Space) -> Table:
+    """Build the table of the space's fields, their domains, and when each is searched."""
     table = Table(box=None, title="the space", title_justify="left")
     for column in ("field", "domain", "when"):
         table.add_column(column, overflow="fold")
@@ -275,16 +295,16 @@ def _build_space_table(space: Space) -> Table:
 
 
 def _build_forwards_table(service: ReferenceService, prepared: PreparedRun) -> Table:
-    """Per reference: the data's responses, those the store misses, about how many batches they make."""
-    parts = [part for part in (prepared.train, prepared.eval) if part is not None]
+    """Build a table of the responses per reference, those to score, and about how many batches they make."""
+    splits = [split for split in (prepared.train, prepared.eval) if split is not None]
     table = Table("reference", "responses", "to score", "batches, about", box=None, title_justify="left")
     table.title = "the references' forward passes, whatever the number of trials"
     for name, model in prepared.references.items():
-        rows = [part.references[name] for part in parts]
-        missing = sum(service.count_missing({name: one})[name] for one in rows)
-        responses = sum(2 * len(one) for one in rows)
-        tokens = sum(int(one.pair_lengths.sum()) for one in rows)
+        token_tables = [split.references[name] for split in splits]
+        missing = sum(service.count_missing({name: tokens})[name] for tokens in token_tables)
+        responses = sum(2 * len(tokens) for tokens in token_tables)
+        token_count = sum(int(tokens.pair_lengths.sum()) for tokens in token_tables)
         budget = GPU_BATCH_TOKENS if model.device_type == "cuda" else CPU_BATCH_TOKENS
-        batches = math.ceil(tokens / budget * missing / max(responses, 1))
+        batches = math.ceil(token_count / budget * missing / max(responses, 1))
         table.add_row(name, f"{responses:,}", f"{missing:,}", f"{batches:,}")
     return table

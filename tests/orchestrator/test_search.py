@@ -89,7 +89,7 @@ def make(
     journal = Journal(journal) if isinstance(journal, Path) else journal
     objectives = objectives or (ACCURACY,)
     return JournalSearcher(
-        space, SearchConfig(**config), objectives, journal, allowed=allowed, control=control
+        space, SearchConfig(**config), objectives, journal, explain_refusal=allowed, find_control=control
     )
 
 
@@ -406,7 +406,7 @@ def test_points_can_be_sampled_without_a_journal() -> None:
 
 
 def test_a_trial_of_before_versions_is_read_and_one_of_after_is_refused(tmp_path: Path) -> None:
-    (record,) = Journal(tmp_path).enter_point({"loss.preset": "dpo"})
+    (record,) = Journal(tmp_path).add_point({"loss.preset": "dpo"})
     file = tmp_path / record.name / "trial.json"
     fields = json.loads(file.read_text())
     assert fields.pop("version") == 2
