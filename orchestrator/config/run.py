@@ -153,7 +153,7 @@ class RunConfig(Section):
         served = [name for name, reference in references.models.items() if not reference.scored_by_workers]
         if references.mode == "precompute" and served:
             raise ValueError(
-                f"evaluation.sampling needs scores of fresh samples from references ({', '.join(served)}), but "
+                f"evaluation.sampling needs scores of samples from references ({', '.join(served)}), but "
                 "references.mode: precompute ends them before training; set mode: live, or model: policy"
             )
 

@@ -194,7 +194,7 @@ METRICS: Mapping[str, Literal["max", "min"]] = {
     "eval/reward_at_kl": "max",
 }
 """The metrics that a run can be judged by, and whether more or less is better."""
-KL = "eval/kl/"
+KL_PREFIX = "eval/kl/"
 """Prefix of the KL to a reference, whose name follows; measured if the policy is sampled."""
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 from losses.config import LossConfig
 from orchestrator.config.problems import explain_validation_error
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.config.sections import KL, METRICS, EvaluationConfig, Section
+from orchestrator.config.sections import KL_PREFIX, METRICS, EvaluationConfig, Section
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
 from tune_spaces.schedulers import FifoConfig, SchedulerConfig
@@ -75,9 +75,9 @@ class Objective(Section):
         metric = values.get("metric") if isinstance(values, Mapping) else None
         if not isinstance(metric, str):
             return values
-        if metric not in METRICS and not metric.startswith(KL):
+        if metric not in METRICS and not metric.startswith(KL_PREFIX):
             raise ValueError(
-                f"metric {metric!r} is unknown{did_you_mean(metric, [*METRICS, KL + '<reference>'])}"
+                f"metric {metric!r} is unknown{did_you_mean(metric, [*METRICS, KL_PREFIX + '<reference>'])}"
             )
         return {"mode": METRICS.get(metric, "min"), **values}
 
@@ -249,7 +249,7 @@ def _find_model_classes(annotation: Any) -> Iterator[type[BaseModel]]:
 def _refuse_unmeasured(sweep: SweepConfig, metric: str, source: str) -> None:
     """Refuse an objective that the run file's evaluation does not measure."""
     base = sweep.base
-    if not metric.startswith(KL):
+    if not metric.startswith(KL_PREFIX):
         keep = "best" if metric.endswith("_at_kl") else "last"
         settings = base.evaluation.model_dump() | {"metric": metric, "keep": keep}
         try:
@@ -265,10 +265,10 @@ def _refuse_unmeasured(sweep: SweepConfig, metric: str, source: str) -> None:
             f"{source}: objective {metric} needs samples of the policy; "
             "set evaluation.sampling in the run file"
         )
-    elif metric.removeprefix(KL) != base.references.primary:
+    elif metric.removeprefix(KL_PREFIX) != base.references.primary:
         raise UsageError(
             f"{source}: objective {metric}: trials have only the primary reference in common; "
-            f"measure KL to it: {KL}{base.references.primary}"
+            f"measure KL to it: {KL_PREFIX}{base.references.primary}"
         )
 
 
