@@ -47,8 +47,8 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     address = _find_address()
     local = address == "local"
     if local:
-        # Workers of a cluster that this process starts inherit its environment. The hook is set by the variable
-        # that Ray itself uses: as part of `runtime_env` it would make Ray's prestarted workers unusable.
+        # Workers of a cluster that this process starts inherit its environment. The hook is given by the
+        # variable that Ray itself uses: in a `runtime_env` it would make Ray's prestarted workers unusable.
         hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK}
         for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT | hook).items():
             os.environ.setdefault(name, value)
@@ -81,8 +81,8 @@ def _find_address() -> str:
                 "--head`), correct the address, or unset it to start Ray on this machine"
             )
         return given
-    address_file = get_ray_address_file(None)
-    running = Path(address_file).read_text().strip() if os.path.exists(address_file) else ""
+    address_file = Path(get_ray_address_file(None))
+    running = address_file.read_text().strip() if address_file.exists() else ""
     return running if running and _is_reachable(running) else "local"
 
 

@@ -228,7 +228,8 @@ def _is_local(path: str) -> bool:
 def _make_relative(path: Path, what: str) -> Path:
     """Return the path relative to the working folder, whose layout the job's working folder copies."""
     try:
-        return Path(os.path.abspath(path.expanduser())).relative_to(Path.cwd())
+        absolute = os.path.abspath(path.expanduser())  # noqa: PTH100  # `resolve` would follow links
+        return Path(absolute).relative_to(Path.cwd())
     except ValueError:
         raise UsageError(
             f"{what}: {path} is not in the folder you submit from ({Path.cwd()}); submit from a folder that "

@@ -196,7 +196,7 @@ def _identify_machine() -> list[str]:
     namespace = Path("/proc/self/ns/pid")
     return [
         socket.gethostname(),
-        os.readlink(namespace) if namespace.is_symlink() else "",
+        str(namespace.readlink()) if namespace.is_symlink() else "",
         _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
     ]
 

@@ -53,7 +53,7 @@ def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
         )
         if kind == pafs.FileType.Directory:
             remove_path(target)
-        os.replace(part, target)
+        part.replace(target)
     finally:
         remove_path(part)
 

