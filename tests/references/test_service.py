@@ -138,7 +138,7 @@ def test_batches_keep_the_token_budget(serve, spec, make_table, calls, right):
 def test_the_least_loaded_of_two_replicas_comes_first(serve, spec, make_table, folder, calls, right):
     table = make_table(30)
     with serve(spec(replicas=2, max_tokens_per_batch=60)) as service:
-        service.start()
+        service.start_replicas()
         gate = folder / "gate"
         gate.touch()
         client = client_of(service, table)
@@ -193,7 +193,7 @@ def test_a_replica_that_cannot_load_is_an_error_at_once(serve, spec, make_table,
     (folder / "refuse").touch()
     with serve(spec()) as service:
         with pytest.raises(ScoringError, match="reference 'base': RuntimeError: no such weights"):
-            service.start()
+            service.start_replicas()
         with pytest.raises(ScoringError, match="no such weights"):
             ask_all(service, make_table(6))
         assert service.stats()["base"].retries == 0
@@ -458,7 +458,7 @@ def wait_until(condition):
 
 def test_shutdown_ends_the_replicas_too(serve, spec):
     with serve(spec(replicas=2)) as service:
-        service.start()
+        service.start_replicas()
         pids = ray.get(service.routers["base"].replica_pids.remote())
         assert len(pids) == 2
     wait_until(lambda: all(map(gone, pids)))
@@ -479,7 +479,7 @@ class Idle(Replica):
 ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 spec = ReferenceSpec("base", ModelConfig(model="m"), "d" * 32, num_cpus=0.1)
 service = start_references([spec], sys.argv[2], replica_class=Idle)
-service.start()
+service.start_replicas()
 pids = ray.get(service.routers["base"].replica_pids.remote())
 Path(sys.argv[2], "unfinished").write_text(f"{service.addresses['base']} {pids[0]}")
 Path(sys.argv[2], "unfinished").rename(Path(sys.argv[2], "running"))
