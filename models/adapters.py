@@ -48,7 +48,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int = 0) -
 
 
 @contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Run `model` (a PeftModel, or a module that contains one: a Scorer, a DDP wrapper) as its frozen base.
 
     Inside the context dropout is off as well and no gradient is recorded; modes are restored afterwards.
@@ -71,7 +71,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Add the adapter's product to the weights, in place; return a model without adapter unchanged."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 

@@ -65,7 +65,7 @@ class ModelConfig(BaseModel):
             )
         return self
 
-    def dtype_on(self, device_type: str) -> str:
+    def resolve_dtype(self, device_type: str) -> str:
         """Return the dtype of the weights on a device of that type (`cpu`, `cuda`)."""
         if self.dtype != "auto":
             return self.dtype

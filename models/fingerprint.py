@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from models.config import ModelConfig, ModelError
-from models.load import Located
+from models.load import ModelFiles
 
 SCORING_VERSION = 1
 """Raise it when a change to rows or log-probs changes scores, so that stored scores are not used again."""
@@ -44,8 +44,8 @@ class Fingerprint:
         return sorted(n for n in names if self.parts.get(n) != other.parts.get(n))
 
 
-def fingerprint(
-    files: Located,
+def compute_fingerprint(
+    files: ModelFiles,
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -76,7 +76,7 @@ def fingerprint(
             "adds_bos": bool(getattr(tokenizer, "add_bos_token", False)),
             "adds_eos": bool(getattr(tokenizer, "add_eos_token", False)),
         },
-        "dtype": config.dtype_on(device_type),
+        "dtype": config.resolve_dtype(device_type),
         "quantization": config.quantization,
         "scoring": SCORING_VERSION,
     }

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.logprobs import Scorer, causal_model
-from models.replicated import DistributedParallel, WeightState, place_step_count, trained_weights
+from models.logprobs import Scorer, get_causal_model
+from models.replicated import DistributedParallel, WeightState, get_trainable_weights, place_step_count
 
 
 class ShardedParallel(DistributedParallel):
@@ -30,9 +30,9 @@ class ShardedParallel(DistributedParallel):
 
     def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         super().__init__(scorer, optimizer, device)
-        self._weights = trained_weights(scorer)
+        self._weights = get_trainable_weights(scorer)
 
-    def clip(self, max_norm: float | None) -> Tensor:
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
         """See `Parallel`."""
         gradients = [_to_local(w.grad) for w in self._weights.values() if w.grad is not None]
         squares = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
@@ -43,7 +43,7 @@ class ShardedParallel(DistributedParallel):
                 gradient.mul_(scale.to(gradient.device))
         return norm
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _get_trainable_weights(self) -> dict[str, nn.Parameter]:
         return self._weights
 
     def _gather_state(self, weight: nn.Parameter, moments: bool) -> WeightState:
@@ -78,12 +78,12 @@ def shard_scorer(scorer: Scorer, *, device: torch.device, offload: bool) -> None
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    layers = list(_iterate_layers(causal_model(scorer.model)))
+    layers = list(_iterate_layers(get_causal_model(scorer.model)))
     for module in (*layers, scorer):
         # The root is resharded between passes too: a LoRA adapter that is disabled and enabled there, and
         # weights that are restored, must find shards.
         fully_shard(module, mesh=mesh, offload_policy=policy, reshard_after_forward=True)
-    for method in (Scorer.logits, Scorer.generate):
+    for method in (Scorer.compute_logits, Scorer.generate):
         register_fsdp_forward_method(scorer, method.__name__)
 
 

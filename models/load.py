@@ -24,16 +24,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.adapters import add_lora, merge, silence_known_warnings
+from models.adapters import add_lora, merge_adapter, silence_known_warnings
 from models.config import ModelConfig, ModelError, PolicyConfig
-from models.locate import Located, first_line, locate
+from models.locate import ModelFiles, get_first_error_line, locate_model
 
-__all__ = ["Located", "export", "load_model", "load_tokenizer", "locate"]
+__all__ = ["ModelFiles", "export_model", "load_model", "load_tokenizer", "locate_model"]
 
 _ATTENTION = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
 
 
-def load_tokenizer(files: Located, config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer (an adapter's own, else its base's), with `config.chat_template` if set."""
     places = [p for p in (files.path, files.base_path) if p is not None]
     if files.kind == "adapter" and not any(files.path.glob("tokenizer*")):
@@ -46,7 +46,7 @@ def load_tokenizer(files: Located, config: ModelConfig) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(
-            f"{config.model}: no tokenizer could be loaded from {place} ({first_line(error)}); "
+            f"{config.model}: no tokenizer could be loaded from {place} ({get_first_error_line(error)}); "
             "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
         ) from error
     if config.chat_template is not None:
@@ -55,7 +55,7 @@ def load_tokenizer(files: Located, config: ModelConfig) -> PreTrainedTokenizerBa
 
 
 def load_model(
-    files: Located,
+    files: ModelFiles,
     config: ModelConfig,
     *,
     device: torch.device | str,
@@ -79,7 +79,7 @@ def load_model(
     lora = config.adapter if trainable and isinstance(config, PolicyConfig) else None
     full_training = trainable and lora is None
     _check_device(config, device, trainable)
-    dtype = torch.float32 if full_training else getattr(torch, config.dtype_on(device.type))
+    dtype = torch.float32 if full_training else getattr(torch, config.resolve_dtype(device.type))
     model: PreTrainedModel | PeftModel = _load_base(files, config, device, dtype)
     if files.kind == "adapter":
         model = _load_adapter(model, files, config)
@@ -91,7 +91,7 @@ def load_model(
                 f"{config.model}: an adapter cannot be merged into a quantised base without loss before "
                 "training; set quantization: none, or export base and adapter as one model first"
             )
-        model = merge(model)
+        model = merge_adapter(model)
     _disable_dropout(model)
     if activation_checkpointing:
         _enable_activation_checkpointing(model)
@@ -100,7 +100,7 @@ def load_model(
     return model.requires_grad_(True).train()
 
 
-def export(
+def export_model(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str
 ) -> Path:
     """Write a model (or an adapter alone) with its tokenizer as safetensors and JSON; return the folder.
@@ -143,7 +143,7 @@ def _check_device(config: ModelConfig, device: torch.device, trainable: bool) ->
 
 
 def _load_base(
-    files: Located, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    files: ModelFiles, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     path = files.base_path if files.kind == "adapter" else files.path
     assert path is not None
@@ -169,7 +169,9 @@ def _load_base(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{config.model} could not be loaded from {path}: {first_line(error)}") from error
+        raise ModelError(
+            f"{config.model} could not be loaded from {path}: {get_first_error_line(error)}"
+        ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(
@@ -192,7 +194,7 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{config.model}: quantization {config.quantization} does not run on {model.device.type} here "
-            f"({first_line(error)}); set quantization: none, or run on another device"
+            f"({get_first_error_line(error)}); set quantization: none, or run on another device"
         ) from error
 
 
@@ -216,7 +218,7 @@ def _build_quantization_config(config: ModelConfig, dtype: torch.dtype) -> BitsA
     except (ImportError, RuntimeError, OSError) as error:
         raise ModelError(
             f"{config.model}: quantization {config.quantization} needs bitsandbytes, which does not import "
-            f"here ({first_line(error)}); install polyref[quantization], or set quantization: none"
+            f"here ({get_first_error_line(error)}); install polyref[quantization], or set quantization: none"
         ) from error
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -228,14 +230,14 @@ def _build_quantization_config(config: ModelConfig, dtype: torch.dtype) -> BitsA
     )
 
 
-def _load_adapter(base: PreTrainedModel, files: Located, config: ModelConfig) -> PeftModel:
+def _load_adapter(base: PreTrainedModel, files: ModelFiles, config: ModelConfig) -> PeftModel:
     try:
         with silence_known_warnings(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
             model = PeftModel.from_pretrained(base, str(files.path), torch_device=str(base.device))
     except (ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"adapter {config.model} does not fit its base {files.base_path}: {first_line(error)}; "
+            f"adapter {config.model} does not fit its base {files.base_path}: {get_first_error_line(error)}; "
             "give the base it was trained on as base: <model>"
         ) from error
     with safe_open(files.path / "adapter_model.safetensors", framework="pt") as file:
@@ -274,7 +276,7 @@ def _read_chat_template(given: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def max_positions(files: Located, config: ModelConfig) -> int | None:
+def read_max_positions(files: ModelFiles, config: ModelConfig) -> int | None:
     """Read from the model's config the longest row that it has positions for; None if it names no limit.
 
     Raises ModelError for an architecture that transformers does not have, or that comes with its own code.
@@ -295,7 +297,7 @@ def max_positions(files: Located, config: ModelConfig) -> int | None:
             else "use a causal language model that the installed transformers knows"
         )
         raise ModelError(
-            f"{config.model}: its architecture is unknown ({first_line(error)}); {remedy}"
+            f"{config.model}: its architecture is unknown ({get_first_error_line(error)}); {remedy}"
         ) from error
     limit = getattr(settings, "max_position_embeddings", None)
     return None if limit is None else int(limit)

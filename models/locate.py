@@ -23,7 +23,7 @@ _PROMPT_ADAPTERS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUN
 
 
 @dataclass(frozen=True)
-class Located:
+class ModelFiles:
     """The location of a model's files.
 
     path:      model folder, .gguf file or adapter folder.
@@ -38,7 +38,7 @@ class Located:
     revision: str | None
 
 
-def locate(config: ModelConfig) -> Located:
+def locate_model(config: ModelConfig) -> ModelFiles:
     """Find the model's files, downloading a hub model; no weight is loaded.
 
     Raises ModelError, naming the model and the remedy, for a missing folder, a hub model that is neither
@@ -51,14 +51,14 @@ def locate(config: ModelConfig) -> Located:
             raise ModelError(
                 f"{config.model}: a single file must be a .gguf file; give the model's folder instead"
             )
-        return Located(path, None, "gguf", revision)
+        return ModelFiles(path, None, "gguf", revision)
     if (path / "adapter_config.json").exists():
         return _locate_adapter(config, path, revision)
     gguf = _find_gguf(config, path)
     if gguf is not None:
-        return Located(gguf, None, "gguf", revision)
+        return ModelFiles(gguf, None, "gguf", revision)
     _check_folder(config, path)
-    return Located(path, None, "folder", revision)
+    return ModelFiles(path, None, "folder", revision)
 
 
 def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
@@ -101,7 +101,7 @@ def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
             f"model {config.model} is not in the hub's cache here and the hub cannot be reached "
-            f"({first_line(error)}); connect once to download it, or give the path of a local folder"
+            f"({get_first_error_line(error)}); connect once to download it, or give the path of a local folder"
         ) from error
     return snapshot, snapshot.name
 
@@ -110,7 +110,7 @@ def _is_local_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
-def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Located:
+def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> ModelFiles:
     settings = _read_json(path / "adapter_config.json")
     if settings.get("peft_type") in _PROMPT_ADAPTERS:
         raise ModelError(
@@ -128,7 +128,7 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Lo
     if config.base is None and (path / base).exists():
         base = str(path / base)
     try:
-        found = locate(
+        found = locate_model(
             ModelConfig(
                 model=base, revision=settings.get("revision"), trust_remote_code=config.trust_remote_code
             )
@@ -142,7 +142,7 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Lo
         raise ModelError(
             f"{config.model}: its base {base} is an adapter itself; merge that one into its base first"
         )
-    return Located(path, found.path, "adapter", revision)
+    return ModelFiles(path, found.path, "adapter", revision)
 
 
 def _find_gguf(config: ModelConfig, path: Path) -> Path | None:
@@ -189,13 +189,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path} cannot be read as JSON ({first_line(error)}); copy the model again"
+            f"{path} cannot be read as JSON ({get_first_error_line(error)}); copy the model again"
         ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object; copy the model again")
     return content
 
 
-def first_line(error: BaseException) -> str:
+def get_first_error_line(error: BaseException) -> str:
     """Return the first line of an error's message, without the pages that some libraries add."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models.config import ModelError
 from models.head import Head, ModelForwardHead, compute_max_entropy, select_head
-from models.rows import Prompted, Rows, build_rows
+from models.rows import PromptWithResponses, Rows, build_rows
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +58,24 @@ class Scorer(nn.Module):
             raise ModelError(f"chunk_tokens must be at least 1, got {chunk_tokens}; try 1024")
         self.model = model
         self.chunk_tokens = chunk_tokens
-        causal = causal_model(model)
+        causal = get_causal_model(model)
         self._head = _select_checked_head(causal)
-        self.sharing_refusal = prefix_sharing_unavailable_reason(model)
+        self.prefix_sharing_unavailable_reason = prefix_sharing_unavailable_reason(model)
         self._sizes = _ModelSizes.from_model(causal)
 
     def forward(self, rows: Rows, *, entropy: bool = False) -> SequenceScores:
         """Score every sequence of `rows`, which must be on the model's device."""
-        reason = self.sharing_refusal
+        reason = self.prefix_sharing_unavailable_reason
         if rows.shared and reason is not None:
             raise ModelError(f"prefix sharing is not exact for this model: {reason}; build plain rows")
         return _score_rows(
-            causal_model(self.model), self._head, rows, chunk_tokens=self.chunk_tokens, entropy=entropy
+            get_causal_model(self.model), self._head, rows, chunk_tokens=self.chunk_tokens, entropy=entropy
         )
 
     @property
     def head_weights(self) -> list[nn.Parameter]:
         """Weights that are used after the decoder, in an order that is the same on every rank."""
-        causal = causal_model(self.model)
+        causal = get_causal_model(self.model)
         inside = {id(weight) for weight in causal.get_decoder().parameters()}
         outside = [weight for weight in causal.parameters() if id(weight) not in inside]
         head = causal.get_output_embeddings()
@@ -91,7 +91,7 @@ class Scorer(nn.Module):
             self._head = replace(self._head, max_over_ranks=max_over_ranks)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
+    def compute_logits(self, ids: Tensor) -> Tensor:
         """(R, T) token ids -> (R, T, V) the model's own logits."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
@@ -99,10 +99,10 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def generate(self, ids: Tensor, **settings: Any) -> Tensor:
         """(R, T) prompts -> (R, T + new) prompts and generated tokens; `settings` are those of `generate`."""
-        generated: Tensor = causal_model(self.model).generate(ids, **settings)
+        generated: Tensor = get_causal_model(self.model).generate(ids, **settings)
         return generated
 
-    def forward_flops(self, rows: Rows) -> float:
+    def estimate_forward_flops(self, rows: Rows) -> float:
         """Estimate the floating-point operations of one forward pass over `rows`, for utilisation figures.
 
         2 per weight of a matrix that a token uses (the head: response tokens only; experts: the share that a
@@ -115,7 +115,7 @@ class Scorer(nn.Module):
         return matrices + 4.0 * sizes.attention * rows.attended_pairs
 
 
-def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def get_causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the transformers model itself, with adapters in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -125,7 +125,7 @@ def prefix_sharing_unavailable_reason(model: PreTrainedModel | PeftModel) -> str
 
     Known causes are read from the config; others are detected by scoring a few random tokens.
     """
-    causal = causal_model(model)
+    causal = get_causal_model(model)
     if causal not in _sharing_reasons:
         with _switch_to_eval(causal):
             reason = _reason_from_config(causal) or _reason_from_probe(causal)
@@ -187,7 +187,7 @@ def _select_checked_head(model: PreTrainedModel) -> Head:
             f"{name}: attention: flex has no backward pass on a CPU; set attention: sdpa, or run on a GPU"
         )
     prompt, responses = _build_probe(model)
-    groups = [Prompted(prompt, [responses[0]]), Prompted(prompt[:1], [responses[2]])]
+    groups = [PromptWithResponses(prompt, [responses[0]]), PromptWithResponses(prompt[:1], [responses[2]])]
     with _switch_to_eval(model):
         head, slow = select_head(model)
         found = _score_probe(model, head, groups, shared=False)
@@ -204,7 +204,9 @@ def _select_checked_head(model: PreTrainedModel) -> Head:
     return head
 
 
-def _score_probe(model: PreTrainedModel, head: Head, groups: list[Prompted], *, shared: bool) -> Tensor:
+def _score_probe(
+    model: PreTrainedModel, head: Head, groups: list[PromptWithResponses], *, shared: bool
+) -> Tensor:
     rows = build_rows(groups, shared=shared, pad_id=0).to(model.device)
     return _score_rows(model, head, rows, chunk_tokens=1024, entropy=False).logps
 
@@ -239,7 +241,7 @@ def _reason_from_config(model: PreTrainedModel) -> str | None:
 def _reason_from_probe(model: PreTrainedModel) -> str | None:
     """Score two equal responses and another after one prompt: a leak makes the second copy likelier."""
     prompt, responses = _build_probe(model)
-    group = [Prompted(prompt, responses)]
+    group = [PromptWithResponses(prompt, responses)]
     kind = model.config.model_type
     head, _ = select_head(model)
     try:

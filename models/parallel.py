@@ -16,13 +16,13 @@ from torch import nn
 
 from models.config import ModelError
 from models.fsdp import ShardedParallel, shard_scorer
-from models.logprobs import Scorer, causal_model
+from models.logprobs import Scorer, get_causal_model
 from models.replicated import (
     Parallel,
     ReplicatedParallel,
     ensure_process_group,
-    together,
-    trained_weights,
+    get_trainable_weights,
+    raise_on_all_ranks,
 )
 from models.zero import ZeroParallel
 
@@ -32,16 +32,16 @@ __all__ = [
     "ShardedParallel",
     "Strategy",
     "ZeroParallel",
-    "prepare",
-    "shards",
-    "together",
-    "trained_weights",
+    "get_trainable_weights",
+    "has_sharded_weights",
+    "prepare_parallel",
+    "raise_on_all_ranks",
 ]
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"]
 
 
-def prepare(
+def prepare_parallel(
     scorer: Scorer,
     *,
     strategy: Strategy = "ddp",
@@ -69,7 +69,7 @@ def prepare(
     Raises:
         ModelError: there is nothing to train, or the model cannot be trained with these settings.
     """
-    trained = trained_weights(scorer)
+    trained = get_trainable_weights(scorer)
     if not trained:
         raise ModelError("the policy has no weight to train; load it with trainable=True")
     _refuse_flex_on_cpu(scorer, device)
@@ -87,7 +87,7 @@ def prepare(
         _refuse_quantized(scorer, split=True)
         ensure_process_group(device)
         shard_scorer(scorer, device=device, offload=offload)
-        trained = trained_weights(scorer)
+        trained = get_trainable_weights(scorer)
     fused = (device.type == "cuda" and not (split and offload)) or None
     optimizer = torch.optim.AdamW(_build_parameter_groups(trained, weight_decay), **settings, fused=fused)
     if split:
@@ -95,7 +95,7 @@ def prepare(
     return (ReplicatedParallel if several else Parallel)(scorer, optimizer, device)
 
 
-def shards(strategy: Strategy, zero_stage: int, *, workers: int, offload: bool = False) -> bool:
+def has_sharded_weights(strategy: Strategy, zero_stage: int, *, workers: int, offload: bool = False) -> bool:
     """Return whether weights are sharded or offloaded, and so must be loaded into main memory first."""
     if strategy == "deepspeed":
         return zero_stage == 3
@@ -112,7 +112,7 @@ def _build_parameter_groups(trained: Mapping[str, nn.Parameter], weight_decay: f
 
 
 def _refuse_quantized(scorer: Scorer, *, split: bool) -> None:
-    if split and getattr(causal_model(scorer.model), "is_quantized", False):
+    if split and getattr(get_causal_model(scorer.model), "is_quantized", False):
         raise ModelError(
             "quantised weights cannot be split over workers; set quantization: none, or parallel.strategy: "
             "ddp (or deepspeed with zero_stage 1 or 2)"
@@ -120,7 +120,10 @@ def _refuse_quantized(scorer: Scorer, *, split: bool) -> None:
 
 
 def _refuse_flex_on_cpu(scorer: Scorer, device: torch.device) -> None:
-    if device.type == "cpu" and causal_model(scorer.model).config._attn_implementation == "flex_attention":
+    if (
+        device.type == "cpu"
+        and get_causal_model(scorer.model).config._attn_implementation == "flex_attention"
+    ):
         raise ModelError(
             "attention: flex has no backward pass on a CPU; set attention: sdpa, or train on a GPU"
         )

@@ -12,7 +12,7 @@ _PROBE_ROWS, _PROBE_TOKENS = 4, 16
 
 
 @dataclass(frozen=True)
-class Probe:
+class LogitProbe:
     """A few token rows and the trained model's logits for them, taken before it was exported."""
 
     rows: Tensor
@@ -23,13 +23,13 @@ class Probe:
     """The dtype in which the trained model computed."""
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         model: "torch.nn.Module",
         sequences: Sequence[Sequence[int]],
         *,
         logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> "Probe":
+    ) -> "LogitProbe":
         """Run the trained model (adapter enabled) over the first tokens of a few sequences.
 
         `logits` replaces a plain call of the model where that is not possible, as with sharded weights:
@@ -43,7 +43,9 @@ class Probe:
         length = min(_PROBE_TOKENS, *(len(s) for s in chosen))
         parameter = next(model.parameters())
         rows = torch.tensor([list(map(int, s[:length])) for s in chosen])
-        return cls(rows, _logits(model, rows) if logits is None else logits(rows), parameter.dtype)
+        return cls(
+            rows, compute_probe_logits(model, rows) if logits is None else logits(rows), parameter.dtype
+        )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, for a registration by another process."""
@@ -54,7 +56,7 @@ class Probe:
         )
 
     @classmethod
-    def load(cls, path: Path) -> "Probe":
+    def load(cls, path: Path) -> "LogitProbe":
         """Read a file that `save` wrote."""
         from safetensors import safe_open
 
@@ -64,7 +66,7 @@ class Probe:
         return cls(tensors["rows"], tensors["logits"], dtype)
 
 
-def _logits(model: "torch.nn.Module", rows: Tensor) -> Tensor:
+def compute_probe_logits(model: "torch.nn.Module", rows: Tensor) -> Tensor:
     """(R, T) token ids -> (R, T, V) float32 logits on the CPU, in eval mode."""
     was_training = model.training
     model.eval()

@@ -34,7 +34,7 @@ class Parallel:
     sharded = False
 
     def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.unwrapped = scorer
+        self.scorer = scorer
         self.module: nn.Module = scorer
         self.optimizer = optimizer
         self.device = device
@@ -58,13 +58,13 @@ class Parallel:
         """Add the gradient of a scalar loss."""
         loss.backward()
 
-    def clip(self, max_norm: float | None) -> Tensor:
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale the gradients to a global norm of at most `max_norm` (None: no scaling).
 
         Returns the whole gradient's norm before scaling; no weight is changed yet.
         """
         bound = float("inf") if max_norm is None else max_norm
-        return torch.nn.utils.clip_grad_norm_(list(self._trained().values()), bound)
+        return torch.nn.utils.clip_grad_norm_(list(self._get_trainable_weights().values()), bound)
 
     def step(self) -> None:
         """Take one optimizer step."""
@@ -83,7 +83,7 @@ class Parallel:
         """Replace `tensor` by its sum over all ranks, in place; also returned."""
         return tensor
 
-    def on_any_rank(self, flag: bool) -> bool:
+    def needs_forward_pass(self, flag: bool) -> bool:
         """Return whether this rank must run a forward pass because `flag` is set on some rank.
 
         Only sharded weights need all ranks in the same forward passes; otherwise each rank decides by its own
@@ -93,7 +93,7 @@ class Parallel:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)))
 
-    def saved(self, *, moments: bool = True) -> Iterator[tuple[str, WeightState]]:
+    def iterate_full_state(self, *, moments: bool = True) -> Iterator[tuple[str, WeightState]]:
         """Yield name and full state of each trained weight (only the adapter's if there is one).
 
         The state is `{"weight", "exp_avg", "exp_avg_sq", "step"}`, detached, on any device; before the first
@@ -101,16 +101,16 @@ class Parallel:
         to the end: shards are gathered on the way, one weight at a time. The state is the same for all
         strategies and numbers of ranks.
         """
-        for name, weight in self._trained().items():
+        for name, weight in self._get_trainable_weights().items():
             yield name, self._gather_state(weight, moments)
 
-    def restore(self, read: Callable[[str], Mapping[str, Tensor]], names: Collection[str]) -> None:
+    def restore_full_state(self, read: Callable[[str], Mapping[str, Tensor]], names: Collection[str]) -> None:
         """Restore the state that `iterate_full_state` yielded, on every rank; without moments, only weights.
 
         `read` returns a weight's full tensors by its name, `names` are all names that it knows. Raises
         ModelError if names or shapes differ.
         """
-        trained = self._trained()
+        trained = self._get_trainable_weights()
         _check_names(trained, names)
         with torch.no_grad():
             for name, weight in trained.items():
@@ -118,8 +118,8 @@ class Parallel:
                 _check_shape(name, self._get_full_shape(weight), state["weight"])
                 self._restore_weight(weight, state)
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return trained_weights(self.unwrapped)
+    def _get_trainable_weights(self) -> dict[str, nn.Parameter]:
+        return get_trainable_weights(self.scorer)
 
     def _get_full_shape(self, weight: nn.Parameter) -> torch.Size:
         return weight.shape
@@ -141,7 +141,7 @@ _MAX_MESSAGE_BYTES = 2048
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
     """Context for work that each rank does on its own: a ModelError of one rank is raised on all of them.
 
     No rank is then left waiting in a collective. Every rank of the default process group must enter; without
@@ -205,7 +205,7 @@ class ReplicatedParallel(DistributedParallel):
                 yield
 
 
-def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+def get_trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights with gradient by name; a tied weight once, under its first name."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 

@@ -23,7 +23,7 @@ from models.config import ModelError
 Ids = Sequence[int] | np.ndarray
 
 
-class Prompted(NamedTuple):
+class PromptWithResponses(NamedTuple):
     """One prompt and its 1..n responses to score."""
 
     prompt: Ids
@@ -82,7 +82,7 @@ class Rows:
         return (place[:, None] >= place[None, :]) & ((key == 0) | (key == query))
 
 
-def build_rows(groups: Sequence[Prompted], *, shared: bool, pad_id: int) -> Rows:
+def build_rows(groups: Sequence[PromptWithResponses], *, shared: bool, pad_id: int) -> Rows:
     """Build the rows of `groups`; sequences are numbered group by group, response by response.
 
     Without groups the result is one row of padding and no sequence, so that a rank with nothing to do still
@@ -155,7 +155,7 @@ class _Row:
         return pairs + sum((n := len(r) - 1) * prompt + n * (n + 1) // 2 for r in self.responses)
 
 
-def _split_into_rows(number: int, group: Prompted, shared: bool) -> list[list[Ids]]:
+def _split_into_rows(number: int, group: PromptWithResponses, shared: bool) -> list[list[Ids]]:
     """Return the responses of each row of a group; refuse a group without tokens to score."""
     if len(group.prompt) == 0:
         raise ModelError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.config import ModelError
 from models.logprobs import Scorer
-from models.replicated import DistributedParallel, WeightState, place_step_count, trained_weights
+from models.replicated import DistributedParallel, WeightState, get_trainable_weights, place_step_count
 
 # Elements of a gradient bucket: 200 MB, where DeepSpeed's own 2 GB would crowd a small device.
 _BUCKET_ELEMENTS = 50_000_000
@@ -60,7 +60,7 @@ class ZeroParallel(DistributedParallel):
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=device.type == "cuda" or None)
         super().__init__(scorer, optimizer, device)
-        self._weights = trained_weights(scorer)
+        self._weights = get_trainable_weights(scorer)
         self._engine = deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
         if stage == 3:
             # Gathered once for the scorer's whole pass: no submodule's forward gathers the weights that the
@@ -82,7 +82,7 @@ class ZeroParallel(DistributedParallel):
         """See `Parallel`."""
         self._engine.backward(loss)
 
-    def clip(self, max_norm: float | None) -> Tensor:
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
         """See `Parallel`; DeepSpeed scales the gradients when it steps."""
         self._zero.clip_grad = 0.0 if max_norm is None else max_norm
         if self.stage == 3:
@@ -102,7 +102,7 @@ class ZeroParallel(DistributedParallel):
         """See `Parallel`."""
         self._zero.zero_grad()
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _get_trainable_weights(self) -> dict[str, nn.Parameter]:
         return self._weights
 
     def _get_full_shape(self, weight: nn.Parameter) -> torch.Size:

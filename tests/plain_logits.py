@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.rows import Prompted
+from models.rows import PromptWithResponses
 
 GROUPS = [
-    Prompted([11, 12, 13, 14, 15], [[21, 22, 23, 24], [31, 32], [21, 22, 99]]),
-    Prompted([41], [[51], [61, 62, 63, 64, 65, 66, 67]]),
-    Prompted(list(range(70, 90)), [[5, 6, 7], [8, 9, 10, 11]]),
+    PromptWithResponses([11, 12, 13, 14, 15], [[21, 22, 23, 24], [31, 32], [21, 22, 99]]),
+    PromptWithResponses([41], [[51], [61, 62, 63, 64, 65, 66, 67]]),
+    PromptWithResponses(list(range(70, 90)), [[5, 6, 7], [8, 9, 10, 11]]),
 ]
 
 
-def plain_scores(model: nn.Module, groups: Sequence[Prompted]) -> tuple[Tensor, Tensor]:
+def plain_scores(model: nn.Module, groups: Sequence[PromptWithResponses]) -> tuple[Tensor, Tensor]:
     """(S,) log-probs and (S,) mean entropies over log V, from `model(...).logits`."""
     logps, entropies = [], []
     for group in groups:

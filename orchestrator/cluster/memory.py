@@ -17,7 +17,7 @@ from orchestrator.cluster.model_shape import Shape, get_bytes_per_weight, read_m
 from orchestrator.config.run import RunConfig
 
 if TYPE_CHECKING:
-    from models.locate import Located
+    from models.locate import ModelFiles
 
 GIB = 2**30
 DEVICE_SIZES_GIB = (24, 40, 80, 141)
@@ -301,8 +301,8 @@ class Sizing:
 
 def size_run(
     config: RunConfig,
-    policy: "Located",
-    references: Mapping[str, "Located"],
+    policy: "ModelFiles",
+    references: Mapping[str, "ModelFiles"],
     *,
     device_type: str = "cuda",
 ) -> Sizing:

@@ -10,7 +10,7 @@ from models.config import LoraSettings, ModelConfig, ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-    from models.locate import Located
+    from models.locate import ModelFiles
 
 
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -88,11 +88,13 @@ class Shape:
 
 def get_bytes_per_weight(config: ModelConfig, device_type: str) -> tuple[float, float]:
     """Return the bytes of a frozen weight in a layer, and outside the layers."""
-    outer = _DTYPE_BYTES[config.dtype_on(device_type)]
+    outer = _DTYPE_BYTES[config.resolve_dtype(device_type)]
     return _QUANTIZED_BYTES.get(config.quantization, outer), outer
 
 
-def read_model_shape(located: "Located", config: ModelConfig, *, lora: LoraSettings | None = None) -> Shape:
+def read_model_shape(
+    located: "ModelFiles", config: ModelConfig, *, lora: LoraSettings | None = None
+) -> Shape:
     """Count a located model's weights without reading any, with a new adapter where `lora` is given.
 
     Raises:

@@ -7,7 +7,7 @@ import yaml
 from rich.console import Console
 
 from losses.config import LossConfig
-from models.probe import Probe
+from models.probe import LogitProbe
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import open_tracker
 from orchestrator.driver.prepare import PreparedRun
@@ -54,7 +54,7 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
             folder=export / "model",
             run_id=tracker.run_id,
             lineage=_build_lineage(prepared, record, search or {}),
-            probe=Probe.load(export / "probe.safetensors"),
+            probe=LogitProbe.load(export / "probe.safetensors"),
             adapter=export / "adapter" if config.policy.adapter is not None else None,
             alias=config.tracking.alias,
         )

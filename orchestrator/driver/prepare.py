@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from models.config import ModelConfig, ModelError
-from models.fingerprint import Fingerprint, fingerprint
-from models.load import Located, load_tokenizer, locate, max_positions
+from models.fingerprint import Fingerprint, compute_fingerprint
+from models.load import ModelFiles, load_tokenizer, locate_model, read_max_positions
 from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.record import RunRecord, find_pin
@@ -40,7 +40,7 @@ class PreparedModel:
     """
 
     config: ModelConfig
-    located: Located
+    located: ModelFiles
     tokenizer: Any
     pin: str
     template_kwargs: Mapping[str, Any]
@@ -49,7 +49,7 @@ class PreparedModel:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """The fingerprint that identifies its scores."""
-        return fingerprint(
+        return compute_fingerprint(
             self.located,
             self.config,
             self.tokenizer,
@@ -201,7 +201,7 @@ def _find_model(
     elif pin is not None and pin.startswith(f"{requested.model}@"):
         settings = requested.model_copy(update={"revision": pin.removeprefix(f"{requested.model}@")})
     try:
-        located = locate(settings)
+        located = locate_model(settings)
         tokenizer = load_tokenizer(located, settings)
     except ModelError as error:
         raise ModelError(f"{field}: {error}") from error
@@ -222,7 +222,7 @@ def _tokenize_split(
         name: Rendering(
             tokenizer=model.tokenizer,
             template_kwargs=config.data.chat_template_kwargs,
-            max_positions=max_positions(model.located, model.config),
+            max_positions=read_max_positions(model.located, model.config),
         )
         for name, model in models.items()
     }

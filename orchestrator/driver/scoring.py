@@ -33,7 +33,9 @@ def start_services(prepared: PreparedRun) -> ReferenceService:
         specs.append(
             ReferenceSpec(
                 name=name,
-                config=model.config.model_copy(update={"dtype": model.config.dtype_on(model.device_type)}),
+                config=model.config.model_copy(
+                    update={"dtype": model.config.resolve_dtype(model.device_type)}
+                ),
                 fingerprint=model.fingerprint.digest,
                 replicas=0 if settings.scored_by_workers else settings.replicas,
                 num_cpus=num_cpus,

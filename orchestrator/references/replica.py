@@ -61,9 +61,9 @@ class FrozenModel:
         """Score groups in one forward pass; return None if memory ran out."""
         import torch
 
-        from models.rows import Prompted, build_rows
+        from models.rows import PromptWithResponses, build_rows
 
-        prompted = [Prompted(group.prompt, group.responses) for group in groups]
+        prompted = [PromptWithResponses(group.prompt, group.responses) for group in groups]
         try:
             with torch.inference_mode():
                 # Padding is masked by length, so any id in the vocabulary works.
@@ -138,11 +138,11 @@ class Replica:
             ModelError: the model cannot be found or loaded.
             ScoringError: the replica has a GPU and torch finds none.
         """
-        from models.locate import locate
+        from models.locate import locate_model
 
         spec = self._spec
         os.environ.update(spec.environment)
-        located = locate(spec.config)  # before the slow imports, so that a missing model fails early
+        located = locate_model(spec.config)  # before the slow imports, so that a missing model fails early
 
         import torch
 
@@ -160,7 +160,7 @@ class Replica:
             torch.set_num_threads(max(1, int(spec.num_cpus)))
         model = load_model(located, spec.config, device=device, trainable=False)
         scorer = Scorer(model)
-        shared = spec.config.prefix_sharing == "auto" and scorer.sharing_refusal is None
+        shared = spec.config.prefix_sharing == "auto" and scorer.prefix_sharing_unavailable_reason is None
         self._model = FrozenModel(
             spec.name, scorer, device=device, shared=shared, budget=spec.max_tokens_per_batch
         )

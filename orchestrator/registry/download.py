@@ -218,16 +218,16 @@ def _copy_and_check(model: ResolvedModel, target: Path) -> None:
 
 
 def _merge_adapter_folder(folder: Path, target: Path, base: str | None) -> None:
-    from models.adapters import merge
+    from models.adapters import merge_adapter
     from models.config import ModelConfig
-    from models.load import export, load_model, load_tokenizer, locate
+    from models.load import export_model, load_model, load_tokenizer, locate_model
 
     config = ModelConfig(model=str(folder), base=base)
-    located = locate(config)
+    located = locate_model(config)
     assert located.base_path is not None
     config = config.model_copy(update={"dtype": _read_dtype(located.base_path)})
     model = load_model(located, config, device="cpu", trainable=False)
-    export(merge(model), load_tokenizer(located, config), target)
+    export_model(merge_adapter(model), load_tokenizer(located, config), target)
 
 
 def _read_dtype(base: Path) -> str:

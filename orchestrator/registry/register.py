@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.probe import Probe, _logits
+from models.probe import LogitProbe, compute_probe_logits
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.files import digest_folder
 from orchestrator.redaction import hide_secrets, redact, summarize_error
@@ -57,7 +57,7 @@ def register_model(
     folder: Path,
     run_id: str,
     lineage: Lineage,
-    probe: Probe,
+    probe: LogitProbe,
     adapter: Path | None = None,
     alias: str | None = None,
 ) -> ResolvedModel:
@@ -106,7 +106,7 @@ def _try_to_assign_alias(
         log.warning("%s. It is registered without the alias; `%s` assigns it anyway", error, command)
 
 
-def verify_export(folder: Path, probe: Probe) -> None:
+def verify_export(folder: Path, probe: LogitProbe) -> None:
     """Load a folder as users would; raise RegistryError if weights are missing or the logits differ."""
     from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def verify_export(folder: Path, probe: Probe) -> None:
     )
     if wrong:
         raise RegistryError(f"{len(wrong)} weights are missing or do not belong: {', '.join(wrong[:3])}")
-    logits = _logits(model, probe.rows)
+    logits = compute_probe_logits(model, probe.rows)
     if logits.shape != probe.logits.shape:
         raise RegistryError(f"its logits are {tuple(logits.shape)}, not {tuple(probe.logits.shape)}")
     full = {model.dtype, probe.dtype} <= {torch.float32, torch.float64}
@@ -172,7 +172,7 @@ def _ensure_registered(client: "MlflowClient", name: str) -> None:
 
 
 def _verify_version(
-    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, probe: Probe
+    client: "MlflowClient", version: "ModelVersion", tracking_uri: str, probe: LogitProbe
 ) -> "ModelVersion":
     """Load the version back and mark it as verified; if it differs, delete it and raise RegistryError."""
     uri = f"models:/{version.name}/{version.version}"

@@ -8,7 +8,7 @@ import torch
 
 from losses.scores import ReferenceScores
 from models.logprobs import SequenceScores
-from models.rows import Prompted, Rows, build_rows
+from models.rows import PromptWithResponses, Rows, build_rows
 from orchestrator.references.client import ReferenceArrays, ReferenceClient
 from orchestrator.worker.metrics import StepCost
 from orchestrator.worker.step import MicroBatch
@@ -173,7 +173,8 @@ class BatchLoader:
     def _build_rows(self, indices: np.ndarray) -> Rows:
         pairs = [self.split.policy[int(index)] for index in indices]
         groups = [
-            Prompted(p.prompt, [p.chosen] if p.rejected is None else [p.chosen, p.rejected]) for p in pairs
+            PromptWithResponses(p.prompt, [p.chosen] if p.rejected is None else [p.chosen, p.rejected])
+            for p in pairs
         ]
         return build_rows(groups, shared=self._shared_rows, pad_id=self._pad_id).to(self._device)
 

@@ -54,7 +54,7 @@ def save_checkpoint(folder: str | Path, parallel: Parallel, progress: TrainingPr
     Every rank calls it: all of them take part in gathering a sharded weight.
     """
     share: dict[str, Tensor] = {}
-    for index, (name, state) in enumerate(parallel.saved()):
+    for index, (name, state) in enumerate(parallel.iterate_full_state()):
         if index % parallel.world_size == parallel.rank:
             share |= {f"{name}/{kind}": tensor.cpu().contiguous() for kind, tensor in state.items()}
     folder = Path(folder)
@@ -83,7 +83,7 @@ def save_best_weights(file: Path, parallel: Parallel, best: BestEvaluation) -> N
     Every rank calls it. Rank 0 writes, and has all trained weights in main memory meanwhile.
     """
     weights: dict[str, Tensor] = {}
-    for name, state in parallel.saved(moments=False):
+    for name, state in parallel.iterate_full_state(moments=False):
         if parallel.rank == 0:
             weights[name] = state["weight"].cpu().contiguous()
     if parallel.rank != 0:
@@ -104,7 +104,7 @@ def read_best_metadata(file: Path, metric: str) -> BestEvaluation | None:
 def load_best_weights(file: Path, parallel: Parallel) -> None:
     """Restore the weights that `save_best_weights` wrote, on every rank."""
     with safe_open(file, framework="pt") as weights:
-        parallel.restore(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
+        parallel.restore_full_state(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
 
 
 def read_checkpoint_step(folder: Path) -> int:
@@ -176,7 +176,7 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
         )
         raise RuntimeError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}")
     states = _StateFiles(folder)
-    parallel.restore(states.read_state, states.names)
+    parallel.restore_full_state(states.read_state, states.names)
     return progress
 
 

@@ -12,12 +12,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from models.adapters import adapter_off, find_adapter, merge
+from models.adapters import disable_adapter, find_adapter, merge_adapter
 from models.config import ModelConfig, ModelError
-from models.load import export, load_model, load_tokenizer, locate
+from models.load import export_model, load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer, SequenceScores
-from models.parallel import Parallel, prepare, shards, together, trained_weights
-from models.probe import Probe
+from models.parallel import (
+    Parallel,
+    get_trainable_weights,
+    has_sharded_weights,
+    prepare_parallel,
+    raise_on_all_ranks,
+)
+from models.probe import LogitProbe
 from models.rows import Rows
 from orchestrator.config.run import RunConfig
 
@@ -50,7 +56,7 @@ class Policy:
     @property
     def scorer(self) -> Scorer:
         """The policy's scorer without the communication wrapped around it."""
-        return self.parallel.unwrapped
+        return self.parallel.scorer
 
     def score_initial_policy(self, rows: Rows) -> SequenceScores:
         """Score rows under the initial policy: the adapter switched off, no gradient.
@@ -58,13 +64,13 @@ class Policy:
         Not under autocast: the scores are stored under the initial policy's fingerprint, and must be those
         that a replica would compute.
         """
-        with adapter_off(self.scorer.model):
+        with disable_adapter(self.scorer.model):
             return self.scorer(rows, entropy=True)
 
     def count_flops(self, rows: Rows) -> float:
         """Count the model FLOPs of a training step: backward costs twice the forward, or once with LoRA."""
         passes = 2 if find_adapter(self.scorer) is not None else 3
-        return passes * self.scorer.forward_flops(rows)
+        return passes * self.scorer.estimate_forward_flops(rows)
 
 
 def open_policy(
@@ -86,11 +92,13 @@ def open_policy(
         torch.set_num_threads(max(1, _count_cores() // local_workers))
     training, parallel = config.training, config.parallel
     # The dtype depends on the device that the policy runs on, also where it is loaded on the CPU.
-    settings = config.policy.model_copy(update={"dtype": config.policy.dtype_on(device.type)})
-    in_shards = shards(parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload)
-    with together(device):
+    settings = config.policy.model_copy(update={"dtype": config.policy.resolve_dtype(device.type)})
+    in_shards = has_sharded_weights(
+        parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload
+    )
+    with raise_on_all_ranks(device):
         try:
-            located = locate(initial_policy)
+            located = locate_model(initial_policy)
             load = partial(load_model, located, settings, trainable=True, seed=training.seed)
             model = load(
                 device=torch.device("cpu") if in_shards else device,
@@ -100,11 +108,13 @@ def open_policy(
         except ModelError as error:
             raise ModelError(f"policy: {error}") from error
     plain_rows_reason = (
-        "policy.prefix_sharing is off" if config.policy.prefix_sharing == "off" else scorer.sharing_refusal
+        "policy.prefix_sharing is off"
+        if config.policy.prefix_sharing == "off"
+        else scorer.prefix_sharing_unavailable_reason
     )
     precision = _choose_precision(training.precision, device)
     return Policy(
-        parallel=prepare(
+        parallel=prepare_parallel(
             scorer,
             strategy=parallel.strategy,
             zero_stage=parallel.stage,
@@ -134,8 +144,10 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     """
     device = policy.parallel.device
     policy.scorer.eval()
-    probe = Probe.of(
-        policy.scorer.model, probes, logits=lambda rows: policy.scorer.logits(rows.to(device)).float().cpu()
+    probe = LogitProbe.from_model(
+        policy.scorer.model,
+        probes,
+        logits=lambda rows: policy.scorer.compute_logits(rows.to(device)).float().cpu(),
     )
     model = _gather_model(policy)
     if model is None:
@@ -145,8 +157,8 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     part.mkdir(parents=True)
     probe.save(part / "probe.safetensors")
     if find_adapter(model) is not None:
-        export(model, policy.tokenizer, part / "adapter")
-    export(merge(model), policy.tokenizer, part / "model")
+        export_model(model, policy.tokenizer, part / "adapter")
+    export_model(merge_adapter(model), policy.tokenizer, part / "model")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -160,11 +172,11 @@ def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
     parallel = policy.parallel
     if not parallel.sharded:
         return policy.scorer.model if parallel.rank == 0 else None
-    with together(parallel.device):
+    with raise_on_all_ranks(parallel.device):
         model = policy.load_initial_policy() if parallel.rank == 0 else None
-    weights = {} if model is None else trained_weights(model)
+    weights = {} if model is None else get_trainable_weights(model)
     with torch.no_grad():
-        for name, state in parallel.saved(moments=False):
+        for name, state in parallel.iterate_full_state(moments=False):
             if model is not None:
                 weights[name.removeprefix("model.")].copy_(state["weight"])
     return model

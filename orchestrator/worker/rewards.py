@@ -170,11 +170,11 @@ class RewardModelActor:
             ModelError: the model cannot be found or loaded.
             UsageError: it is no classifier, or has no class `label`.
         """
-        from models.locate import first_line, locate
+        from models.locate import get_first_error_line, locate_model
 
         os.environ.update(self._environment)
         settings = ModelConfig(model=str(self._config.model), revision=self._config.revision)
-        located = locate(settings)  # before the slow imports: a missing model is reported at once
+        located = locate_model(settings)  # before the slow imports: a missing model is reported at once
         if located.kind != "folder":
             raise UsageError(f"{settings.model} is no whole model; merge the adapter, or give another model")
 
@@ -196,7 +196,9 @@ class RewardModelActor:
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{settings.model} could not be loaded: {first_line(error)}") from error
+            raise ModelError(
+                f"{settings.model} could not be loaded: {get_first_error_line(error)}"
+            ) from error
         if loaded["missing_keys"]:
             raise UsageError(
                 f"{settings.model} is no classifier: it has no weights {min(loaded['missing_keys'])}; give a "

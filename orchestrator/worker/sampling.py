@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from models.config import ModelError
-from models.logprobs import causal_model
-from models.rows import Prompted, build_rows
+from models.logprobs import get_causal_model
+from models.rows import PromptWithResponses, build_rows
 from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.client import ReferenceClient
 from orchestrator.references.messages import Ids, PromptGroup
@@ -71,7 +71,7 @@ class Sampler:
         self._names = [name for name in names if _has_same_ids(split.policy, split.references[name])]
         self._served = [name for name in self._names if name not in in_process]
         self._in_process = [name for name in self._names if name in in_process]
-        self._model = causal_model(policy.scorer.model)
+        self._model = get_causal_model(policy.scorer.model)
         self._end_tokens = _find_end_tokens(self._model, policy.tokenizer)
         self._refuse_too_few_positions()
         if config.kl_budget is not None and self._names[:1] != list(names[:1]):
@@ -181,7 +181,7 @@ class Sampler:
 
         The latter are None without a reference that is scored in process.
         """
-        groups = [Prompted(p, [r]) for p, r in zip(prompts, responses, strict=True)]
+        groups = [PromptWithResponses(p, [r]) for p, r in zip(prompts, responses, strict=True)]
         rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
         with self._autocast():
             logps = _to_numpy(self._policy.scorer(rows).logps)

@@ -62,7 +62,7 @@ def make_batch_loader(
             in_process=[n for n, r in setup.config.references.models.items() if r.scored_by_workers],
         ),
         score_initial_policy=policy.score_initial_policy,
-        on_any_rank=policy.parallel.on_any_rank,
+        on_any_rank=policy.parallel.needs_forward_pass,
         rank=rank,
         world_size=world_size,
         tokens_per_microbatch=setup.config.training.tokens_per_microbatch,

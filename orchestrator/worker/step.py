@@ -91,7 +91,7 @@ def run_training_step(
     if slots := table.find_non_finite():
         parallel.zero_grad()
         raise NonFiniteLoss("the loss is not finite", slots)
-    grad_norm = float(parallel.clip(clip_norm))
+    grad_norm = float(parallel.clip_gradients(clip_norm))
     if not torch.isfinite(torch.tensor(grad_norm)):
         parallel.zero_grad()
         raise NonFiniteLoss("the gradient is not finite", range(pairs))

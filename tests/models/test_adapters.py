@@ -5,7 +5,7 @@ import tiny
 import torch
 from plain_logits import GROUPS
 
-from models.adapters import adapter_off, add_lora, find_adapter, merge
+from models.adapters import add_lora, disable_adapter, find_adapter, merge_adapter
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
 from models.rows import build_rows
@@ -53,7 +53,7 @@ def test_a_disabled_adapter_gives_the_base_and_everything_is_restored(dora: bool
     model = build_nonzero_lora(dora=dora, dropout=0.5).train()
     scorer = Scorer(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    with adapter_off(scorer):
+    with disable_adapter(scorer):
         off = scorer(ROWS).logps
     torch.testing.assert_close(off, base.detach())
     assert not off.requires_grad
@@ -62,7 +62,7 @@ def test_a_disabled_adapter_gives_the_base_and_everything_is_restored(dora: bool
     assert model.base_model.model.model.layers[0].self_attn.q_proj.training
     model.eval()
     assert not torch.allclose(scorer(ROWS).logps, base)
-    with pytest.raises(RuntimeError, match="inside"), adapter_off(scorer):
+    with pytest.raises(RuntimeError, match="inside"), disable_adapter(scorer):
         raise RuntimeError("inside")
     assert not torch.allclose(scorer(ROWS).logps, base)
 
@@ -74,7 +74,7 @@ def test_disabling_the_adapter_between_forward_and_backward_keeps_the_gradient()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     loss = scorer(ROWS).logps.sum()
-    with adapter_off(model):
+    with disable_adapter(model):
         scorer(ROWS)
     loss.backward()
     assert all(torch.equal(p.grad, expected[n]) for n, p in model.named_parameters() if p.requires_grad)
@@ -83,10 +83,10 @@ def test_disabling_the_adapter_between_forward_and_backward_keeps_the_gradient()
 def test_merge_keeps_the_scores() -> None:
     model = build_nonzero_lora()
     before = Scorer(model)(ROWS).logps
-    merged = merge(model)
+    merged = merge_adapter(model)
     assert find_adapter(merged) is None
     torch.testing.assert_close(Scorer(merged)(ROWS).logps, before, rtol=1e-4, atol=0.0)
-    assert merge(merged) is merged
+    assert merge_adapter(merged) is merged
 
 
 def test_impossible_adapter_operations_are_refused() -> None:
@@ -98,6 +98,6 @@ def test_impossible_adapter_operations_are_refused() -> None:
         add_lora(build_nonzero_lora(), LoraSettings())
     with (
         pytest.raises(ModelError, match=r"model: policy .* this policy has none; add policy.adapter"),
-        adapter_off(tiny.llama()),
+        disable_adapter(tiny.llama()),
     ):
         pass

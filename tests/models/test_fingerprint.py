@@ -14,15 +14,15 @@ import torch
 from models import fingerprint as module
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelConfig, ModelError
-from models.fingerprint import Fingerprint, fingerprint
-from models.load import export, load_tokenizer, locate
+from models.fingerprint import Fingerprint, compute_fingerprint
+from models.load import export_model, load_tokenizer, locate_model
 
 
 def fingerprint_folder(folder: Path, **settings: Any) -> Fingerprint:
     arguments = {k: settings.pop(k) for k in ("template_kwargs", "device_type") if k in settings}
     config = ModelConfig(model=str(folder), **settings)
-    files = locate(config)
-    return fingerprint(files, config, load_tokenizer(files, config), **arguments)
+    files = locate_model(config)
+    return compute_fingerprint(files, config, load_tokenizer(files, config), **arguments)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_copies_have_equal_fingerprints_whatever_wrote_them(tiny_llama_folder: P
     os.utime(folder / "model.safetensors", (1, 1))
     assert fingerprint_folder(folder) == first
     config = ModelConfig(model=str(folder))
-    tokenizer = load_tokenizer(locate(config), config)
+    tokenizer = load_tokenizer(locate_model(config), config)
     tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)  # changes the tokenizer's state
-    assert fingerprint(locate(config), config, tokenizer) == first
+    assert compute_fingerprint(locate_model(config), config, tokenizer) == first
 
 
 def replace_weights(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_adapter_counts_with_its_base(folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(model=str(folder))
     model = add_lora(tiny.llama(), LoraSettings(r=2))
     model.peft_config["default"].base_model_name_or_path = str(folder)
-    adapter = export(model, load_tokenizer(locate(config), config), tmp_path / "adapter")
+    adapter = export_model(model, load_tokenizer(locate_model(config), config), tmp_path / "adapter")
     first, base = fingerprint_folder(adapter), fingerprint_folder(folder)
     assert first.list_changed_parts(base) == ["adapter"]
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))

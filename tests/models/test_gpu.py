@@ -13,7 +13,7 @@ from plain_logits import GROUPS, assert_equal_gradients, gradients, weighted
 from transformers import PreTrainedModel
 
 from models.logprobs import Scorer
-from models.parallel import prepare, shards
+from models.parallel import has_sharded_weights, prepare_parallel
 from models.rows import build_rows
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 
 def score_groups(model: PreTrainedModel, *, shared: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     scorer = Scorer(model, chunk_tokens=8)
-    assert scorer.sharing_refusal is None
+    assert scorer.prefix_sharing_unavailable_reason is None
     logps = scorer(build_rows(GROUPS, shared=shared, pad_id=0).to(model.device)).logps
     return logps.detach().cpu(), {n: g.cpu() for n, g in gradients(model, weighted(logps.cpu())).items()}
 
@@ -52,12 +52,12 @@ def test_fused_adamw_steps_as_the_plain_one() -> None:
     states = []
     for device in ("cpu", "cuda"):
         model = tiny.llama().to(device)
-        parallel = prepare(Scorer(model), device=torch.device(device), learning_rate=1e-2)
+        parallel = prepare_parallel(Scorer(model), device=torch.device(device), learning_rate=1e-2)
         rows = build_rows(GROUPS, shared=True, pad_id=0).to(device)
         parallel.backward(parallel.module(rows).logps.sum())
-        parallel.clip(1.0)
+        parallel.clip_gradients(1.0)
         parallel.step()
-        states.append({name: state["weight"].cpu() for name, state in parallel.saved()})
+        states.append({name: state["weight"].cpu() for name, state in parallel.iterate_full_state()})
     drift = torch.cat([(states[0][n] - w).flatten() for n, w in states[1].items()])
     assert drift.abs().mean() < 1e-4
 
@@ -65,21 +65,21 @@ def test_fused_adamw_steps_as_the_plain_one() -> None:
 def take_steps(**strategy: Any) -> list[float]:
     """Return the losses of three steps of one process, sharded or offloaded as `strategy` says."""
     stage, offload = strategy.get("zero_stage", 2), strategy.get("offload", False)
-    load_on_cpu = shards(strategy.get("strategy", "ddp"), stage, workers=1, offload=offload)
+    load_on_cpu = has_sharded_weights(strategy.get("strategy", "ddp"), stage, workers=1, offload=offload)
     model = tiny.llama().to("cpu" if load_on_cpu else "cuda").train()
-    parallel = prepare(Scorer(model), device=torch.device("cuda", 0), learning_rate=1e-2, **strategy)
+    parallel = prepare_parallel(Scorer(model), device=torch.device("cuda", 0), learning_rate=1e-2, **strategy)
     rows, sums = build_rows(GROUPS, shared=True, pad_id=0).to("cuda"), []
     for _ in range(3):
         with parallel.accumulate(last=True):
             loss = -parallel.module(rows, entropy=True).logps.sum()
             parallel.backward(loss)
-        parallel.clip(1.0)
+        parallel.clip_gradients(1.0)
         parallel.step()
         parallel.zero_grad()
         sums.append(float(loss.detach()))
-    assert all(torch.isfinite(state["weight"]).all() for _, state in parallel.saved())
-    parallel.unwrapped.eval()
-    generated = parallel.unwrapped.generate(rows.input_ids[:1, :4], max_new_tokens=2, pad_token_id=0)
+    assert all(torch.isfinite(state["weight"]).all() for _, state in parallel.iterate_full_state())
+    parallel.scorer.eval()
+    generated = parallel.scorer.generate(rows.input_ids[:1, :4], max_new_tokens=2, pad_token_id=0)
     assert generated.shape[1] > 4
     return sums
 

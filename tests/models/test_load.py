@@ -16,7 +16,7 @@ from transformers import T5Config
 from models import locate as locating
 from models.adapters import find_adapter, silence_known_warnings
 from models.config import LoraSettings, ModelConfig, ModelError, PolicyConfig
-from models.load import export, load_model, load_tokenizer, locate
+from models.load import export_model, load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer
 from models.rows import build_rows
 
@@ -29,7 +29,7 @@ def compute_scores(model: torch.nn.Module) -> torch.Tensor:
 
 
 def locate_and_load(config: ModelConfig, *, trainable: bool = False, seed: int = 0) -> torch.nn.Module:
-    return load_model(locate(config), config, device="cpu", trainable=trainable, seed=seed)
+    return load_model(locate_model(config), config, device="cpu", trainable=trainable, seed=seed)
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def adapter_folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight += 0.1
-    return export(model, load_tokenizer(locate(config), config), tmp_path / "adapter")
+    return export_model(model, load_tokenizer(locate_model(config), config), tmp_path / "adapter")
 
 
 def test_a_frozen_folder(tiny_gpt2_folder: Path) -> None:
     config = ModelConfig(model=str(tiny_gpt2_folder))
-    files = locate(config)
+    files = locate_model(config)
     assert (files.path, files.kind, files.base_path, files.revision) == (
         tiny_gpt2_folder, "folder", None, None,
     )  # fmt: skip
@@ -84,13 +84,15 @@ def test_a_lora_policy_keeps_its_base_in_its_dtype(tiny_llama_folder: Path) -> N
 
 def test_activation_checkpointing_is_switched_on(tiny_llama_folder: Path) -> None:
     config = PolicyConfig(model=str(tiny_llama_folder))
-    model = load_model(locate(config), config, device="cpu", trainable=True, activation_checkpointing=True)
+    model = load_model(
+        locate_model(config), config, device="cpu", trainable=True, activation_checkpointing=True
+    )
     assert model.is_activation_checkpointing
 
 
 def test_an_adapter_folder(adapter_folder: Path, tiny_llama_folder: Path) -> None:
     config = ModelConfig(model=str(adapter_folder))
-    files = locate(config)
+    files = locate_model(config)
     assert (files.kind, files.path, files.base_path) == ("adapter", adapter_folder, tiny_llama_folder)
     model = locate_and_load(config)
     assert isinstance(model, PeftModel)
@@ -114,7 +116,7 @@ def test_an_adapter_whose_base_moved(adapter_folder: Path, tiny_llama_folder: Pa
     with pytest.raises(
         ModelError, match=r"base of adapter .*/gone/base: there is no such.*give base: <model>"
     ):
-        locate(ModelConfig(model=str(adapter_folder)))
+        locate_model(ModelConfig(model=str(adapter_folder)))
     moved = ModelConfig(model=str(adapter_folder), base=str(tiny_llama_folder))
     assert not torch.allclose(compute_scores(locate_and_load(moved)), compute_scores(tiny.llama()))
 
@@ -130,7 +132,7 @@ def test_an_adapter_without_a_weight_or_on_another_base(adapter_folder: Path, ti
         locate_and_load(ModelConfig(model=str(adapter_folder)))
     (adapter_folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no adapter_model.safetensors; pickled weights"):
-        locate(ModelConfig(model=str(adapter_folder)))
+        locate_model(ModelConfig(model=str(adapter_folder)))
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
@@ -138,20 +140,20 @@ def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
         model = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="PROMPT_TUNING adapters add virtual tokens"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
 
 
 def test_a_gguf_file_gives_the_same_model_and_can_be_exported(tiny_gguf_file: Path, tmp_path: Path) -> None:
     config = ModelConfig(model=str(tiny_gguf_file))
-    files = locate(config)
+    files = locate_model(config)
     assert (files.kind, files.path) == ("gguf", tiny_gguf_file)
-    assert locate(ModelConfig(model=str(tiny_gguf_file.parent))) == files
-    assert locate(ModelConfig(model=str(tiny_gguf_file.parent), gguf_file=tiny_gguf_file.name)) == files
+    assert locate_model(ModelConfig(model=str(tiny_gguf_file.parent))) == files
+    assert locate_model(ModelConfig(model=str(tiny_gguf_file.parent), gguf_file=tiny_gguf_file.name)) == files
     model, tokenizer = locate_and_load(config), load_tokenizer(files, config)
     assert torch.equal(compute_scores(model), compute_scores(tiny.llama()))
     assert tokenizer("hello")["input_ids"] == tiny.byte_tokenizer()("hello")["input_ids"]
     assert tokenizer.chat_template == tiny.CHATML
-    folder = export(model, tokenizer, tmp_path / "plain")
+    folder = export_model(model, tokenizer, tmp_path / "plain")
     assert torch.equal(compute_scores(locate_and_load(ModelConfig(model=str(folder)))), compute_scores(model))
 
 
@@ -159,18 +161,18 @@ def test_one_of_several_gguf_files_must_be_chosen(tiny_gguf_file: Path, tmp_path
     for name in ("a.gguf", "b.gguf"):
         shutil.copy(tiny_gguf_file, tmp_path / name)
     with pytest.raises(ModelError, match=r"several GGUF files; choose one as gguf_file: a.gguf \| b.gguf"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
     with pytest.raises(ModelError, match=r"no file c.gguf; its GGUF files: a.gguf, b.gguf"):
-        locate(ModelConfig(model=str(tmp_path), gguf_file="c.gguf"))
+        locate_model(ModelConfig(model=str(tmp_path), gguf_file="c.gguf"))
 
 
 def test_an_export_replaces_an_earlier_one_completely(tiny_llama_folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(model=str(tiny_llama_folder))
-    folder, tokenizer = tmp_path / "out", load_tokenizer(locate(config), config)
-    export(tiny.llama(seed=1), tokenizer, folder)
+    folder, tokenizer = tmp_path / "out", load_tokenizer(locate_model(config), config)
+    export_model(tiny.llama(seed=1), tokenizer, folder)
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"stale")
     (folder / "notes.txt").write_text("kept")
-    export(tiny.llama(), tokenizer, folder)
+    export_model(tiny.llama(), tokenizer, folder)
     assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
     assert (folder / "notes.txt").exists()
     assert torch.equal(
@@ -183,39 +185,39 @@ def test_a_tokenizer_with_another_template(tiny_gpt2_folder: Path, tmp_path: Pat
     (tmp_path / "t.jinja").write_text(tiny.CHATML)
     for template in (str(tmp_path / "t.jinja"), tiny.CHATML):
         config = ModelConfig(model=str(tiny_gpt2_folder), chat_template=template)
-        assert load_tokenizer(locate(config), config).chat_template == tiny.CHATML
+        assert load_tokenizer(locate_model(config), config).chat_template == tiny.CHATML
     config = ModelConfig(model=str(tiny_gpt2_folder), chat_template="nowhere.jinja")
     with pytest.raises(ModelError, match=r"chat_template nowhere.jinja: there is no such file"):
-        load_tokenizer(locate(config), config)
+        load_tokenizer(locate_model(config), config)
 
 
 def test_paths_without_a_model_are_refused(tmp_path: Path, tiny_llama_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"/nope: there is no such file or folder; correct the path"):
-        locate(ModelConfig(model=str(tmp_path / "nope")))
+        locate_model(ModelConfig(model=str(tmp_path / "nope")))
     with pytest.raises(ModelError, match=r"is not a model folder: it has no config.json"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
     with pytest.raises(ModelError, match=r"a single file must be a .gguf file; give the model's folder"):
-        locate(ModelConfig(model=str(tiny_llama_folder / "config.json")))
+        locate_model(ModelConfig(model=str(tiny_llama_folder / "config.json")))
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"cannot be read as JSON"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
 
 
 def test_pickled_weights_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_llama_folder / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"has no \*.safetensors weights; copy them there"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"pickled \(.bin\).*convert them once with"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     T5Config(d_model=8).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"\(t5\) is an encoder-decoder; use a decoder-only"):
-        locate(ModelConfig(model=str(tmp_path)))
+        locate_model(ModelConfig(model=str(tmp_path)))
 
 
 def test_missing_weights_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path)
     config = ModelConfig(model=str(tmp_path))
     with pytest.raises(ModelError, match=r"no tokenizer could be loaded .*put its files \(tokenizer.json"):
-        load_tokenizer(locate(config), config)
+        load_tokenizer(locate_model(config), config)
 
 
 def test_hub_models_are_pinned_and_their_absence_explained(
@@ -246,9 +248,9 @@ def test_hub_models_are_pinned_and_their_absence_explained(
     with pytest.raises(
         ModelError, match=r"model nobody/nothing is not in the hub's cache here .*local folder"
     ):
-        locate(ModelConfig(model="nobody/nothing"))
+        locate_model(ModelConfig(model="nobody/nothing"))
     with pytest.raises(ModelError, match=r"neither an existing path nor a hub id"):
-        locate(ModelConfig(model="not a model!"))
+        locate_model(ModelConfig(model="not a model!"))
 
     snapshot = tmp_path / "0123abcd"
     shutil.copytree(tiny_llama_folder, snapshot)
@@ -261,12 +263,12 @@ def test_hub_models_are_pinned_and_their_absence_explained(
         return str(snapshot)
 
     monkeypatch.setattr(locating, "snapshot_download", download)
-    files = locate(ModelConfig(model="org/name", revision="main"))
+    files = locate_model(ModelConfig(model="org/name", revision="main"))
     assert (files.path, files.revision, asked["repository"]) == (snapshot, "0123abcd", "org/name")
     assert "*.py" not in asked["allow_patterns"]
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
     with pytest.raises(ModelError, match="nothing cached"):
-        locate(ModelConfig(model="org/name", revision="unknown"))
+        locate_model(ModelConfig(model="org/name", revision="unknown"))
 
 
 def test_flex_and_unsuitable_quantisation_are_refused(tiny_llama_folder: Path) -> None:

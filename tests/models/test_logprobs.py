@@ -26,8 +26,8 @@ from transformers import (
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelError
 from models.head import LinearHead, ModelForwardHead
-from models.logprobs import Scorer, causal_model, prefix_sharing_unavailable_reason
-from models.rows import Prompted, build_rows
+from models.logprobs import Scorer, get_causal_model, prefix_sharing_unavailable_reason
+from models.rows import PromptWithResponses, build_rows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 120,
@@ -62,7 +62,7 @@ def test_rows_equal_plain_logits(name: str, shared: bool, dtype: torch.dtype, to
     if "eager" in name:  # its softmax rounds to float32 whatever the model's dtype
         tolerance = max(tolerance, 1e-6)
     scorer = Scorer(model, chunk_tokens=5)
-    assert scorer.sharing_refusal is None
+    assert scorer.prefix_sharing_unavailable_reason is None
     scores = scorer(build_group_rows(shared), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=tolerance, atol=0.0)
@@ -118,7 +118,7 @@ def test_logit_transforms_are_exact(name: str, frozen_head: bool) -> None:
         weight.requires_grad_(not frozen_head)
     scorer = Scorer(model, chunk_tokens=4)
     assert type(scorer._head) is head
-    scores = scorer(build_group_rows(scorer.sharing_refusal is None), entropy=True)
+    scores = scorer(build_group_rows(scorer.prefix_sharing_unavailable_reason is None), entropy=True)
     logps, entropies = plain_scores(model, GROUPS)
     torch.testing.assert_close(scores.logps, logps, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(scores.entropy, entropies, rtol=1e-6, atol=0.0)
@@ -187,7 +187,9 @@ class LargestLogits(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_vocabulary_ever_exists(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     scorer = Scorer(model, chunk_tokens=40)  # above the width 32, whose weights have V columns too
-    some = build_rows([Prompted(list(range(40)), [list(range(40)), list(range(50))])], shared=True, pad_id=0)
+    some = build_rows(
+        [PromptWithResponses(list(range(40)), [list(range(40)), list(range(50))])], shared=True, pad_id=0
+    )
     with LargestLogits(tiny.VOCAB) as seen:
         scores = scorer(some, entropy=True)
         scores.logps.sum().backward()
@@ -244,7 +246,7 @@ def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: boo
 def test_activation_checkpointing_changes_nothing(make: Callable[[], PreTrainedModel]) -> None:
     model = make().train()
     plain = gradients(model, weighted(Scorer(model)(build_group_rows(True)).logps))
-    causal_model(model).activation_checkpointing_enable({"use_reentrant": False})
+    get_causal_model(model).activation_checkpointing_enable({"use_reentrant": False})
     assert_equal_gradients(
         gradients(model, weighted(Scorer(model)(build_group_rows(True)).logps)), plain, 1e-6
     )
@@ -349,10 +351,10 @@ def test_flex_attention_is_refused_on_a_cpu() -> None:
 
 
 def test_flops_by_hand() -> None:
-    some = build_rows([Prompted([1, 2, 3], [[4, 5], [6, 7, 8]])], shared=True, pad_id=0)
+    some = build_rows([PromptWithResponses([1, 2, 3], [[4, 5], [6, 7, 8]])], shared=True, pad_id=0)
     # Per layer: q and o 32 x 32, k and v 32 x 16, three of 32 x 64 = 9,216 weights; the head 32 x 261.
     # Prompt 3, responses of 1 and 2 inputs: attended 6 + (3 + 1) + (3 + 1 + 3 + 2); 2 layers of 4 heads of 8.
     expected = 2 * (2 * 9216 * 6 + 32 * 261 * 5) + 4 * 64 * (6 + 4 + 9)
-    assert Scorer(tiny.llama()).forward_flops(some) == expected
-    assert Scorer(tiny.gpt2()).forward_flops(some) == 2 * (24576 * 6 + 32 * 261 * 5) + 4 * 64 * 19
+    assert Scorer(tiny.llama()).estimate_forward_flops(some) == expected
+    assert Scorer(tiny.gpt2()).estimate_forward_flops(some) == 2 * (24576 * 6 + 32 * 261 * 5) + 4 * 64 * 19
     assert SimpleNamespace(attended=some.attended_pairs) == SimpleNamespace(attended=19)

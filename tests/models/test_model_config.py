@@ -40,9 +40,9 @@ def test_wrong_settings(kind: Any, settings: dict[str, Any], message: str) -> No
 
 def test_dtype_follows_the_device() -> None:
     auto = ModelConfig(model="x")
-    assert (auto.dtype_on("cpu"), auto.dtype_on("cuda")) == ("float32", "bfloat16")
-    assert ModelConfig(model="x", quantization="4bit").dtype_on("cpu") == "bfloat16"
-    assert ModelConfig(model="x", dtype="float16").dtype_on("cpu") == "float16"
+    assert (auto.resolve_dtype("cpu"), auto.resolve_dtype("cuda")) == ("float32", "bfloat16")
+    assert ModelConfig(model="x", quantization="4bit").resolve_dtype("cpu") == "bfloat16"
+    assert ModelConfig(model="x", dtype="float16").resolve_dtype("cpu") == "float16"
 
 
 def test_settings_need_neither_torch_nor_transformers() -> None:

@@ -12,11 +12,17 @@ import torch.multiprocessing as mp
 from plain_logits import GROUPS, weighted
 from safetensors.torch import load_file, save_file
 
-from models.adapters import adapter_off, add_lora, find_adapter
+from models.adapters import add_lora, disable_adapter, find_adapter
 from models.config import LoraSettings, ModelError
-from models.logprobs import Scorer, causal_model
-from models.parallel import Parallel, ReplicatedParallel, prepare, shards, together
-from models.rows import Prompted, build_rows
+from models.logprobs import Scorer, get_causal_model
+from models.parallel import (
+    Parallel,
+    ReplicatedParallel,
+    has_sharded_weights,
+    prepare_parallel,
+    raise_on_all_ranks,
+)
+from models.rows import PromptWithResponses, build_rows
 
 CPU = torch.device("cpu")
 # One rank's micro-batches; the second rank's last one is empty.
@@ -29,18 +35,20 @@ def build_policy(lora: bool) -> Scorer:
 
 
 def prepare_policy(lora: bool = False, **settings: Any) -> Parallel:
-    return prepare(build_policy(lora), device=CPU, learning_rate=1e-2, weight_decay=0.1, **settings)
+    return prepare_parallel(build_policy(lora), device=CPU, learning_rate=1e-2, weight_decay=0.1, **settings)
 
 
-def accumulate_gradients(parallel: Parallel, microbatches: list[list[Prompted]], *, count: int) -> float:
+def accumulate_gradients(
+    parallel: Parallel, microbatches: list[list[PromptWithResponses]], *, count: int
+) -> float:
     """Accumulate gradients of the sum over all ranks' sequences / count; return this rank's sum."""
     total = 0.0
     for index, groups in enumerate(microbatches):
         rows = build_rows(groups, shared=True, pad_id=0)
         with parallel.accumulate(last=index == len(microbatches) - 1):
             loss = parallel.module(rows).logps.sum() / count * parallel.world_size
-            if find_adapter(parallel.unwrapped) is not None:  # scoring in between must not disturb the step
-                with adapter_off(parallel.module):
+            if find_adapter(parallel.scorer) is not None:  # scoring in between must not disturb the step
+                with disable_adapter(parallel.module):
                     parallel.module(rows)
             parallel.backward(loss)
         total += float(loss.detach())
@@ -48,22 +56,24 @@ def accumulate_gradients(parallel: Parallel, microbatches: list[list[Prompted]],
 
 
 def copy_weights(parallel: Parallel) -> dict[str, torch.Tensor]:
-    return {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
+    return {name: state["weight"].clone() for name, state in parallel.iterate_full_state(moments=False)}
 
 
 def copy_state(parallel: Parallel) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: {key: v.clone() for key, v in state.items()} for name, state in parallel.saved()}
+    return {
+        name: {key: v.clone() for key, v in state.items()} for name, state in parallel.iterate_full_state()
+    }
 
 
-def take_two_steps(parallel: Parallel, share: list[list[Prompted]]) -> dict[str, torch.Tensor]:
+def take_two_steps(parallel: Parallel, share: list[list[PromptWithResponses]]) -> dict[str, torch.Tensor]:
     state = {}
     for step in range(2):
         accumulate_gradients(parallel, share, count=7)
-        state[f"norm{step}"] = parallel.clip(0.5)
+        state[f"norm{step}"] = parallel.clip_gradients(0.5)
         if step == 0:
             state |= {
                 f"gradient/{n}": p.grad.clone()
-                for n, p in parallel.unwrapped.named_parameters()
+                for n, p in parallel.scorer.named_parameters()
                 if p.grad is not None
             }
         parallel.step()
@@ -88,9 +98,9 @@ def _run_rank(rank: int, rendezvous: str, out: str) -> None:
             numbers = torch.tensor([1.0, 10.0]) * (rank + 1)
             assert parallel.all_reduce_sum(numbers) is numbers
             assert numbers.tolist() == [3.0, 30.0]
-            with pytest.raises(ModelError, match="no such file ö on rank 1"), together(CPU):
+            with pytest.raises(ModelError, match="no such file ö on rank 1"), raise_on_all_ranks(CPU):
                 raise_on_rank_1(rank)
-            with together(CPU):
+            with raise_on_all_ranks(CPU):
                 pass
             save_file(take_two_steps(parallel, SHARES[rank]), f"{out}/{lora}-{rank}.safetensors")
     finally:
@@ -127,7 +137,7 @@ def test_one_process_steps_as_plain_adamw() -> None:
         parallel.backward(weighted(parallel.module(rows).logps))
         weighted(scorer(rows).logps).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        torch.testing.assert_close(parallel.clip(0.5), norm)
+        torch.testing.assert_close(parallel.clip_gradients(0.5), norm)
         optimizer.step()
         parallel.step()
         optimizer.zero_grad()
@@ -141,10 +151,10 @@ def test_one_process_steps_as_plain_adamw() -> None:
 def test_norm_is_measured_without_clipping_when_no_bound_is_given() -> None:
     parallel = prepare_policy()
     parallel.backward(parallel.module(build_rows(GROUPS, shared=True, pad_id=0)).logps.sum())
-    before = {n: p.grad.clone() for n, p in parallel.unwrapped.named_parameters()}
+    before = {n: p.grad.clone() for n, p in parallel.scorer.named_parameters()}
     expected = torch.stack([g.norm() for g in before.values()]).norm()
-    torch.testing.assert_close(parallel.clip(None), expected)
-    assert all(torch.equal(p.grad, before[n]) for n, p in parallel.unwrapped.named_parameters())
+    torch.testing.assert_close(parallel.clip_gradients(None), expected)
+    assert all(torch.equal(p.grad, before[n]) for n, p in parallel.scorer.named_parameters())
 
 
 def test_learning_rate_can_be_set() -> None:
@@ -166,7 +176,7 @@ def test_state_is_restored_bit_for_bit(lora: bool, tmp_path: Path) -> None:
     second = prepare_policy(lora)
     take_two_steps(second, SHARES[1])
     parts = ("weight", "exp_avg", "exp_avg_sq", "step")
-    second.restore(
+    second.restore_full_state(
         lambda name: {part: read[f"{name}/{part}"] for part in parts}, {k.rpartition("/")[0] for k in read}
     )
     expected, found = take_two_steps(first, SHARES[1]), take_two_steps(second, SHARES[1])
@@ -175,7 +185,7 @@ def test_state_is_restored_bit_for_bit(lora: bool, tmp_path: Path) -> None:
 
 def test_state_has_only_the_adapter_and_a_tied_weight_once() -> None:
     assert all("lora_" in name for name in copy_weights(prepare_policy(lora=True)))
-    tied = copy_weights(prepare(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0))
+    tied = copy_weights(prepare_parallel(Scorer(tiny.qwen()), device=CPU, learning_rate=1.0))
     assert "model.model.embed_tokens.weight" in tied
     assert "model.lm_head.weight" not in tied
 
@@ -186,28 +196,28 @@ def test_state_before_the_first_step_has_no_moments_and_is_restored() -> None:
     assert all(parts.keys() == {"weight"} for parts in state.values())
     take_two_steps(parallel, SHARES[0])
     assert all(parts["step"] == 2 for parts in copy_state(parallel).values())
-    parallel.restore(state.__getitem__, state.keys())
+    parallel.restore_full_state(state.__getitem__, state.keys())
     assert all(torch.equal(weight, state[name]["weight"]) for name, weight in copy_weights(parallel).items())
 
 
 def test_the_state_of_another_policy_is_refused() -> None:
     state = copy_state(prepare_policy())
     with pytest.raises(ModelError, match=r"belong to another policy .*resume with the model and adapter"):
-        prepare_policy(lora=True).restore(state.__getitem__, state.keys())
-    wide = prepare(Scorer(tiny.llama(vocab_size=300)), device=CPU, learning_rate=1.0)
+        prepare_policy(lora=True).restore_full_state(state.__getitem__, state.keys())
+    wide = prepare_parallel(Scorer(tiny.llama(vocab_size=300)), device=CPU, learning_rate=1.0)
     with pytest.raises(ModelError, match=r"has shape \(261, 32\), the policy's has \(300, 32\)"):
-        wide.restore(state.__getitem__, state.keys())
+        wide.restore_full_state(state.__getitem__, state.keys())
 
 
 def test_one_process_has_no_group_unless_it_shards_or_offloads() -> None:
     assert type(prepare_policy(strategy="fsdp")) is Parallel
     assert not dist.is_initialized()
-    assert not shards("ddp", 2, workers=4)
-    assert not shards("deepspeed", 2, workers=4, offload=True)
-    assert not shards("fsdp", 2, workers=1)
-    assert shards("fsdp", 2, workers=2)
-    assert shards("fsdp", 2, workers=1, offload=True)
-    assert shards("deepspeed", 3, workers=1)
+    assert not has_sharded_weights("ddp", 2, workers=4)
+    assert not has_sharded_weights("deepspeed", 2, workers=4, offload=True)
+    assert not has_sharded_weights("fsdp", 2, workers=1)
+    assert has_sharded_weights("fsdp", 2, workers=2)
+    assert has_sharded_weights("fsdp", 2, workers=1, offload=True)
+    assert has_sharded_weights("deepspeed", 3, workers=1)
 
 
 @pytest.mark.parametrize(
@@ -215,18 +225,18 @@ def test_one_process_has_no_group_unless_it_shards_or_offloads() -> None:
 )
 def test_quantised_weights_are_not_sharded(split: dict[str, Any]) -> None:
     scorer = build_policy(lora=True)
-    causal_model(scorer.model).is_quantized = True  # as set by bitsandbytes
+    get_causal_model(scorer.model).is_quantized = True  # as set by bitsandbytes
     with pytest.raises(ModelError, match="quantised weights cannot be split over workers; set quantization"):
-        prepare(scorer, device=CPU, learning_rate=1.0, **split)
+        prepare_parallel(scorer, device=CPU, learning_rate=1.0, **split)
 
 
 def test_flex_attention_does_not_train_on_a_cpu() -> None:
     scorer = build_policy(lora=False)
-    causal_model(scorer.model).config._attn_implementation = "flex_attention"
+    get_causal_model(scorer.model).config._attn_implementation = "flex_attention"
     with pytest.raises(ModelError, match="flex has no backward pass on a CPU; set attention: sdpa"):
-        prepare(scorer, device=CPU, learning_rate=1.0)
+        prepare_parallel(scorer, device=CPU, learning_rate=1.0)
 
 
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ModelError, match="no weight to train; load it with trainable=True"):
-        prepare(Scorer(tiny.llama().requires_grad_(False)), device=CPU, learning_rate=1.0)
+        prepare_parallel(Scorer(tiny.llama().requires_grad_(False)), device=CPU, learning_rate=1.0)

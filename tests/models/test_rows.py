@@ -6,11 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import ModelError
-from models.rows import Prompted, build_rows
+from models.rows import PromptWithResponses, build_rows
 
-GROUPS = [Prompted([1, 2, 3], [[4, 5, 6], [7, 8]]), Prompted([9], [[10], [11, 12, 13, 14]])]
+GROUPS = [
+    PromptWithResponses([1, 2, 3], [[4, 5, 6], [7, 8]]),
+    PromptWithResponses([9], [[10], [11, 12, 13, 14]]),
+]
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=6)
-groups = st.lists(st.builds(Prompted, ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=4)
+groups = st.lists(
+    st.builds(PromptWithResponses, ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=4
+)
 
 
 def test_plain_rows_by_hand() -> None:
@@ -36,7 +41,7 @@ def test_shared_rows_by_hand() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(groups)
-def test_both_layouts_score_the_same_tokens(some: list[Prompted]) -> None:
+def test_both_layouts_score_the_same_tokens(some: list[PromptWithResponses]) -> None:
     shared, plain = (build_rows(some, shared=s, pad_id=0) for s in (True, False))
     for name in ("targets", "sequences", "lengths"):
         assert torch.equal(getattr(shared, name), getattr(plain, name))
@@ -53,7 +58,9 @@ def test_both_layouts_score_the_same_tokens(some: list[Prompted]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(groups, st.booleans())
-def test_the_mask_shows_a_response_the_prompt_and_itself(some: list[Prompted], shared: bool) -> None:
+def test_the_mask_shows_a_response_the_prompt_and_itself(
+    some: list[PromptWithResponses], shared: bool
+) -> None:
     rows = build_rows(some, shared=shared, pad_id=0)
     mask, width = rows.build_mask()[:, 0], rows.input_ids.shape[1]
     real = 0
@@ -75,6 +82,6 @@ def test_no_groups_give_one_row_of_padding() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_rows_that_cannot_be_scored_are_refused(shared: bool) -> None:
     with pytest.raises(ModelError, match=r"prompt 1 .* no tokens.*BOS"):
-        build_rows([GROUPS[0], Prompted([], [[1]])], shared=shared, pad_id=0)
+        build_rows([GROUPS[0], PromptWithResponses([], [[1]])], shared=shared, pad_id=0)
     with pytest.raises(ModelError, match=r"prompt 0 .* empty response.*end-of-turn"):
-        build_rows([Prompted([1], [[2], []])], shared=shared, pad_id=0)
+        build_rows([PromptWithResponses([1], [[2], []])], shared=shared, pad_id=0)

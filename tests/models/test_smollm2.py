@@ -8,9 +8,9 @@ import torch
 from plain_logits import assert_equal_gradients, gradients, plain_scores, weighted
 
 from models.config import LoraSettings, ModelConfig, PolicyConfig
-from models.load import load_model, load_tokenizer, locate
+from models.load import load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer
-from models.rows import Prompted, build_rows
+from models.rows import PromptWithResponses, build_rows
 
 pytestmark = pytest.mark.smollm2
 
@@ -31,13 +31,13 @@ def find_model_folder() -> str:
 
 
 @cache
-def tokenize_groups() -> list[Prompted]:
+def tokenize_groups() -> list[PromptWithResponses]:
     config = ModelConfig(model=find_model_folder())
-    tokenizer: Any = load_tokenizer(locate(config), config)
+    tokenizer: Any = load_tokenizer(locate_model(config), config)
     # The pad token is the end-of-turn token: responses end in it and must be scored to the last token.
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     return [
-        Prompted(
+        PromptWithResponses(
             tokenizer(p)["input_ids"],
             [[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in responses],
         )
@@ -50,14 +50,14 @@ def test_rows_equal_plain_logits(shared: bool) -> None:
     config = PolicyConfig(
         model=find_model_folder(), adapter=LoraSettings(r=4, target_modules=("q_proj", "v_proj"))
     )
-    model = load_model(locate(config), config, device="cpu", trainable=True)
+    model = load_model(locate_model(config), config, device="cpu", trainable=True)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.02)
     scorer = Scorer(model, chunk_tokens=8)
-    assert scorer.sharing_refusal is None
+    assert scorer.prefix_sharing_unavailable_reason is None
     pad = 2
     scores = scorer(build_rows(tokenize_groups(), shared=shared, pad_id=pad), entropy=True)
     logps, entropies = plain_scores(model, tokenize_groups())

@@ -21,11 +21,11 @@ from transformers import get_scheduler
 import models.zero
 from losses.presets import preset
 from losses.scores import ReferenceScores
-from models.adapters import adapter_off, add_lora
+from models.adapters import add_lora, disable_adapter
 from models.config import LoraSettings
 from models.logprobs import Scorer
-from models.parallel import Parallel, ReplicatedParallel, ShardedParallel, ZeroParallel, prepare
-from models.rows import Prompted, build_rows
+from models.parallel import Parallel, ReplicatedParallel, ShardedParallel, ZeroParallel, prepare_parallel
+from models.rows import PromptWithResponses, build_rows
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, run_evaluation_pass, run_training_step
 
@@ -114,7 +114,7 @@ def build_policy(case: Case) -> Scorer:
 
 
 def prepare_case(case: Case, **strategy: Any) -> Parallel:
-    return prepare(
+    return prepare_parallel(
         build_policy(case),
         device=CPU,
         precision=case.dtype,
@@ -125,13 +125,13 @@ def prepare_case(case: Case, **strategy: Any) -> Parallel:
     )
 
 
-def build_pairs() -> list[Prompted]:
+def build_pairs() -> list[PromptWithResponses]:
     generator = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> np.ndarray:
         return generator.integers(0, 256, size=int(generator.integers(low, high)))
 
-    return [Prompted(ids(3, 9), [ids(2, 8), ids(2, 8)]) for _ in range(PAIRS)]
+    return [PromptWithResponses(ids(3, 9), [ids(2, 8), ids(2, 8)]) for _ in range(PAIRS)]
 
 
 def score_reference(parallel: Parallel, case: Case) -> ReferenceScores:
@@ -139,8 +139,8 @@ def score_reference(parallel: Parallel, case: Case) -> ReferenceScores:
     rows = build_rows(build_pairs(), shared=True, pad_id=0)
     with torch.no_grad():
         if case.lora:
-            with adapter_off(parallel.unwrapped.model):
-                scores = parallel.unwrapped(rows, entropy=True)
+            with disable_adapter(parallel.scorer.model):
+                scores = parallel.scorer(rows, entropy=True)
         else:
             scores = Scorer(tiny.llama(seed=1, num_hidden_layers=1))(rows, entropy=True)
     assert scores.entropy is not None
@@ -207,7 +207,9 @@ def train(
 
 def write_state(parallel: Parallel, file: Path) -> None:
     """Write the full state to a file, on rank 0."""
-    state = {f"{n}/{key}": v.cpu().contiguous() for n, s in parallel.saved() for key, v in s.items()}
+    state = {
+        f"{n}/{key}": v.cpu().contiguous() for n, s in parallel.iterate_full_state() for key, v in s.items()
+    }
     if parallel.rank == 0:
         save_file(state, file)
 
@@ -223,16 +225,16 @@ def read_state(file: Path) -> dict[str, dict[str, Tensor]]:
 
 def restore_state_from(parallel: Parallel, file: Path) -> None:
     state = read_state(file)
-    parallel.restore(state.__getitem__, state.keys())
+    parallel.restore_full_state(state.__getitem__, state.keys())
 
 
 def compute_outputs(parallel: Parallel, rank: int) -> dict[str, Tensor]:
     """Compute logits and generated tokens; ranks generate texts of different lengths."""
-    parallel.unwrapped.eval()
+    parallel.scorer.eval()
     ids = torch.arange(2 * (3 + rank)).reshape(2, -1)
     outputs = {
-        "logits": parallel.unwrapped.logits(ids),
-        "ids": parallel.unwrapped.generate(
+        "logits": parallel.scorer.compute_logits(ids),
+        "ids": parallel.scorer.generate(
             ids,
             do_sample=False,
             max_new_tokens=3 + 2 * rank,
@@ -241,7 +243,7 @@ def compute_outputs(parallel: Parallel, rank: int) -> dict[str, Tensor]:
             synced_gpus=parallel.sharded,
         ),
     }
-    parallel.unwrapped.train()
+    parallel.scorer.train()
     return outputs
 
 
@@ -251,7 +253,7 @@ def run_case(case: Case, name: str, folder: Path, rank: int) -> None:
     assert isinstance(parallel, {"ddp": ReplicatedParallel, "fsdp": ShardedParallel}.get(name, ZeroParallel))
     assert parallel.sharded == (name in SHARDED_STRATEGIES)
     assert (parallel.rank, parallel.world_size) == (rank, 2)
-    assert parallel.on_any_rank(rank == 1) == (parallel.sharded or rank == 1)
+    assert parallel.needs_forward_pass(rank == 1) == (parallel.sharded or rank == 1)
     stem = folder / f"{case.name}-{name}"
 
     def save(step: int, schedule: Any) -> None:
@@ -274,13 +276,15 @@ def run_case(case: Case, name: str, folder: Path, rank: int) -> None:
 
 def measure_overflow(parallel: Parallel) -> tuple[float, bool]:
     """Return the norm of a gradient that is not finite on rank 0, and whether weights are unchanged."""
-    before = {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
+    before = {name: state["weight"].clone() for name, state in parallel.iterate_full_state(moments=False)}
     with parallel.accumulate(last=True):
         scores = parallel.module(build_rows(build_pairs(), shared=True, pad_id=0))
         parallel.backward(scores.logps.sum() * (1e38 if parallel.rank == 0 else 1.0))
-    norm = float(parallel.clip(CLIP))
+    norm = float(parallel.clip_gradients(CLIP))
     parallel.zero_grad()
-    return norm, all(torch.equal(s["weight"], before[n]) for n, s in parallel.saved(moments=False))
+    return norm, all(
+        torch.equal(s["weight"], before[n]) for n, s in parallel.iterate_full_state(moments=False)
+    )
 
 
 def resume_training(parallel: Parallel, case: Case, stem: Path, *, rank: int | None) -> list[float]:

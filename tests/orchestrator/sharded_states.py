@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.logprobs import Scorer
-from models.parallel import Parallel, prepare
-from models.rows import Prompted, build_rows
+from models.parallel import Parallel, prepare_parallel
+from models.rows import PromptWithResponses, build_rows
 from tests import tiny
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -31,9 +31,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _held(parallel: Parallel) -> dict[str, int]:
     # Stage 3 leaves an empty tensor behind and keeps its part beside it.
-    weights = [getattr(w, "ds_tensor", None) for w in parallel._trained().values()]
-    weights = [w if p is None else p for w, p in zip(parallel._trained().values(), weights, strict=True)]
-    grads = [w.grad for w in parallel._trained().values() if w.grad is not None]
+    weights = [getattr(w, "ds_tensor", None) for w in parallel._get_trainable_weights().values()]
+    weights = [
+        w if p is None else p
+        for w, p in zip(parallel._get_trainable_weights().values(), weights, strict=True)
+    ]
+    grads = [w.grad for w in parallel._get_trainable_weights().values() if w.grad is not None]
     parallel.step()
     states = parallel.optimizer.state.values()
     return {
@@ -51,8 +54,8 @@ def main() -> None:
     found = {}
     for name, way in WAYS.items():
         scorer = Scorer(tiny.llama(vocab_size=264).train())
-        rows = build_rows([Prompted([1, 2], [[3, 4], [5, 6]])], shared=True, pad_id=0)
-        parallel = prepare(scorer, device=torch.device("cpu"), learning_rate=1e-3, **way)
+        rows = build_rows([PromptWithResponses([1, 2], [[3, 4], [5, 6]])], shared=True, pad_id=0)
+        parallel = prepare_parallel(scorer, device=torch.device("cpu"), learning_rate=1e-3, **way)
         with parallel.accumulate(True):
             parallel.backward(-parallel.module(rows, entropy=True).logps.sum())
         found[name] = _held(parallel)

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 from models.logprobs import Scorer
-from models.parallel import Parallel, prepare
-from models.rows import Prompted, build_rows
+from models.parallel import Parallel, prepare_parallel
+from models.rows import PromptWithResponses, build_rows
 from orchestrator.errors import RunFailed
 from orchestrator.worker.checkpoint import (
     TrainingProgress,
@@ -20,12 +20,12 @@ from orchestrator.worker.checkpoint import (
 )
 
 IDENTITY = {"policy": "p", "references": {"base": "b"}}
-ROWS = build_rows([Prompted([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)
+ROWS = build_rows([PromptWithResponses([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)
 
 
 def policy(seed: int = 0) -> Parallel:
     model = tiny.llama(seed=seed, tie_word_embeddings=True).train()
-    return prepare(Scorer(model), device=torch.device("cpu"), learning_rate=1e-2)
+    return prepare_parallel(Scorer(model), device=torch.device("cpu"), learning_rate=1e-2)
 
 
 def step(parallel: Parallel) -> float:

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from losses.presets import preset
 from losses.scores import ReferenceScores
 from models.config import LoraSettings, ModelConfig, PolicyConfig
-from models.load import load_model, load_tokenizer, locate
+from models.load import load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer
-from models.parallel import prepare as make_parallel
-from models.rows import Prompted, build_rows
+from models.parallel import prepare_parallel as make_parallel
+from models.rows import PromptWithResponses, build_rows
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo.assets import fetch_gpt2_tokenizer, fetch_smollm2
 from orchestrator.driver.prepare import PreparedRun, prepare_run
@@ -200,16 +200,16 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
     folder = str(fetch_smollm2())
     frozen = ModelConfig(model=folder, dtype="float32")
     policy = PolicyConfig(model=folder, dtype="float32", adapter=LoraSettings(r=4, alpha=8))
-    tokenizer: Any = load_tokenizer(locate(frozen), frozen)
+    tokenizer: Any = load_tokenizer(locate_model(frozen), frozen)
     groups = [
-        Prompted(
+        PromptWithResponses(
             tokenizer(prompt)["input_ids"],
             [[*tokenizer(r)["input_ids"], tokenizer.eos_token_id] for r in responses],
         )
         for prompt, *responses in (TEXTS[0], TEXTS[2])
     ]
     rows = build_rows(groups, shared=True, pad_id=tokenizer.pad_token_id)
-    scorer = Scorer(load_model(locate(frozen), frozen, device="cpu", trainable=False))
+    scorer = Scorer(load_model(locate_model(frozen), frozen, device="cpu", trainable=False))
     with torch.no_grad():
         scores = scorer(rows, entropy=True)
     pairs, _ = to_pair_scores(scores, paired=True)
@@ -222,7 +222,7 @@ def test_a_real_model_against_itself_begins_at_log_2() -> None:
         scores.entropy[0::2],
         scores.entropy[1::2],
     )
-    model = load_model(locate(policy), policy, device="cpu", trainable=True)
+    model = load_model(locate_model(policy), policy, device="cpu", trainable=True)
     parallel = make_parallel(Scorer(model), device=torch.device("cpu"), learning_rate=1e-3)
     batch = MicroBatch(
         rows=rows, slots=torch.arange(2), soft_labels=torch.ones(2).double(), references=(reference,)

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
-from models.parallel import Parallel, prepare
-from models.rows import Prompted
+from models.parallel import Parallel, prepare_parallel
+from models.rows import PromptWithResponses
 from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.messages import PromptGroup, Scores
 from orchestrator.worker.policy import Policy
@@ -33,7 +33,7 @@ END, OTHER_END = WORDS.eos_token_id, 7
 
 def policy_of(model: PreTrainedModel) -> Policy:
     return Policy(
-        parallel=prepare(Scorer(model.train()), device=CPU, learning_rate=1e-3),
+        parallel=prepare_parallel(Scorer(model.train()), device=CPU, learning_rate=1e-3),
         load_initial_policy=lambda: model,
         tokenizer=WORDS,
         precision=torch.float32,
@@ -87,7 +87,7 @@ class Client:
 
 
 def plain(model: PreTrainedModel, groups: list[PromptGroup]) -> np.ndarray:
-    rows = [Prompted(g.prompt.tolist(), [r.tolist() for r in g.responses]) for g in groups]
+    rows = [PromptWithResponses(g.prompt.tolist(), [r.tolist() for r in g.responses]) for g in groups]
     with torch.no_grad():
         return plain_scores(model, rows)[0].double().numpy()
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PreTr
 
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelConfig, ModelError
-from models.load import locate
+from models.load import locate_model
 from models.logprobs import Scorer
-from models.parallel import prepare
-from models.rows import Prompted, Rows, build_rows
+from models.parallel import prepare_parallel
+from models.rows import PromptWithResponses, Rows, build_rows
 from orchestrator.cluster.memory import (
     GIB,
     STRATEGIES,
@@ -65,7 +65,7 @@ def _of(model: PreTrainedModel, *, lora: bool, half: bool) -> tuple[torch.nn.Mod
 
 def _rows() -> Rows:
     prompt, chosen, rejected = list(range(32)), list(range(5, 37)), list(range(9, 41))
-    return build_rows([Prompted(prompt, [chosen, rejected])] * 4, shared=True, pad_id=0)
+    return build_rows([PromptWithResponses(prompt, [chosen, rejected])] * 4, shared=True, pad_id=0)
 
 
 # ------------------------------------------------------------ weights
@@ -95,7 +95,7 @@ def test_numbers_and_a_folder_give_the_same_shape(tiny_llama_folder: Path) -> No
         vocabulary=settings.vocab_size,
     )
     config = ModelConfig(model=str(tiny_llama_folder))
-    found = read_model_shape(locate(config), config, lora=LORA)
+    found = read_model_shape(locate_model(config), config, lora=LORA)
     assert found == replace(plain.with_lora(4), lora=0)
     model = tiny.llama()
     assert found.parameters == sum(p.numel() for p in model.parameters())
@@ -128,7 +128,7 @@ def test_an_adapter_reference_is_base_and_adapter(tiny_llama_folder: Path, tmp_p
     adapted = add_lora(tiny.llama(), LORA)
     adapted.save_pretrained(tmp_path / "adapter")
     config = ModelConfig(model=str(tmp_path / "adapter"), base=str(tiny_llama_folder))
-    found = read_model_shape(locate(config), config)
+    found = read_model_shape(locate_model(config), config)
     assert found.adapter == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert found.parameters == sum(p.numel() for p in tiny.llama().parameters())
 
@@ -138,7 +138,7 @@ def test_an_unknown_architecture_is_refused(tiny_llama_folder: Path, tmp_path: P
     (tmp_path / "model.safetensors").symlink_to(tiny_llama_folder / "model.safetensors")
     config = ModelConfig(model=str(tmp_path))
     with pytest.raises(ModelError, match="its weights cannot be counted"):
-        read_model_shape(locate(config), config)
+        read_model_shape(locate_model(config), config)
 
 
 # ------------------------------------------------------------ states
@@ -148,7 +148,7 @@ def test_an_unknown_architecture_is_refused(tiny_llama_folder: Path, tmp_path: P
 @pytest.mark.parametrize("half", [False, True])
 def test_states_are_the_bytes_that_torch_holds(lora: bool, half: bool) -> None:
     policy, load = _of(tiny.llama(), lora=lora, half=half)
-    parallel = prepare(Scorer(policy), device=torch.device("cpu"), learning_rate=1e-3)  # type: ignore[arg-type]
+    parallel = prepare_parallel(Scorer(policy), device=torch.device("cpu"), learning_rate=1e-3)  # type: ignore[arg-type]
     parallel.backward(-parallel.module(_rows(), entropy=True).logps.sum())
     expected = estimate_worker_memory(load, Strategy("ddp"), 1)
     assert expected.weights == sum(p.nbytes for p in policy.parameters())
@@ -321,7 +321,7 @@ def test_a_run_file_is_sized_from_configs_alone(tiny_llama_folder: Path, tmp_pat
     (folder / "config.json").write_text((tiny_llama_folder / "config.json").read_text())
     (folder / "model.safetensors").write_bytes(b"")  # never opened
     config = _run(folder)
-    located = locate(ModelConfig(model=str(folder)))
+    located = locate_model(ModelConfig(model=str(folder)))
     found = size_run(config, located, {"start": located, "other": located})
     assert set(found.references) == {"other"}  # what is scored in process needs no replica
     assert found.references["other"].weights == 4 * found.workload.shape.parameters

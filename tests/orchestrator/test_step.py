@@ -10,8 +10,8 @@ import torch
 from losses.presets import preset
 from losses.scores import ReferenceScores
 from models.logprobs import Scorer
-from models.parallel import Parallel, prepare
-from models.rows import Prompted, build_rows
+from models.parallel import Parallel, prepare_parallel
+from models.rows import PromptWithResponses, build_rows
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, NonFiniteLoss, run_evaluation_pass, run_training_step
 
@@ -20,23 +20,23 @@ CPU = torch.device("cpu")
 
 def policy(seed: int = 0, learning_rate: float = 1e-2) -> Parallel:
     model = tiny.llama(seed=seed).train()
-    return prepare(Scorer(model), device=CPU, learning_rate=learning_rate)
+    return prepare_parallel(Scorer(model), device=CPU, learning_rate=learning_rate)
 
 
 def weights_of(parallel: Parallel) -> dict[str, torch.Tensor]:
-    return {name: state["weight"].clone() for name, state in parallel.saved(moments=False)}
+    return {name: state["weight"].clone() for name, state in parallel.iterate_full_state(moments=False)}
 
 
-def pairs(count: int = 6) -> list[Prompted]:
+def pairs(count: int = 6) -> list[PromptWithResponses]:
     generator = np.random.default_rng(0)
 
     def ids(low: int, high: int) -> np.ndarray:
         return generator.integers(0, 256, size=int(generator.integers(low, high)))
 
-    return [Prompted(ids(3, 9), [ids(2, 12), ids(2, 12)]) for _ in range(count)]
+    return [PromptWithResponses(ids(3, 9), [ids(2, 12), ids(2, 12)]) for _ in range(count)]
 
 
-def reference_scores(scorer: Scorer, groups: list[Prompted]) -> ReferenceScores:
+def reference_scores(scorer: Scorer, groups: list[PromptWithResponses]) -> ReferenceScores:
     with torch.no_grad():
         scores = scorer(build_rows(groups, shared=False, pad_id=0), entropy=True)
     assert scores.entropy is not None
@@ -46,7 +46,11 @@ def reference_scores(scorer: Scorer, groups: list[Prompted]) -> ReferenceScores:
 
 
 def batch(
-    groups: list[Prompted], at: list[int], references: list[ReferenceScores], *, shared: bool = True
+    groups: list[PromptWithResponses],
+    at: list[int],
+    references: list[ReferenceScores],
+    *,
+    shared: bool = True,
 ) -> MicroBatch:
     cut = tuple(ReferenceScores(*(v[at] for v in vars(r).values())) for r in references)
     return MicroBatch(
@@ -92,7 +96,7 @@ def test_plain_rows_are_the_same_step() -> None:
 
 def test_the_first_step_against_oneself_is_log_2() -> None:
     groups, parallel = pairs(), policy()
-    own = reference_scores(parallel.unwrapped, groups)
+    own = reference_scores(parallel.scorer, groups)
     table, _ = run_training_step(
         parallel,
         [batch(groups, list(range(6)), [own])],
@@ -105,12 +109,12 @@ def test_the_first_step_against_oneself_is_log_2() -> None:
 
 def test_the_norm_of_the_gradient_is_clipped() -> None:
     groups, parallel = pairs(), policy()
-    own = reference_scores(parallel.unwrapped, groups)
+    own = reference_scores(parallel.scorer, groups)
     seen = {}
     inner = parallel.step
 
     def step() -> None:
-        seen["norm"] = math.sqrt(sum(float(w.grad.square().sum()) for w in parallel.unwrapped.parameters()))
+        seen["norm"] = math.sqrt(sum(float(w.grad.square().sum()) for w in parallel.scorer.parameters()))
         inner()
 
     parallel.step = step  # type: ignore[method-assign]
@@ -127,7 +131,7 @@ def test_the_norm_of_the_gradient_is_clipped() -> None:
 
 def test_a_loss_that_is_not_finite_names_its_pairs_and_touches_no_weight() -> None:
     groups, parallel = pairs(), policy()
-    own = reference_scores(parallel.unwrapped, groups)
+    own = reference_scores(parallel.scorer, groups)
     own.chosen[4] = float("nan")
     before = weights_of(parallel)
     with pytest.raises(NonFiniteLoss) as caught:
@@ -141,12 +145,12 @@ def test_a_loss_that_is_not_finite_names_its_pairs_and_touches_no_weight() -> No
     assert caught.value.slots == (4,)
     after = weights_of(parallel)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(w.grad is None for w in parallel.unwrapped.parameters())
+    assert all(w.grad is None for w in parallel.scorer.parameters())
 
 
 def test_evaluation_leaves_weights_and_mode_and_equals_that_of_an_equal_reference() -> None:
     groups, parallel = pairs(), policy()
-    own = reference_scores(parallel.unwrapped, groups)
+    own = reference_scores(parallel.scorer, groups)
     other = reference_scores(Scorer(tiny.llama(seed=1)), groups)
     batches = [batch(groups, [0, 2, 4], [own, other]), batch(groups, [1, 3, 5], [own, other])]
     before = weights_of(parallel)
@@ -161,7 +165,7 @@ def test_evaluation_leaves_weights_and_mode_and_equals_that_of_an_equal_referenc
 
 
 def test_supervised_rows_learn_their_completion() -> None:
-    groups = [Prompted(group.prompt, [group.responses[0]]) for group in pairs()]
+    groups = [PromptWithResponses(group.prompt, [group.responses[0]]) for group in pairs()]
     parallel = policy()
     rows = build_rows(groups, shared=True, pad_id=0)
     one = MicroBatch(rows=rows, slots=torch.arange(6), soft_labels=torch.ones(6), references=(), paired=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from models.probe import Probe
+from models.probe import LogitProbe
 from orchestrator.registry.model_card import Lineage, PinnedReference
 
 ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
@@ -19,7 +19,7 @@ class Exported:
     base: Path
     merged: Path
     adapter: Path
-    probe: Probe
+    probe: LogitProbe
 
 
 def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: object) -> Lineage:

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.probe import Probe
+from models.probe import LogitProbe
 from orchestrator.errors import UsageError
 from orchestrator.files import digest_folder
 from orchestrator.registry import register as register_module
@@ -255,7 +255,7 @@ def test_other_runs_and_other_weights_get_versions_of_their_own(
     client = connect_to_mlflow(uri)
     other_run = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     second = _register(uri, other_run, policy)
-    base = Probe.of(AutoModelForCausalLM.from_pretrained(policy.base), ROWS)
+    base = LogitProbe.from_model(AutoModelForCausalLM.from_pretrained(policy.base), ROWS)
     shutil.copy(policy.base / "model.safetensors", policy.merged / "model.safetensors")
     third = _register(uri, run_id, policy, probe=base, adapter=None)
     assert [first.version, second.version, third.version] == [1, 2, 3]
@@ -293,7 +293,7 @@ def test_a_name_mlflow_refuses(uri: str, run_id: str, policy: Exported) -> None:
 
 def test_a_probe_survives_its_file(policy: Exported, tmp_path: Path) -> None:
     policy.probe.save(tmp_path / "probe.safetensors")
-    back = Probe.load(tmp_path / "probe.safetensors")
+    back = LogitProbe.load(tmp_path / "probe.safetensors")
     assert torch.equal(back.rows, policy.probe.rows)
     assert torch.equal(back.logits, policy.probe.logits)
     assert back.dtype == torch.float32
@@ -301,12 +301,12 @@ def test_a_probe_survives_its_file(policy: Exported, tmp_path: Path) -> None:
 
 def test_a_probe_trims_its_rows_and_keeps_the_models_mode(policy: Exported) -> None:
     model = policy.model.train()
-    probe = Probe.of(model, [list(range(40)), [], list(range(30))])
+    probe = LogitProbe.from_model(model, [list(range(40)), [], list(range(30))])
     assert probe.rows.shape == (2, 16)
     assert model.training
     model.eval()
     with pytest.raises(ValueError, match="at least one token row"):
-        Probe.of(model, [[], []])
+        LogitProbe.from_model(model, [[], []])
 
 
 def test_the_card_is_yaml_and_names_what_the_model_is() -> None:
