@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,11 +136,11 @@ def _hash_files(files: Iterable[Path]) -> str:
 
 def _hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, read once per process while size and mtime are unchanged."""
-    place = os.path.realpath(path)
-    status = os.stat(place)
-    key = (place, status.st_size, status.st_mtime_ns)
+    place = path.resolve()
+    status = place.stat()
+    key = (str(place), status.st_size, status.st_mtime_ns)
     if key not in _digests:
-        with open(place, "rb") as stream:
+        with place.open("rb") as stream:
             _digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _digests[key]
 

@@ -4,7 +4,6 @@
 the other functions load the files that it found. Weights are read only from safetensors or GGUF.
 """
 
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -117,7 +116,7 @@ def export_model(
         tokenizer.save_pretrained(scratch)
         new = {p.name for p in Path(scratch).iterdir()}
         for name in sorted(new):
-            os.replace(Path(scratch) / name, folder / name)
+            (Path(scratch) / name).replace(folder / name)
     for stale in folder.glob("*.safetensors*"):
         if stale.name not in new:
             stale.unlink()

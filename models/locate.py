@@ -101,7 +101,8 @@ def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ModelError(
             f"model {config.model} is not in the hub's cache here and the hub cannot be reached "
-            f"({get_first_error_line(error)}); connect once to download it, or give the path of a local folder"
+            f"({get_first_error_line(error)}); connect once to download it, or give a local "
+            "folder's path"
         ) from error
     return snapshot, snapshot.name
 

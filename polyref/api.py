@@ -19,7 +19,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_run(source: Source, *overrides: str) -> "RunConfig":
-    """Read and validate a run file or its content; overrides are as on the command line: `"loss.beta=0.2"`."""
+    """Read and validate a run file or its content; overrides are as on the command line: `loss.beta=0.2`."""
     from orchestrator.config import run
 
     if isinstance(source, Mapping):

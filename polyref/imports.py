@@ -1,8 +1,8 @@
 """polyref's packages come first wherever polyref runs, whatever else is on the path.
 
 `losses`, `models` and their neighbours are names that other projects use too. A finder in front of all others
-looks up these names, and no others, beside this package: a folder `models/` in the working folder cannot break
-polyref, and everything else on the path is found as before.
+looks up these names, and no others, beside this package: a folder `models/` in the working folder cannot
+break polyref, and everything else on the path is found as before.
 """
 
 import sys

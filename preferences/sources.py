@@ -85,7 +85,8 @@ def _translate_store_errors(source: str) -> Iterator[None]:
         if "://" not in source:
             raise
         raise DataError(
-            f"{_redact_source(source)}: cannot be read ({buckets.describe_error(error)}); {buckets.suggest_remedy(source)}"
+            f"{_redact_source(source)}: cannot be read ({buckets.describe_error(error)}); "
+            f"{buckets.suggest_remedy(source)}"
         ) from error
 
 

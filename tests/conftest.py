@@ -18,8 +18,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+from tests.support import tiny
 
 torch.set_num_threads(1)
 

@@ -50,8 +50,8 @@ def _find_checked(path: str, two_sided: bool) -> Callable[..., Tensor]:
         known = ""
     if function is None:
         raise LossError(
-            f"link.function {path}: there is no such function{known}; name one as package.module:function, or "
-            "register it with polyref.register_link"
+            f"link.function {path}: there is no such function{known}; name one as package.module:function, "
+            "or register it with polyref.register_link"
         )
     with torch.inference_mode(False), torch.enable_grad():  # it may be first used in an evaluation
         check_link_function(function, path, two_sided=two_sided)

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +105,7 @@ def add_to_path(*folders: str) -> None:
 
 
 def _import_module(name: str, folder: str, field: str) -> Any:
-    add_to_path(folder, os.getcwd())
+    add_to_path(folder, str(Path.cwd()))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -7,11 +7,11 @@ while the policy learns.
 
 import logging
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -76,7 +76,7 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     refuse_unshared_storage(setup)
-    add_to_path(setup.code_folder, os.getcwd())  # of functions that the run file names
+    add_to_path(setup.code_folder, str(Path.cwd()))  # of functions that the run file names
     mirror = Mirror(setup.folder, worker=session.rank)
     writes_metrics = session.rank == 0
     mirror.pull(BEST_FILE, *(METRIC_FILES if writes_metrics else ()))

@@ -95,7 +95,7 @@ def load_reward_function(path: str) -> RewardScorer:
     Raises:
         UsageError: there is no such module or function, or it cannot be imported or called.
     """
-    folder = os.getcwd()
+    folder = str(Path.cwd())
     _import_reward_function(path, folder)
     return RewardFunction(path, folder)
 
@@ -262,8 +262,8 @@ def find_reward_class(names: Mapping[int, str], label: str | int | None) -> int 
     classes = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
     if label is None:
         raise UsageError(
-            f"{REWARD_SECTION}.label is missing: the model has {len(names)} classes, {classes}; set it to the "
-            "one whose probability is the reward"
+            f"{REWARD_SECTION}.label is missing: the model has {len(names)} classes, {classes}; set it to "
+            "the one whose probability is the reward"
         )
     matches = [index for index, name in names.items() if label in (index, name)]
     if not matches:

@@ -99,7 +99,7 @@ class LocalSession:
         *,
         device: torch.device,
         keep_last: int = 1,
-        on_report: Callable[[Mapping[str, float], Path | None], None] = lambda metrics, checkpoint: None,
+        on_report: Callable[[Mapping[str, float], Path | None], None] = lambda *_: None,
     ) -> None:
         self.device = device
         self._folder, self._keep_last, self._on_report = folder / CHECKPOINTS_FOLDER, keep_last, on_report

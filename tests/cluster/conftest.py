@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import LOGS, Host, lay_bridge
-from tests.cluster.runs import furnish
+from tests.support.cluster_runs import furnish
+from tests.support.hosts import LOGS, Host, lay_bridge
 
 
 @pytest.fixture(scope="session")

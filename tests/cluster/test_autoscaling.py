@@ -9,8 +9,8 @@ import pytest
 import ray
 import yaml
 
-from tests.cluster.hosts import SHARED, Host, succeeds, until
-from tests.cluster.runs import RUN
+from tests.support.cluster_runs import RUN
+from tests.support.hosts import SHARED, Host, succeeds, until
 
 pytestmark = pytest.mark.cluster
 

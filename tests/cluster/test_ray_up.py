@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.cluster.hosts import LOGS, NETWORK, ROOT, SHARED, VENV, Host, succeeds, until
-from tests.cluster.runs import RUN
+from tests.support.cluster_runs import RUN
+from tests.support.hosts import LOGS, NETWORK, ROOT, SHARED, VENV, Host, succeeds, until
 
 pytestmark = pytest.mark.cluster
 

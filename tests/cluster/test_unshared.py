@@ -10,7 +10,7 @@ import ray
 
 from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.errors import UsageError
-from tests.cluster.hosts import until
+from tests.support.hosts import until
 
 pytestmark = pytest.mark.cluster
 

@@ -136,7 +136,7 @@ def test_a_registered_function_is_found_by_its_name_and_replaced_by_the_next() -
         return (beta * h - 1) ** 2
 
     link = {"type": "function", "function": "squared"}
-    with pytest.raises(LossError, match="link.function squared: there is no such function"):
+    with pytest.raises(LossError, match=r"link.function squared: there is no such function"):
         losses_and_gradient(link=link)
     assert register_link(squared) is squared
     before, _ = losses_and_gradient(link=link)

@@ -20,7 +20,7 @@ from losses.references import (
     compute_reference_weights,
 )
 from losses.scores import PairScores, ReferenceScores
-from tests.losses.cases import (
+from tests.support.loss_cases import (
     COMBINE_RULES,
     DIFFERENCE_LINKS,
     TWO_SIDED_LINKS,

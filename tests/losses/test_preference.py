@@ -11,7 +11,7 @@ from losses.dispersion import calibrate_phi_star
 from losses.preference import preference_loss
 from losses.presets import PRESETS, preset
 from losses.scores import PairScores, ReferenceScores
-from tests.losses.cases import (
+from tests.support.loss_cases import (
     compute_gradients,
     make_policy_scores,
     make_reference_scores,

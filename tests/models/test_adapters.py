@@ -1,14 +1,14 @@
 """LoRA enabled, disabled and merged."""
 
 import pytest
-import tiny
 import torch
-from plain_logits import GROUPS
 
 from models.adapters import add_lora, disable_adapter, find_adapter, merge_adapter
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
 from models.rows import build_rows
+from tests.support import tiny
+from tests.support.plain_logits import GROUPS
 
 ROWS = build_rows(GROUPS, shared=True, pad_id=0)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 from models import fingerprint as module
@@ -16,6 +15,7 @@ from models.adapters import add_lora
 from models.config import LoraSettings, ModelConfig, ModelError
 from models.fingerprint import Fingerprint, compute_fingerprint
 from models.load import export_model, load_tokenizer, locate_model
+from tests.support import tiny
 
 
 def fingerprint_folder(folder: Path, **settings: Any) -> Fingerprint:

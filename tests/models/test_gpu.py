@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.multiprocessing as mp
-from plain_logits import GROUPS, assert_equal_gradients, gradients, weighted
 from transformers import PreTrainedModel
 
 from models.logprobs import Scorer
 from models.parallel import has_sharded_weights, prepare_parallel
 from models.rows import build_rows
+from tests.support import tiny
+from tests.support.plain_logits import GROUPS, assert_equal_gradients, gradients, weighted
 
 pytestmark = [
     pytest.mark.gpu,

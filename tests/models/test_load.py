@@ -5,11 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from plain_logits import GROUPS
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
@@ -19,6 +17,8 @@ from models.config import LoraSettings, ModelConfig, ModelError, PolicyConfig
 from models.load import export_model, load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer
 from models.rows import build_rows
+from tests.support import tiny
+from tests.support.plain_logits import GROUPS
 
 ROWS = build_rows(GROUPS, shared=True, pad_id=0)
 

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from plain_logits import GROUPS, assert_equal_gradients, gradients, plain_scores, weighted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -28,6 +26,8 @@ from models.config import LoraSettings, ModelError
 from models.head import LinearHead, ModelForwardHead
 from models.logprobs import Scorer, get_causal_model, prefix_sharing_unavailable_reason
 from models.rows import PromptWithResponses, build_rows
+from tests.support import tiny
+from tests.support.plain_logits import GROUPS, assert_equal_gradients, gradients, plain_scores, weighted
 
 SMALL: dict[str, Any] = {
     "vocab_size": 120,

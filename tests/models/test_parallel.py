@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from plain_logits import GROUPS, weighted
 from safetensors.torch import load_file, save_file
 
 from models.adapters import add_lora, disable_adapter, find_adapter
@@ -23,6 +21,8 @@ from models.parallel import (
     raise_on_all_ranks,
 )
 from models.rows import PromptWithResponses, build_rows
+from tests.support import tiny
+from tests.support.plain_logits import GROUPS, weighted
 
 CPU = torch.device("cpu")
 # One rank's micro-batches; the second rank's last one is empty.

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain_logits import assert_equal_gradients, gradients, plain_scores, weighted
 
 from models.config import LoraSettings, ModelConfig, PolicyConfig
 from models.load import load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer
 from models.rows import PromptWithResponses, build_rows
+from tests.support.plain_logits import assert_equal_gradients, gradients, plain_scores, weighted
 
 pytestmark = pytest.mark.smollm2
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +27,7 @@ from models.parallel import Parallel, ReplicatedParallel, ShardedParallel, ZeroP
 from models.rows import PromptWithResponses, build_rows
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, run_evaluation_pass, run_training_step
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 STEPS, SAVED_AT, SHORT = 20, 15, 4

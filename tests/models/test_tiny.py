@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support import tiny
 
 
 def test_byte_tokenizer_round_trips_any_text() -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from models.logprobs import Scorer
@@ -18,6 +17,7 @@ from orchestrator.worker.checkpoint import (
     quarantine_corrupt_index,
     save_checkpoint,
 )
+from tests.support import tiny
 
 IDENTITY = {"policy": "p", "references": {"base": "b"}}
 ROWS = build_rows([PromptWithResponses([1, 2, 3], [[4, 5], [6]])], shared=True, pad_id=0)

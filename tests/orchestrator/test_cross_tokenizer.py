@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +27,7 @@ from orchestrator.references.service import start_references
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, run_training_step, to_pair_scores
+from tests.support import tiny
 
 POSITIONS = 64
 FILM_TEMPLATE = (

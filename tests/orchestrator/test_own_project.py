@@ -13,7 +13,13 @@ import yaml
 from orchestrator.config.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
-LINK = "import torch\nfrom torch.nn.functional import logsigmoid\n\n\ndef f(h, *, beta):\n    return -logsigmoid(beta * h)\n"
+LINK = """
+from torch.nn.functional import logsigmoid
+
+
+def f(h, *, beta):
+    return -logsigmoid(beta * h)
+"""
 
 
 @pytest.fixture

@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-import searches
 from rich.console import Console
 from rich.table import Table
-from searches import ACCURACY, KL
 
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report.labels import format_trial_numbers, format_value, shorten_field_names
 from orchestrator.search.report.ranking import Estimate, compare_with_controls, rank_points
 from orchestrator.search.report.tables import build_live_table, build_ranking_table, build_summary
 from orchestrator.search.report.write import write_csv
+from tests.support import searches
+from tests.support.searches import ACCURACY, KL
 
 
 def _trial(number: int, accuracy: float | None = None, **more: object) -> TrialRecord:

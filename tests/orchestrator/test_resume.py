@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from driver import Driver
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from orchestrator.tracking.metrics_file import read_metrics
+from tests.support.driver import Driver
 
 STEPS, SAVE_EVERY = 40, 4
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -16,6 +15,7 @@ from orchestrator.config.sections import RewardConfig
 from orchestrator.demo.assets import load_lexicon
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.worker.rewards import RewardModelActor, find_reward_class, load_reward_function
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = """

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from plain_logits import plain_scores
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +20,8 @@ from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import PROMPTS_PER_CHUNK, Sampler
 from preferences.split import TokenizedSplit
 from preferences.tokenize import RaggedArray, TokenTable
+from tests.support import tiny
+from tests.support.plain_logits import plain_scores
 
 CPU = torch.device("cpu")
 WORDS = tiny.word_tokenizer(["good", "bad", "film"])  # few ids, so that every response can be listed

@@ -414,5 +414,5 @@ def test_a_trial_of_before_versions_is_read_and_one_of_after_is_refused(tmp_path
     file.write_text(json.dumps(old | {"told": True}))
     assert Journal(tmp_path)[1].end_reported
     file.write_text(json.dumps(fields | {"version": 3}))
-    with pytest.raises(UsageError, match="trial.json: is not a trial's record .* it has version 3"):
+    with pytest.raises(UsageError, match=r"trial.json: is not a trial's record .* it has version 3"):
         Journal(tmp_path)

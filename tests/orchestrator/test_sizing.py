@@ -37,7 +37,7 @@ from orchestrator.cluster.memory import (
 from orchestrator.cluster.memory_table import MODELS, format_documented_tables, format_memory_table
 from orchestrator.cluster.model_shape import Shape, _count_shape, read_model_shape
 from orchestrator.config.run import RunConfig, parse_run
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 LORA = LoraSettings(r=4)
@@ -159,7 +159,7 @@ def test_states_are_the_bytes_that_torch_holds(lora: bool, half: bool) -> None:
 
 
 def test_split_states_are_what_a_rank_of_four_holds() -> None:
-    command = [sys.executable, "-m", "tests.orchestrator.sharded_states"]
+    command = [sys.executable, "-m", "tests.support.sharded_states"]
     said = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
     )

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from losses.presets import preset
@@ -14,6 +13,7 @@ from models.parallel import Parallel, prepare_parallel
 from models.rows import PromptWithResponses, build_rows
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, NonFiniteLoss, run_evaluation_pass, run_training_step
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from bucket import Bucket, object_store
 
 from orchestrator.cluster.shared_storage import explain_unshared_storage, refuse_unshared
 from orchestrator.driver.record import RunRecord, lock_run, open_record, read_record, remove_run
@@ -28,6 +27,7 @@ from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.object_store import ray_storage_arguments
 from orchestrator.storage.probe import refuse_unwritable, why_invisible
 from preferences.buckets import redact_uri
+from tests.support.bucket import Bucket, object_store
 
 
 @pytest.fixture(scope="module")

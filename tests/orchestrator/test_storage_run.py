@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bucket import Bucket, object_store
-from driver import Driver
 from safetensors.torch import load
 
 from orchestrator.config.run import load_run
 from orchestrator.driver.train import train_run
+from tests.support.bucket import Bucket, object_store
+from tests.support.driver import Driver
 
 pytestmark = pytest.mark.long
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from driver import Driver
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +16,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.driver.train import train_run
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.worker.sampling import PROMPTS_PER_CHUNK
+from tests.support.driver import Driver
 
 pytestmark = pytest.mark.long
 

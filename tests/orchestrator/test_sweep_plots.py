@@ -7,8 +7,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import searches
-from searches import ACCURACY, KL
 
 from orchestrator.search.journal import TrialRecord
 from orchestrator.search.report.figures import LineFigure, build_figures
@@ -17,6 +15,8 @@ from orchestrator.search.report.labels import ABSENT
 from orchestrator.search.report.parallel_axes import build_parallel_axes
 from orchestrator.search.report.search_data import SearchData, compute_frontier
 from orchestrator.search.report.write import draw_search, explain_missing_figures
+from tests.support import searches
+from tests.support.searches import ACCURACY, KL
 
 ALL = ["trials.png", "history.png", "parallel.png", "importance.png", "frontier.png", "search.html"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from driver import Driver
 from mlflow import MlflowClient
 
 from orchestrator.search.journal import Journal, TrialRecord, read_trial
 from orchestrator.tracking.metrics_file import read_metrics
+from tests.support.driver import Driver
 
 pytestmark = pytest.mark.long
 STEPS = 40

@@ -1,4 +1,4 @@
-"""polyref's packages come first: in a project with modules of the same names, and in programs that import it."""
+"""polyref's packages come first: among modules of the same names, and in other programs."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def test_every_public_name_is_there_and_explained(name: str) -> None:
 
 
 def test_a_name_that_is_not_public_is_refused_with_those_that_are() -> None:
-    with pytest.raises(AttributeError, match="no public name 'trian'; it has .*train, tune"):
+    with pytest.raises(AttributeError, match=r"no public name 'trian'; it has .*train, tune"):
         polyref.trian  # noqa: B018
 
 

@@ -7,11 +7,11 @@ import datasets
 import fsspec
 import pandas
 import pytest
-from bucket import Bucket, object_store
 
 from preferences.config import DataConfig
 from preferences.load import load_pairs, load_splits
 from preferences.pairs import BadRow, DataError
+from tests.support.bucket import Bucket, object_store
 
 ROWS = [
     {"prompt": f"Question {i}?", "chosen": f'Answer {i}, with "quotes"\nand a line.', "rejected": f"No {i} é"}

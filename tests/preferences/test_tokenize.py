@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.normalizers import Replace
@@ -14,6 +13,7 @@ from orchestrator.demo import assets
 from preferences.config import DataConfig
 from preferences.pairs import BadRow, DataError, Pair
 from preferences.tokenize import Rendering, tokenize_pairs
+from tests.support import tiny
 
 CONFIG = DataConfig(train="train.jsonl", max_length=100, max_prompt_length=60)
 WORDS = ["user", "assistant", "system", "why", "because", "so", "no", "is", "it", "good", "bad"]

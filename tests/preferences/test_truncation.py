@@ -1,5 +1,4 @@
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -8,6 +7,7 @@ from orchestrator.demo.assets import fetch_gpt2_tokenizer, fetch_smollm2
 from preferences.config import DataConfig
 from preferences.pairs import Pair
 from preferences.tokenize import Rendering, tokenize_pairs
+from tests.support import tiny
 
 WORDS = ["user", "assistant", "system", "a", "b", "c", "d", "e", "f"]
 PAD, BOS, EOS, START, END, UNK, USER, ASSISTANT, SYSTEM, A, B, C, D, E, F = range(15)

@@ -16,7 +16,7 @@ from orchestrator.references.messages import PromptGroup, ReferenceSpec, ScoreRe
 from orchestrator.references.replica import FrozenModel, Replica
 from orchestrator.references.service import start_references
 from orchestrator.references.store import digest_response
-from tests import tiny
+from tests.support import tiny
 
 TOLERANCE = 2e-4  # nats, on sums of about a hundred
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-import tiny
 import torch
 from ray.util import list_named_actors
 from transformers import LlamaForSequenceClassification
@@ -27,6 +26,7 @@ from orchestrator.references.client import (
 from orchestrator.references.messages import ScoringError
 from orchestrator.references.store import ScoreStore
 from orchestrator.worker.rewards import RewardModelActor, start_reward_scorer
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 ROWS = np.arange(6)

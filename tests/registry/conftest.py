@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from models.probe import LogitProbe
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
-from tests import tiny
-from tests.registry.policies import ROWS, Exported
+from tests.support import tiny
+from tests.support.policies import ROWS, Exported
 
 
 @pytest.fixture(autouse=True)

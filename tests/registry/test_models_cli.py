@@ -20,7 +20,7 @@ from orchestrator.registry.aliases import explain_refusal
 from orchestrator.registry.register import register_model
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
-from tests.registry.policies import Exported, lineage
+from tests.support.policies import Exported, lineage
 
 
 def _models(uri: str, *arguments: str) -> Result:

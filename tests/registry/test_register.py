@@ -22,8 +22,8 @@ from orchestrator.registry.download import ResolvedModel, resolve_model
 from orchestrator.registry.model_card import render_model_card
 from orchestrator.registry.register import RegistryError, register_model, verify_export
 from orchestrator.tracking.mlflow import connect_to_mlflow
-from tests import tiny
-from tests.registry.policies import ROWS, Exported, lineage
+from tests.support import tiny
+from tests.support.policies import ROWS, Exported, lineage
 
 
 def _register(uri: str, run_id: str, policy: Exported, **changes: Any) -> ResolvedModel:

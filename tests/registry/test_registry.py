@@ -22,8 +22,8 @@ from orchestrator.registry.download import (
 )
 from orchestrator.registry.register import register_model
 from orchestrator.tracking.mlflow import connect_to_mlflow
-from tests import tiny
-from tests.registry.policies import Exported, lineage
+from tests.support import tiny
+from tests.support.policies import Exported, lineage
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from orchestrator.registry.download import ResolvedModel, resolve_model
 from orchestrator.registry.register import register_model
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
-from tests.registry.policies import Exported, lineage
+from tests.support.policies import Exported, lineage
 
 ROOT = Path(__file__).parents[2]
 PLAIN, WITH_PASSWORDS = re.findall(

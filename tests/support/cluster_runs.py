@@ -5,9 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import tiny
-
-from tests.cluster.hosts import SHARED
+from tests.support import tiny
+from tests.support.hosts import SHARED
 
 RUN: dict[str, Any] = {
     "name": "sentiment",

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from models.logprobs import Scorer
 from models.parallel import Parallel, prepare_parallel
 from models.rows import PromptWithResponses, build_rows
-from tests import tiny
+from tests.support import tiny
 
 WAYS: dict[str, dict[str, Any]] = {
     "fsdp": {"strategy": "fsdp"},

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, fake searches, commands in processes of their own."""
