@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from losses.scores import ReferenceScores as ReferenceScores
     from losses.settings import LossError as LossError
     from orchestrator.config.run import RunConfig as RunConfig
+    from orchestrator.config.run import load_run as load_run
     from orchestrator.config.sweep import SweepConfig as SweepConfig
+    from orchestrator.config.sweep import load_sweep as load_sweep
     from orchestrator.errors import RunFailed as RunFailed
     from orchestrator.errors import UsageError as UsageError
     from polyref.api import check as check
     from polyref.api import find_model as find_model
-    from polyref.api import load_run as load_run
-    from polyref.api import load_sweep as load_sweep
     from polyref.api import train as train
     from polyref.api import tune as tune
 
@@ -40,10 +40,10 @@ _MODULES = {
     "losses.presets": ("preset",),
     "losses.scores": ("LossOutput", "PairScores", "ReferenceScores"),
     "losses.settings": ("LossError",),
-    "orchestrator.config.run": ("RunConfig",),
-    "orchestrator.config.sweep": ("SweepConfig",),
+    "orchestrator.config.run": ("RunConfig", "load_run"),
+    "orchestrator.config.sweep": ("SweepConfig", "load_sweep"),
     "orchestrator.errors": ("RunFailed", "UsageError"),
-    "polyref.api": ("check", "find_model", "load_run", "load_sweep", "train", "tune"),
+    "polyref.api": ("check", "find_model", "train", "tune"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -18,28 +18,6 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 """The path of a YAML file, or its content."""
 
 
-def load_run(source: Source, *overrides: str) -> "RunConfig":
-    """Read and validate a run file or its content; overrides are as on the command line: `loss.beta=0.2`."""
-    from orchestrator.config import run
-
-    if isinstance(source, Mapping):
-        from orchestrator.config.yaml import apply_overrides
-
-        return run.parse_run(apply_overrides(dict(source), overrides), source="run")
-    return run.load_run(source, overrides)
-
-
-def load_sweep(source: Source, *overrides: str) -> "SweepConfig":
-    """Read and validate a sweep file or its content, whose `run` is then a run file's content."""
-    from orchestrator.config import sweep
-
-    if isinstance(source, Mapping):
-        from orchestrator.config.yaml import apply_overrides
-
-        return sweep.parse_sweep(apply_overrides(dict(source), overrides), source="sweep")
-    return sweep.load_sweep(source, overrides)
-
-
 def check(run: "RunConfig | Source") -> None:
     """Refuse what can be refused before a device is held, and print what the run reads and needs."""
     from orchestrator.driver.train import check_run
@@ -74,7 +52,7 @@ def tune(sweep: "SweepConfig | Source", *, fresh: bool = False, retry_failed: bo
         The search's record: `record.best_trial`, `record.registered` and more. Its ranking is printed, and
         `trials.csv` in its folder has all trials.
     """
-    from orchestrator.config.sweep import SweepConfig
+    from orchestrator.config.sweep import SweepConfig, load_sweep
     from orchestrator.search.tune import run_sweep
 
     config = sweep if isinstance(sweep, SweepConfig) else load_sweep(sweep)
@@ -99,6 +77,6 @@ def find_model(ref: str, *, tracking_uri: str | None = None, storage_path: str =
 
 
 def _as_run(run: "RunConfig | Source") -> "RunConfig":
-    from orchestrator.config.run import RunConfig
+    from orchestrator.config.run import RunConfig, load_run
 
     return run if isinstance(run, RunConfig) else load_run(run)

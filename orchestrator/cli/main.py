@@ -48,8 +48,8 @@ def _show_version(
         raise typer.Exit
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     run: RunFile,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="Forget an earlier run of this name and start over.")] = False,
@@ -62,8 +62,8 @@ def train(
         train_run(config, fresh=fresh)
 
 
-@app.command()
-def tune(
+@app.command("tune")
+def tune_command(
     sweep: Annotated[str, typer.Argument(help="The sweep file (YAML).", metavar="SWEEP.YAML")],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="Forget an earlier search of this name.")] = False,
@@ -109,8 +109,8 @@ def score(run: RunFile, overrides: Overrides = None) -> None:
         score_run(config)
 
 
-@app.command()
-def check(run: RunFile, overrides: Overrides = None) -> None:
+@app.command("check")
+def check_command(run: RunFile, overrides: Overrides = None) -> None:
     """Check settings, data, models, placement and tracking of a run without occupying any device."""
     config = load_run(run, overrides or ())
     from orchestrator.driver.train import check_run
@@ -168,7 +168,7 @@ def demo(
         run_demo(folder, fresh=fresh)
 
 
-def main() -> None:
+def run_command_line() -> None:
     """Entry point of `polyref` and of `python -m orchestrator`."""
     _quiet_libraries()
     try:

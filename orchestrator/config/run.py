@@ -30,7 +30,7 @@ from orchestrator.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
-from orchestrator.config.yaml import read_yaml
+from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError
 from preferences.config import DataConfig
 
@@ -168,13 +168,15 @@ class RunConfig(Section):
         return Path(self.storage_path) / self.name
 
 
-def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, apply `field.name=value` overrides and validate the whole.
+def load_run(file: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, or take its content, apply `field.name=value` overrides and validate the whole.
 
     Raises:
         UsageError: one message naming the file and the line or the field, and the remedy.
     """
-    return parse_run(read_yaml(path, overrides), source=str(path))
+    if isinstance(file, Mapping):
+        return parse_run(apply_overrides(file, overrides), source="run")
+    return parse_run(read_yaml(file, overrides), source=str(file))
 
 
 def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:

@@ -139,25 +139,33 @@ class SweepConfig(SweepFile):
     domains: Mapping[str, Domain] = Field(exclude=True, description="the fields under space")
 
 
-def load_sweep(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> SweepConfig:
+def load_sweep(
+    file: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> SweepConfig:
     """Read a sweep file and its run file, and apply overrides (`search.trials=4 run.training.epochs=2`).
+
+    The content of a sweep file does as well; a run file that it names is then relative to the working folder.
 
     Raises:
         UsageError: one message naming the file and the line or the field, and the remedy.
     """
-    content = read_yaml(path, what="sweep file (name, run, spaces, search, ...)")
+    if isinstance(file, Mapping):
+        content, name, folder = dict(file), "sweep", Path()
+    else:
+        content = read_yaml(file, what="sweep file (name, run, spaces, search, ...)")
+        name, folder = str(file), Path(file).parent
     # Which run file is read comes first, and then overrides of the fields in it.
     run_overrides = [text for text in overrides if text.startswith("run=")]
     content = apply_overrides(content, run_overrides)
-    run, run_source = content.get("run"), f"{path}: run"
+    run, run_source = content.get("run"), f"{name}: run"
     if isinstance(run, str):
-        run_file = Path(path).parent / Path(run).expanduser()
+        run_file = folder / Path(run).expanduser()
         run_source = str(run_file)
         content["run"] = read_yaml(run_file)
     elif run is None:
-        raise UsageError(f"{path}: run is required and missing; name the run file that trials start from")
+        raise UsageError(f"{name}: run is required and missing; name the run file that trials start from")
     field_overrides = [text for text in overrides if text not in run_overrides]
-    return parse_sweep(apply_overrides(content, field_overrides), source=str(path), run_source=run_source)
+    return parse_sweep(apply_overrides(content, field_overrides), source=name, run_source=run_source)
 
 
 def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | None = None) -> SweepConfig:

@@ -241,7 +241,7 @@ def _extract_member(archive: tarfile.TarFile, member: str, target: Path) -> None
     target.write_bytes(source.read())
 
 
-def main() -> int:
+def fetch_all_assets() -> int:
     """Fetch all assets and print their folders; return 1 after a message if one cannot be fetched."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -255,4 +255,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(fetch_all_assets())

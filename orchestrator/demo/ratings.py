@@ -73,7 +73,7 @@ def compute_vote_share(one: Sequence[int], other: Sequence[int]) -> float:
     return halves / (2 * len(one) * len(other))
 
 
-def build_rows(
+def build_preference_rows(
     texts: Iterable[RatedText],
     *,
     train: int = 400,

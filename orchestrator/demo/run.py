@@ -17,7 +17,7 @@ from rich.table import Table
 from orchestrator.cluster.connection import connect_to_ray
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo.assets import AssetError, fetch_human_ratings, fetch_smollm2, load_lexicon
-from orchestrator.demo.ratings import build_rows, read_movie_reviews, write_rows
+from orchestrator.demo.ratings import build_preference_rows, read_movie_reviews, write_rows
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.train import train_run
 from orchestrator.errors import UsageError
@@ -48,7 +48,7 @@ def run_demo(folder: str, *, fresh: bool) -> None:
         model, ratings, sentiment = fetch_smollm2(), fetch_human_ratings(), load_lexicon()
     except AssetError as error:
         raise UsageError(str(error)) from error
-    rows = build_rows(read_movie_reviews(ratings))
+    rows = build_preference_rows(read_movie_reviews(ratings))
     data = write_rows(rows, root / "data")
 
     reference, policy = (_load_run_config(name, root, model, data) for name in ("reference", "policy"))

@@ -17,7 +17,7 @@ from orchestrator.demo.ratings import (
     SHORTEST,
     DemoRows,
     RatedText,
-    build_rows,
+    build_preference_rows,
     compute_vote_share,
     read_movie_reviews,
     write_rows,
@@ -36,7 +36,7 @@ def texts() -> list[RatedText]:
 
 @pytest.fixture(scope="module")
 def rows(texts: list[RatedText]) -> DemoRows:
-    return build_rows(texts)
+    return build_preference_rows(texts)
 
 
 def brute_force(one, other) -> float:
@@ -100,7 +100,7 @@ def test_texts_are_short_and_responses_continue_the_prompt(rows) -> None:
 def test_prompt_is_the_longest_shared_opening() -> None:
     one = RatedText("This film is a joy", (3, 4))
     other = RatedText("This film is a bore", (-3, 3))
-    built = build_rows([one, other], train=1, held_out=0, reviews=0, seed=0)
+    built = build_preference_rows([one, other], train=1, held_out=0, reviews=0, seed=0)
     assert built.train == [
         {
             "prompt": "Movie review: This film is a",
@@ -113,19 +113,19 @@ def test_prompt_is_the_longest_shared_opening() -> None:
 
 
 def test_built_the_same_from_the_same_seed_only(texts, rows) -> None:
-    assert build_rows(texts, **COUNTS) == rows
-    assert build_rows(texts, **{**COUNTS, "seed": 1}) != rows
+    assert build_preference_rows(texts, **COUNTS) == rows
+    assert build_preference_rows(texts, **{**COUNTS, "seed": 1}) != rows
 
 
 def test_held_out_pairs_do_not_depend_on_how_many_are_trained_on(texts, rows) -> None:
-    fewer = build_rows(texts, **{**COUNTS, "train": 8})
+    fewer = build_preference_rows(texts, **{**COUNTS, "train": 8})
     assert fewer.eval == rows.eval
     assert fewer.train == rows.train[:8]
 
 
 def test_more_than_there_is_is_refused(texts) -> None:
     with pytest.raises(ValueError, match="ask for fewer"):
-        build_rows(texts, train=5_000, held_out=0, reviews=0, seed=0)
+        build_preference_rows(texts, train=5_000, held_out=0, reviews=0, seed=0)
 
 
 def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import orchestrator.demo
 from orchestrator.config.run import RunConfig, load_run
 from orchestrator.demo.assets import fetch_human_ratings
-from orchestrator.demo.ratings import build_rows, read_movie_reviews
+from orchestrator.demo.ratings import build_preference_rows, read_movie_reviews
 
 FOLDER = Path(orchestrator.demo.__file__).parent
 
@@ -23,7 +23,7 @@ def policy() -> RunConfig:
 
 
 def test_one_pass_over_exactly_the_rows_that_are_made(reference: RunConfig, policy: RunConfig) -> None:
-    rows = build_rows(read_movie_reviews(fetch_human_ratings()))
+    rows = build_preference_rows(read_movie_reviews(fetch_human_ratings()))
     for config, made in ((reference, rows.reviews), (policy, rows.train)):
         assert config.training.max_steps is not None
         assert config.training.max_steps * config.training.pairs_per_step == len(made)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from orchestrator.cli.main import main
+from orchestrator.cli.main import run_command_line
 from orchestrator.config.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -42,7 +42,7 @@ def polyref(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         capfd.readouterr()
         code: Any = 0
         try:
-            main()
+            run_command_line()
         except SystemExit as left:
             code = left.code or 0
         printed = capfd.readouterr()

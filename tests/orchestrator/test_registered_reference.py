@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.cli.main import main
+from orchestrator.cli.main import run_command_line
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import prepare_run
 from orchestrator.driver.record import RunRecord
@@ -67,7 +67,7 @@ def polyref(
     capfd.readouterr()
     code: Any = 0
     try:
-        main()
+        run_command_line()
     except SystemExit as left:
         code = left.code or 0
     return code, capfd.readouterr().out
