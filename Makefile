@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long test-cluster check lint types floors wheel lock
+.PHONY: help install demo test test-fast test-long test-cluster check lint types floors wheel lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -38,7 +38,14 @@ else
 	$(TESTS) -m "not long" tests/orchestrator tests/references  # on Ray, which fills a machine
 endif
 
-test-long: install  ## searches and runs in shards, killed and gone on with, and jobs: some fifteen minutes on 2 cores
+FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs/test_docs.py tests/models \
+  --ignore tests/models/test_strategies.py --ignore tests/models/test_parallel.py \
+  $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config metrics placement record report search step sweep))
+
+test-fast: install $(VENV)/quantization  ## the ground floors and all that needs neither Ray nor SmolLM2: under two minutes on 2 cores
+	$(TESTS) -n 2 -m "not smollm2 and not long" $(FAST)
+
+test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
 	$(TESTS) -m long tests/orchestrator
 
 test-cluster: install  ## ray up, jobs and an autoscaler on hosts made on this machine (root on Linux), ten minutes
