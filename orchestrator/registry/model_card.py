@@ -15,6 +15,10 @@ HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
 """A pinned hub model as a run's record writes it: `id@commit`."""
 
 
+LINEAGE_VERSION = 1
+"""Of the fields in `lineage.json`, which polyref writes and does not read."""
+
+
 @dataclass(frozen=True)
 class PinnedReference:
     """A frozen reference model, pinned as in the run's record."""
@@ -49,7 +53,8 @@ class Lineage:
 
     def to_json(self) -> str:
         """Return all fields as JSON text, without secrets."""
-        return json.dumps(hide_secrets(asdict(self)), indent=2, sort_keys=True, default=str) + "\n"
+        fields = {"version": LINEAGE_VERSION, **hide_secrets(asdict(self))}
+        return json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n"
 
 
 def render_model_card(name: str, lineage: Lineage, *, adapter: bool) -> str:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from orchestrator.config.sections import KL_PREFIX
 from orchestrator.search.journal import TrialRecord
 
-KL = "eval/kl/"
 FAMILY, BETA = "loss.preset", "loss.beta"
 ABSENT = "–"
 _LOG_RATIO = 20.0  # largest over smallest number, from which a scale is logarithmic
@@ -99,8 +99,8 @@ def spans_decades(values: Sequence[float]) -> bool:
 
 def format_metric_name(metric: str) -> str:
     """Format a metric's key for people: `accuracy`, `KL to base`, `margin at KL`."""
-    if metric.startswith(KL):
-        return f"KL to {metric.removeprefix(KL)}"
+    if metric.startswith(KL_PREFIX):
+        return f"KL to {metric.removeprefix(KL_PREFIX)}"
     name = metric.removeprefix("eval/").replace("_", " ")
     return {"margin at kl": "margin at KL", "reward at kl": "reward at KL"}.get(name, name)
 
@@ -137,9 +137,9 @@ def find_kl_metric(records: Iterable[TrialRecord], primary: str | None) -> str |
 
     Without `primary` it is that of the only reference measured, or None if there are several.
     """
-    measured = {key for record in records for key in record.result if key.startswith(KL)}
+    measured = {key for record in records for key in record.result if key.startswith(KL_PREFIX)}
     if primary is not None:
-        return KL + primary if KL + primary in measured else None
+        return KL_PREFIX + primary if KL_PREFIX + primary in measured else None
     return measured.pop() if len(measured) == 1 else None
 
 
