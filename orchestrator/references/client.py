@@ -78,7 +78,7 @@ class ReferenceClient:
     Args:
         routers: a router's actor handle by reference name.
         tables: the same rows in each reference's own tokens, by reference name.
-        in_process: references that this worker scores itself: scores that their store does not have are
+        scored_by_workers: references that this worker scores itself: scores that their store does not have are
             returned as NaN, and `store_scores` saves those that the worker computes.
     """
 
@@ -87,13 +87,17 @@ class ReferenceClient:
         routers: Mapping[str, Any],
         tables: Mapping[str, TokenTableLike],
         *,
-        in_process: Collection[str] = (),
+        scored_by_workers: Collection[str] = (),
     ) -> None:
         if set(routers) != set(tables):
             raise ValueError(f"routers for {sorted(routers)}, but token tables for {sorted(tables)}")
         self.stall_seconds = 0.0
         """Total time spent waiting in `collect_scores`."""
-        self._routers, self._tables, self.in_process = dict(routers), dict(tables), frozenset(in_process)
+        self._routers, self._tables, self.scored_by_workers = (
+            dict(routers),
+            dict(tables),
+            frozenset(scored_by_workers),
+        )
         self._pending: dict[Any, dict[str, _PendingRequest]] = {}
         self._pending_samples: dict[Any, dict[str, Any]] = {}
         self._pending_stores: list[tuple[str, Any]] = []
@@ -185,8 +189,8 @@ class ReferenceClient:
         groups = group_pairs(self._tables[name], indices)
         request = ScoreRequest.pack(groups)
         router = self._routers[name]
-        in_process = name in self.in_process
-        answer = router.lookup.remote(request.keys) if in_process else router.score.remote(request)
+        scored_by_workers = name in self.scored_by_workers
+        answer = router.lookup.remote(request.keys) if scored_by_workers else router.score.remote(request)
         starts = request.group_offsets[:-1]
         paired = np.diff(request.group_offsets) == 2
         return _PendingRequest(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))

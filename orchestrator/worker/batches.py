@@ -144,7 +144,7 @@ class BatchLoader:
         """Compute the scores that in-process references lack, store them for later, and return all scores."""
         position_of_row = {int(row): position for position, row in enumerate(indices)}
         for name in self._reference_names:
-            if name not in scores or name not in self.client.in_process:
+            if name not in scores or name not in self.client.scored_by_workers:
                 continue
             arrays = scores[name]
             for rows in self._split_rows(indices):

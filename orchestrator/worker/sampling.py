@@ -39,7 +39,7 @@ class Sampler:
         client: requests the served references' scores.
         names: all references, the primary first. Those that read other token ids than the policy (another
             tokenizer or chat template) get no KL.
-        in_process: the references that `policy.score_initial_policy` scores.
+        scored_by_workers: the references that `policy.score_initial_policy` scores.
         reward_scorer: gives rewards, if the run file sets a reward.
         rank, world_size: which share of the prompts is this rank's.
         seed: the training seed; samples depend on it, the step and the prompts, and not on the ranks.
@@ -56,7 +56,7 @@ class Sampler:
         split: TokenizedSplit,
         client: ReferenceClient,
         names: Sequence[str],
-        in_process: Collection[str],
+        scored_by_workers: Collection[str],
         reward_scorer: RewardScorer | None,
         rank: int,
         world_size: int,
@@ -69,8 +69,8 @@ class Sampler:
         self._prompts = _drop_repeats(split.policy.prompts)[: config.prompts]
         self._new_tokens = config.max_new_tokens
         self._names = [name for name in names if _has_same_ids(split.policy, split.references[name])]
-        self._served = [name for name in self._names if name not in in_process]
-        self._in_process = [name for name in self._names if name in in_process]
+        self._served = [name for name in self._names if name not in scored_by_workers]
+        self._scored_by_workers = [name for name in self._names if name in scored_by_workers]
         self._model = get_causal_model(policy.scorer.model)
         self._end_tokens = _find_end_tokens(self._model, policy.tokenizer)
         self._refuse_too_few_positions()
@@ -118,7 +118,7 @@ class Sampler:
             # References score these samples while the next chunk is sampled.
             self._client.request_sample_scores(start, _build_groups(prompts, responses), self._served)
             logps[start], initial_logps = self._compute_log_probs(prompts, responses)
-            for name in self._in_process:
+            for name in self._scored_by_workers:
                 column[f"eval/kl/{name}"][chunk] = logps[start] - initial_logps
             if self._reward_scorer is not None:
                 texts = self._decode_samples(prompts, responses)
@@ -185,7 +185,9 @@ class Sampler:
         rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
         with self._autocast():
             logps = _to_numpy(self._policy.scorer(rows).logps)
-        return logps, _to_numpy(self._policy.score_initial_policy(rows).logps) if self._in_process else None
+        return logps, _to_numpy(
+            self._policy.score_initial_policy(rows).logps
+        ) if self._scored_by_workers else None
 
     def _decode_samples(
         self, prompts: Sequence[Ids], responses: Sequence[Ids]

@@ -59,7 +59,7 @@ def make_batch_loader(
         client=ReferenceClient(
             setup.routers,
             {name: split.references[name] for name in setup.config.references.ordered},
-            in_process=[n for n, r in setup.config.references.models.items() if r.scored_by_workers],
+            scored_by_workers=[n for n, r in setup.config.references.models.items() if r.scored_by_workers],
         ),
         score_initial_policy=policy.score_initial_policy,
         on_any_rank=policy.parallel.needs_forward_pass,
@@ -103,7 +103,9 @@ def make_sampler(
         eval_loader.split,
         eval_loader.client,
         names=references.ordered,
-        in_process=[name for name, reference in references.models.items() if reference.scored_by_workers],
+        scored_by_workers=[
+            name for name, reference in references.models.items() if reference.scored_by_workers
+        ],
         reward_scorer=setup.reward_scorer,
         rank=session.rank,
         world_size=session.world_size,

@@ -107,7 +107,7 @@ class Length:
 
 
 def sampler(policy, part, client, **changes):
-    arguments = {"names": ["a", "b"], "in_process": [], "reward_scorer": None}
+    arguments = {"names": ["a", "b"], "scored_by_workers": [], "reward_scorer": None}
     arguments |= {"rank": 0, "world_size": 1, "seed": 0}
     return Sampler(changes.pop("config", SETTINGS), policy, part, client, **(arguments | changes))
 
@@ -211,7 +211,7 @@ def test_a_reference_in_process_is_the_policy_without_its_adapter():
     start = tiny.llama(seed=0, **SMALL)
     model = add_lora(tiny.llama(seed=0, **SMALL), LoraSettings(r=4, dropout=0.5))
     policy, client = policy_of(model), Client(b=start)
-    sample = sampler(policy, part_of(shuffled(12)), client, in_process=["a"])
+    sample = sampler(policy, part_of(shuffled(12)), client, scored_by_workers=["a"])
     assert sample.measure_policy(0)["eval/kl/a"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for name, weight in model.named_parameters():

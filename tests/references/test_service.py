@@ -323,7 +323,7 @@ def test_rows_without_a_rejected_response(serve, spec, make_table, right):
 def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
     table = make_table(6)
     with serve(spec(replicas=0)) as service:
-        client = client_of(service, table, in_process=["base"])
+        client = client_of(service, table, scored_by_workers=["base"])
         client.request_scores(0, ROWS)
         assert client.collect_scores(0)["base"].missing.all()
         made = ReferenceArrays(*(np.arange(4.0) + 10 * column for column in range(6)))
