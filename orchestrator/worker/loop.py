@@ -76,7 +76,7 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     """
     logging.getLogger().setLevel(logging.WARNING)  # Train logs every report at INFO
     refuse_unshared_storage(setup)
-    add_to_path(setup.code_folder, str(Path.cwd()))  # of functions that the run file names
+    add_to_path(setup.code_folder, str(Path.cwd()))  # modules of the functions that the run file names
     mirror = Mirror(setup.folder, worker=session.rank)
     writes_metrics = session.rank == 0
     mirror.pull(BEST_FILE, *(METRIC_FILES if writes_metrics else ()))
