@@ -42,7 +42,7 @@ FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs
   --ignore tests/models/test_strategies.py --ignore tests/models/test_parallel.py \
   $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config metrics placement record report search step sweep))
 
-test-fast: install $(VENV)/quantization  ## the ground floors and all that needs neither Ray nor SmolLM2: under two minutes on 2 cores
+test-fast: install $(VENV)/quantization  ## the ground floors and most of what needs no Ray: under two minutes on 2 cores
 	$(TESTS) -n 2 -m "not smollm2 and not long" $(FAST)
 
 test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from losses.scores import PairScores as PairScores
     from losses.scores import ReferenceScores as ReferenceScores
     from losses.settings import LossError as LossError
+    from models.config import ModelError as ModelError
     from orchestrator.config.run import RunConfig as RunConfig
     from orchestrator.config.run import load_run as load_run
     from orchestrator.config.sweep import SweepConfig as SweepConfig
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from polyref.api import find_model as find_model
     from polyref.api import train as train
     from polyref.api import tune as tune
+    from preferences.pairs import DataError as DataError
+    from tune_spaces.domains import SpaceError as SpaceError
 
 _MODULES = {
     "losses.config": ("LossConfig",),
@@ -40,9 +43,12 @@ _MODULES = {
     "losses.presets": ("preset",),
     "losses.scores": ("LossOutput", "PairScores", "ReferenceScores"),
     "losses.settings": ("LossError",),
+    "models.config": ("ModelError",),
     "orchestrator.config.run": ("RunConfig", "load_run"),
     "orchestrator.config.sweep": ("SweepConfig", "load_sweep"),
     "orchestrator.errors": ("RunFailed", "UsageError"),
+    "preferences.pairs": ("DataError",),
+    "tune_spaces.domains": ("SpaceError",),
     "polyref.api": ("check", "find_model", "train", "tune"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -5,7 +5,7 @@ import polyref  # noqa: F401  (finds polyref's own packages from here on)
 
 def main() -> None:
     """Run the command line."""
-    from orchestrator.cli.main import run_command_line as run_command_line
+    from orchestrator.cli.main import run_command_line
 
     run_command_line()
 

@@ -38,7 +38,7 @@ def use_own_packages() -> None:
         return
     for name in PACKAGES:
         file = getattr(sys.modules.get(name), "__file__", None)
-        if file is not None and Path(file).resolve().parents[1] != ROOT:
+        if file is not None and Path(file).resolve() != ROOT / name / "__init__.py":
             raise ImportError(
                 f"polyref needs its own package {name!r} ({ROOT / name}), but {file} was imported under that "
                 "name before: import polyref first, or rename yours"

@@ -19,6 +19,7 @@ from orchestrator.cli import models as models_cli
 from orchestrator.cluster.job_secrets import load_secrets
 from orchestrator.config.run import build_run_schema, load_run
 from orchestrator.errors import RunFailed, UsageError
+from orchestrator.redaction import redact
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
 
@@ -195,7 +196,7 @@ def _turn_ctrl_c_into_interruption() -> Iterator[None]:
 
 
 def _exit_with_message(message: str, *, code: int) -> NoReturn:
-    print(f"polyref: {message}", file=sys.stderr)
+    print(f"polyref: {redact(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -20,7 +20,7 @@ from orchestrator.cluster.worker_environment import (
     WORKER_ENVIRONMENT,
     build_runtime_env,
 )
-from orchestrator.environment import exclude_loopback_from_proxies
+from orchestrator.environment import exclude_loopback_from_proxies, set_environment
 from orchestrator.errors import UsageError
 
 NAMESPACE = "polyref"
@@ -47,17 +47,18 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
     address = _find_address()
     local = address == "local"
     if local:
-        # Workers of a cluster that this process starts inherit its environment. The hook is given by the
-        # variable that Ray itself uses: in a `runtime_env` it would make Ray's prestarted workers unusable.
-        hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK}
-        for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT | hook).items():
+        # Workers of a cluster that this process starts inherit its environment.
+        for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
-    ray.init(
-        address=address,
-        namespace=NAMESPACE,
-        logging_level=logging.ERROR,
-        runtime_env=None if local else build_runtime_env(os.environ),
-    )
+    # The hook is given by the variable that Ray itself uses: in a `runtime_env` it would make the workers
+    # unusable that a new cluster starts in advance.
+    with set_environment(**({WORKER_PROCESS_SETUP_HOOK_ENV_VAR: SETUP_HOOK} if local else {})):
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            logging_level=logging.ERROR,
+            runtime_env=None if local else build_runtime_env(os.environ),
+        )
     try:
         with _convert_sigterm_to_ctrl_c():
             yield

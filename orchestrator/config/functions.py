@@ -43,6 +43,12 @@ def check_functions(config: RunConfig, folder: str) -> dict[str, str]:
     functions = list_functions(config)
     if REWARD_FIELD in functions:
         import_function(functions[REWARD_FIELD], folder, field=REWARD_FIELD, example=REWARD_EXAMPLE)
+    return check_link(config, folder)
+
+
+def check_link(config: RunConfig, folder: str) -> dict[str, str]:
+    """Do the part of `check_functions` that is about the loss."""
+    functions = list_functions(config)
     if LINK_FIELD not in functions:
         return {}
     path = functions[LINK_FIELD]

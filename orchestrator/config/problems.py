@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.sections import Section
 from orchestrator.errors import did_you_mean
+from orchestrator.redaction import redact
 
 
 def explain_validation_error(error: ValidationError, *, source: str, model: type[BaseModel]) -> str:
@@ -27,7 +28,7 @@ def explain_validation_error(error: ValidationError, *, source: str, model: type
         elif problem["type"] == "missing":
             message = "is required and missing"
         elif problem["type"] != "value_error" and not isinstance(problem["input"], dict | list):
-            message += f", got {problem['input']!r}"
+            message += f", got {redact(repr(problem['input']))}"
         lines.append(f"{source}: {field}: {message}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.errors import UsageError
+from orchestrator.redaction import redact
 
 
 def read_yaml(
@@ -55,9 +56,9 @@ def apply_overrides(content: Any, overrides: Sequence[str]) -> dict[str, Any]:
 def _parse_override(text: str) -> Any:
     """Parse one `field.name=value` into a nested OmegaConf mapping."""
     if "=" not in text or text.startswith("="):
-        raise UsageError(f"override {text!r} is not of the form field.name=value, e.g. loss.beta=0.2")
+        raise UsageError(f"override {redact(text)!r} is not of the form field.name=value, e.g. loss.beta=0.2")
     try:
         return OmegaConf.from_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"override {text!r}: the value is not valid YAML: {reason}") from None
+        raise UsageError(f"override {redact(text)!r}: the value is not valid YAML: {reason}") from None

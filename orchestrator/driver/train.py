@@ -22,7 +22,7 @@ from orchestrator.errors import UsageError
 from orchestrator.redaction import hide_secrets
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import is_uri, run_location
-from orchestrator.tracking.mlflow import connect_to_mlflow as connect_to_mlflow
+from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.progress import make_plain_console
 
 
@@ -72,7 +72,10 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
             with connect_to_ray(wait_minutes=config.placement.wait_minutes):
                 prepared = _place_on_cluster(prepared)
                 record = _open_record(prepared, fresh=fresh)
-                with start_services(prepared) as service, open_reward_scorer(config) as reward_scorer:
+                with (
+                    start_services(prepared) as service,
+                    open_reward_scorer(prepared.config) as reward_scorer,
+                ):
                     train_on_cluster(prepared, record, service, reward_scorer, console)
         if not record.finished:
             finish_run(prepared, record)

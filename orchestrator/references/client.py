@@ -78,7 +78,7 @@ class ReferenceClient:
     Args:
         routers: a router's actor handle by reference name.
         tables: the same rows in each reference's own tokens, by reference name.
-        scored_by_workers: references that this worker scores itself: scores that their store does not have are
+        scored_by_workers: references that this worker scores itself: scores that are not in their store are
             returned as NaN, and `store_scores` saves those that the worker computes.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.functions import check_functions
+from orchestrator.config.functions import check_link
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import METRICS
 from orchestrator.config.sweep import Point, SweepConfig, build_trial_run
@@ -117,7 +117,7 @@ def _build_worker_setup(config: Mapping[str, Any], shared: TrialSetup) -> Worker
     run = build_trial_config(shared.sweep, worker.config, point, repeat=record.repeat, name=name)
     used = run.references.ordered
     initial = worker.initial_policy_reference
-    functions = check_functions(run, worker.code_folder)
+    functions = check_link(run, worker.code_folder)
     identity = {name: value for name, value in worker.identity.items() if name != "functions"}
     return replace(
         worker,

@@ -17,7 +17,7 @@ from orchestrator.cluster.connection import connect_to_ray
 from orchestrator.cluster.nodes import count_nodes, list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, count_trial_slots, list_trial_bundles
 from orchestrator.cluster.shared_storage import refuse_unshared
-from orchestrator.config.functions import check_functions
+from orchestrator.config.functions import check_functions, list_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import Point, SweepConfig
@@ -154,7 +154,8 @@ def _plan_search(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> Sea
         UsageError, SpaceError: a drawn point makes no valid run, the data has no soft labels that the search
             needs, or the scheduler cannot compare trials of different lengths.
     """
-    lengths = _measure_trial_lengths(sweep, space, prepared)
+    lengths, link_digests = _check_points(sweep, space, prepared)
+    prepared = replace(prepared, function_digests={**prepared.function_digests, **link_digests})
     _refuse_unlabelled(sweep, prepared)
     if len(lengths) > 1 and sweep.scheduler.type != "fifo":
         raise UsageError(
@@ -177,22 +178,28 @@ def _plan_search(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> Sea
     )
 
 
-def _measure_trial_lengths(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> set[int]:
-    """Draw many points, refuse one that makes no valid run, and return the trials' numbers of steps."""
+def _check_points(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> tuple[set[int], dict[str, str]]:
+    """Draw many points and refuse one that makes no valid run.
+
+    Returns:
+        The trials' numbers of steps, and digests of the links' sources by function.
+    """
     if sweep.search.algorithm == "grid":
         next(space.iterate_grid())
-    lengths = set()
+    lengths: set[int] = set()
+    link_digests: dict[str, str] = {}
     for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
         try:
             run = build_trial_config(sweep, prepared.config, point, repeat=0, name="trial")
-            check_functions(run, str(Path.cwd()))
+            digests = check_functions(run, str(Path.cwd()))
         except UsageError as error:
             raise UsageError(
                 f"{sweep.name}: the space has a point that makes no valid run ({_format_point(point)}):\n"
                 f"{error}\nNarrow a field under space, or leave a named space out"
             ) from None
         lengths.add(count_total_steps(run, len(prepared.train)))
-    return lengths
+        link_digests |= {list_functions(run)[field]: digest for field, digest in digests.items()}
+    return lengths, link_digests
 
 
 def _refuse_unlabelled(sweep: SweepConfig, prepared: PreparedRun) -> None:

@@ -97,7 +97,11 @@ def read_best_metadata(file: Path, metric: str) -> BestEvaluation | None:
     if not file.exists():
         return None
     with safe_open(file, framework="pt") as weights:
-        best = load_record(BestEvaluation, weights.metadata()["best"], version=VERSION)
+        text = (weights.metadata() or {}).get("best", "")
+    try:
+        best = load_record(BestEvaluation, text, version=VERSION)
+    except RecordError as error:
+        raise RunFailed(f"{file} cannot be read: {error}") from error
     return best if best.metric == metric else None
 
 

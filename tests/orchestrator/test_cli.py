@@ -401,3 +401,13 @@ def test_check_score_and_train_a_good_run(case: Case, polyref: Polyref) -> None:
     assert record["finished"]
     assert sum(counts["pairs"] for counts in record["counts"].values()) == len(GOOD) + 1
     assert record["counts"]["train"]["skipped"]["missing field"] == 1
+
+
+@pytest.mark.parametrize("override", ["tracking=http://me:hunter2@mlflow", "s3://KEY:hunter2@bucket/runs"])
+def test_a_message_about_a_wrong_field_hides_its_password(
+    case: Case, polyref: Polyref, override: str
+) -> None:
+    outcome = polyref("train", case.file, override)
+    assert outcome.code == 2
+    assert "***@" in outcome.err
+    assert "hunter2" not in outcome.err

@@ -98,6 +98,12 @@ def test_a_foreign_package_that_was_imported_before_is_named_with_the_remedy(pro
     )
 
 
+def test_a_foreign_module_at_the_root_of_the_disk_is_named_too(tmp_path: Path) -> None:
+    code = f"{ONE_LINE}import sys, types; m = types.ModuleType('losses'); m.__file__ = '/losses.py'\n"
+    done = run(tmp_path, "-c", f"{code}sys.modules['losses'] = m\nimport polyref")
+    assert "but /losses.py was imported under that name before" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
