@@ -336,8 +336,8 @@ def test_a_process_of_its_own_says_it_in_one_line(case: Case) -> None:
 def test_a_wrong_run_file_is_refused_without_a_heavy_import(case: Case) -> None:
     case.write(loss={"preset": "dpo", "beta": -1})
     script = (
-        "import sys; from orchestrator.cli.main import main\n"
-        "try: main()\n"
+        "import sys; from orchestrator.cli.main import run_command_line\n"
+        "try: run_command_line()\n"
         "finally: assert not {'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)\n"
     )
     done = subprocess.run(
