@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from models.config import ModelConfig, ModelError
 from models.load import ModelFiles
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Raise it when a change to rows or log-probs changes scores, so that stored scores are not used again."""
 
 # Keys that say where a file came from and who wrote it, not what it computes.

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from models.architecture import find_decoder
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -101,7 +103,7 @@ class ModelForwardHead:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(N, d) hidden states -> (N, V) logits in the model's dtype, as `model(...)` would return them."""
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        with _replace_decoder_output(self.model.get_decoder(), hidden[None]):
+        with _replace_decoder_output(find_decoder(self.model), hidden[None]):
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
     def __call__(
@@ -133,7 +135,7 @@ class ModelForwardHead:
 class _ChunkedLinear(torch.autograd.Function):
     """log softmax(transform(h W' + b))[target] and the softmax's entropy, per token.
 
-    d logp / d logits = onehot(target) - softmax. Softmax and sums run in float32 (float64 for a float64
+    d logp / d logits = onehot(target) - softmax. Logits, softmax and sums are float32 (float64 for a float64
     model).
     """
 
@@ -157,9 +159,10 @@ class _ChunkedLinear(torch.autograd.Function):
         unit = torch.empty_like(hidden) if eager else None  # d logp / d hidden, for an upstream gradient of 1
         with torch.autocast(hidden.device.type, enabled=False):
             matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            wide = _widen(matrix)
             for part in _iterate_chunks(count, chunk_tokens):
-                logits = transform(F.linear(hidden[part].to(dtype), matrix, offset))
-                log_probs = logits.to(accumulator).log_softmax(-1)
+                logits = transform(_project(hidden[part].to(dtype), wide, offset))
+                log_probs = logits.log_softmax(-1)
                 logps[part] = log_probs.gather(-1, targets[part, None])[:, 0]
                 if entropy:
                     entropies[part] = _compute_entropy(log_probs)
@@ -187,10 +190,11 @@ class _ChunkedLinear(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = grads
         with torch.autocast(hidden.device.type, enabled=False):
             matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            wide = _widen(matrix)
             for part in _iterate_chunks(targets.numel(), chunk_tokens):
                 states = hidden[part].to(dtype)
-                logits = transform(F.linear(states, matrix, offset))
-                log_probs = logits.to(_get_accumulator_dtype(dtype)).log_softmax(-1)
+                logits = transform(_project(states, wide, offset))
+                log_probs = logits.log_softmax(-1)
                 grad = _compute_logit_gradient(
                     log_probs, logits, targets[part], transform, upstream[part]
                 ).to(dtype)
@@ -201,6 +205,24 @@ class _ChunkedLinear(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
         return (grad_hidden, grad_weight, grad_bias, *([None] * 5))
+
+
+def _widen(matrix: Tensor) -> Tensor:
+    """Return the matrix as `_project` takes it: in float32 where no kernel sums bfloat16 into float32."""
+    return matrix if matrix.device.type == "cuda" else matrix.to(_get_accumulator_dtype(matrix.dtype))
+
+
+def _project(states: Tensor, matrix: Tensor, offset: Tensor | None) -> Tensor:
+    """(C, d) states -> (C, V) head outputs in float32, or float64 for a float64 model.
+
+    Half-precision products are summed in float32 and stay so: rounded to bfloat16, logits near 20 would be
+    0.06 to 0.13 apart.
+    """
+    accumulator = _get_accumulator_dtype(matrix.dtype)
+    if matrix.dtype == accumulator:
+        return F.linear(states.to(accumulator), matrix, None if offset is None else offset.to(accumulator))
+    product = torch.mm(states, matrix.t(), out_dtype=accumulator)
+    return product if offset is None else product + offset.to(accumulator)
 
 
 def _compute_logit_gradient(

@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from models.architecture import (
+    ModelSizes,
+    explain_row_dependence,
+    find_decoder,
+    find_rope_switch,
+    find_row_limit,
+)
 from models.config import ModelError
 from models.head import Head, ModelForwardHead, compute_max_entropy, select_head
 from models.rows import PromptWithResponses, Rows, build_rows
@@ -27,7 +34,7 @@ log = logging.getLogger(__name__)
 # Accepted error of a probe in nats per token. Norms and softmax round to float32 even in a float64 model; a
 # leak between the probe's equal responses gives an error far above the noise of bfloat16 and float16.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.15
-_ALIBI = frozenset({"bloom", "mpt"})
+_FLEX_WIDTH = 128
 _sharing_reasons: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary()
 
 
@@ -61,26 +68,45 @@ class Scorer(nn.Module):
         causal = get_causal_model(model)
         self._head = _select_checked_head(causal)
         self.prefix_sharing_unavailable_reason = prefix_sharing_unavailable_reason(model)
-        self._sizes = _ModelSizes.from_model(causal)
+        self._sizes = ModelSizes.from_model(causal)
+        self._row_limit = find_row_limit(causal.config)
+        self._pass_settings = _PassSettings.from_model(causal)
 
     def forward(self, rows: Rows, *, entropy: bool = False) -> SequenceScores:
-        """Score every sequence of `rows`, which must be on the model's device."""
+        """Score every sequence of `rows`, which must be on the model's device.
+
+        Raises ModelError for rows that this model cannot score independently of each other.
+        """
         reason = self.prefix_sharing_unavailable_reason
         if rows.shared and reason is not None:
             raise ModelError(f"prefix sharing is not exact for this model: {reason}; build plain rows")
+        if self._row_limit is not None and rows.input_ids.shape[1] + 1 > self._row_limit.tokens:
+            raise ModelError(
+                f"a row of {rows.input_ids.shape[1] + 1} tokens is too long for this model: beyond "
+                f"{self._row_limit.tokens}, {self._row_limit.reason}; lower data.max_length"
+            )
         return _score_rows(
-            get_causal_model(self.model), self._head, rows, chunk_tokens=self.chunk_tokens, entropy=entropy
+            get_causal_model(self.model),
+            self._head,
+            rows,
+            chunk_tokens=self.chunk_tokens,
+            entropy=entropy,
+            settings=self._pass_settings,
         )
 
     @property
     def head_weights(self) -> list[nn.Parameter]:
         """Weights that are used after the decoder, in an order that is the same on every rank."""
         causal = get_causal_model(self.model)
-        inside = {id(weight) for weight in causal.get_decoder().parameters()}
+        inside = {id(weight) for weight in find_decoder(causal).parameters()}
         outside = [weight for weight in causal.parameters() if id(weight) not in inside]
         head = causal.get_output_embeddings()
         tied = [] if head is None else [weight for weight in head.parameters() if id(weight) in inside]
         return outside + tied
+
+    def equalize_passes(self) -> None:
+        """Run equally many decoder passes for any rows, where every pass is a collective of all ranks."""
+        self._pass_settings = self._pass_settings._replace(equal_passes=True)
 
     def synchronize_chunk_counts(self, max_over_ranks: Callable[[int], int]) -> None:
         """Make all ranks run the same number of head chunks, where any module's forward is a collective.
@@ -128,17 +154,43 @@ def prefix_sharing_unavailable_reason(model: PreTrainedModel | PeftModel) -> str
     causal = get_causal_model(model)
     if causal not in _sharing_reasons:
         with _switch_to_eval(causal):
-            reason = _reason_from_config(causal) or _reason_from_probe(causal)
+            reason = explain_row_dependence(causal) or _reason_from_probe(causal)
         if reason is not None:
             log.info("%s: prompts are not shared between responses: %s", causal.name_or_path, reason)
         _sharing_reasons[causal] = reason
     return _sharing_reasons[causal]
 
 
+class _PassSettings(NamedTuple):
+    """How rows go through a decoder.
+
+    rope_switch:  length beyond which rows use other rotary frequencies; None if there is none.
+    equal_passes: whether every rank runs a pass for short and one for long rows, whatever its rows.
+    rounding:     rows are padded to a multiple of this width.
+    """
+
+    rope_switch: int | None = None
+    equal_passes: bool = False
+    rounding: int = 1
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> "_PassSettings":
+        # FlexAttention compiles a kernel for every width, and falls back to a slow one after a few.
+        flex = model.config._attn_implementation == "flex_attention"
+        return cls(find_rope_switch(model.config), rounding=_FLEX_WIDTH if flex else 1)
+
+
 def _score_rows(
-    model: PreTrainedModel, head: Head, rows: Rows, *, chunk_tokens: int, entropy: bool
+    model: PreTrainedModel,
+    head: Head,
+    rows: Rows,
+    *,
+    chunk_tokens: int,
+    entropy: bool,
+    settings: _PassSettings = _PassSettings(),
 ) -> SequenceScores:
-    states = _compute_hidden_states(model, rows).flatten(0, 1).index_select(0, rows.predictors)
+    rows = rows.round_width(settings.rounding)
+    states = _compute_hidden_states(model, rows, settings).flatten(0, 1).index_select(0, rows.predictors)
     logps, entropies, vocab_size = head(states, rows.targets, chunk_tokens=chunk_tokens, entropy=entropy)
     sums = logps.new_zeros(len(rows.lengths)).index_add(0, rows.sequences, logps)
     if entropies is None:
@@ -147,12 +199,46 @@ def _score_rows(
     return SequenceScores(sums, rows.lengths, entropy_sums / rows.lengths / compute_max_entropy(vocab_size))
 
 
-def _compute_hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
+def _compute_hidden_states(model: PreTrainedModel, rows: Rows, settings: _PassSettings) -> Tensor:
     """Compute (R, T, d) last hidden states; plain rows need no mask, as a causal model is padded right."""
-    inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
+    decoder, inputs = find_decoder(model), {"input_ids": rows.input_ids, "use_cache": False}
+    if settings.rope_switch is not None and not rows.shared:
+        return _compute_in_two_passes(decoder, rows, settings.rope_switch, settings.equal_passes)
     if rows.shared:
         inputs |= {"attention_mask": _build_attention_mask(model, rows), "position_ids": rows.position_ids}
-    return model.get_decoder()(**inputs)[0]
+    hidden: Tensor = decoder(**inputs)[0]
+    return hidden
+
+
+def _compute_in_two_passes(decoder: nn.Module, rows: Rows, switch: int, equal_passes: bool) -> Tensor:
+    """Compute the hidden states of rows up to `switch` tokens and of longer ones in a pass each.
+
+    A decoder chooses the rotary frequencies of all its rows by the width of the longest. The response's last
+    token is no input but counts as one of the row's tokens.
+    """
+    ids, width = rows.input_ids, rows.input_ids.shape[1]
+    is_long = [count + 1 > switch for count in rows.row_lengths]
+    passes = [
+        ([i for i, long in enumerate(is_long) if not long], 1, min(width, switch)),
+        ([i for i, long in enumerate(is_long) if long], switch + 1, width),
+    ]
+    states: Tensor | None = None
+    for places, least, most in passes:
+        if not places and not equal_passes:
+            continue
+        chosen = torch.tensor(places, dtype=torch.long, device=ids.device)
+        part = ids.index_select(0, chosen)[:, :most] if places else ids[:1, :1]
+        part = F.pad(part, (0, max(least - part.shape[1], 0) if places else 0))
+        hidden: Tensor = decoder(input_ids=part, use_cache=False)[0]
+        if states is None:
+            states = hidden.new_zeros(*ids.shape, hidden.shape[-1])
+        if not places:  # no row of this rank, but a pass of all ranks, backward too
+            states = states + 0.0 * hidden.sum()
+            continue
+        hidden = F.pad(hidden[:, :width], (0, 0, 0, max(width - hidden.shape[1], 0)))
+        states = states.index_add(0, chosen, hidden)
+    assert states is not None
+    return states
 
 
 def _build_attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockMask:
@@ -178,6 +264,20 @@ def _build_attention_mask(model: PreTrainedModel, rows: Rows) -> Tensor | BlockM
 
 def _select_checked_head(model: PreTrainedModel) -> Head:
     """Select the head; refuse a model whose own log-probs it does not reproduce on padded random rows."""
+    try:
+        return _compare_with_logits(model)
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"{model.name_or_path or type(model).__name__} ({model.config.model_type}) cannot be scored: a "
+            f"few tokens do not go through its decoder and head ({type(error).__name__}: {reason}); use a "
+            "causal language model that reads text alone"
+        ) from error
+
+
+def _compare_with_logits(model: PreTrainedModel) -> Head:
     name = model.name_or_path or type(model).__name__
     flex = model.config._attn_implementation == "flex_attention"
     # With a GPU, the model may be here only to be sharded onto it; `models.parallel.prepare_parallel` checks
@@ -218,26 +318,6 @@ def _score_from_logits(model: PreTrainedModel, prompt: Any, response: Any) -> Te
     return logps.gather(-1, ids[0, len(prompt) :, None]).sum()
 
 
-def _reason_from_config(model: PreTrainedModel) -> str | None:
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "attention"}
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rope = getattr(config, "rope_parameters", None) or {}
-    if kinds:
-        return f"{config.model_type} has layers of type {', '.join(sorted(kinds))}"
-    if window is not None:
-        return f"{config.model_type} has a sliding window of {window} tokens"
-    if getattr(model, "_is_stateful", False):
-        return f"{config.model_type} is recurrent: its state runs through the whole row"
-    if config.model_type in _ALIBI or getattr(config, "alibi", False):
-        return f"{config.model_type} has ALiBi attention, whose bias counts columns, not positions"
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return f"{config.model_type} scales its rotary positions by the row's length ({rope['rope_type']})"
-    if model.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-        return f"attention {model.config._attn_implementation} takes no block mask"
-    return None
-
-
 def _reason_from_probe(model: PreTrainedModel) -> str | None:
     """Score two equal responses and another after one prompt: a leak makes the second copy likelier."""
     prompt, responses = _build_probe(model)
@@ -256,7 +336,8 @@ def _reason_from_probe(model: PreTrainedModel) -> str | None:
 
 def _build_probe(model: PreTrainedModel) -> tuple[list[int], list[list[int]]]:
     """Return a prompt of 5 and responses of 8, 8 (the same again) and 8 random tokens."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    vocabulary = min(m.weight.shape[0] for m in (model.get_input_embeddings(), head) if m is not None)
     ids = torch.randint(0, vocabulary, (21,), generator=torch.Generator().manual_seed(0)).tolist()
     return ids[:5], [ids[5:13], ids[5:13], ids[13:]]
 
@@ -276,38 +357,3 @@ def _switch_to_eval(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-class _ModelSizes(NamedTuple):
-    """Weights that a token uses in the body and in the head; layers x heads x head width for attention."""
-
-    body: float
-    head: float
-    attention: float
-
-    @classmethod
-    def from_model(cls, model: PreTrainedModel) -> "_ModelSizes":
-        config = model.config.get_text_config()
-        head = model.get_output_embeddings()
-        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-        share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
-        body = 0.0
-        for name, module in model.named_modules():
-            if module is head or isinstance(module, nn.Embedding):
-                continue
-            for key, weight in module.named_parameters(recurse=False):
-                if weight.dim() < 2:
-                    continue
-                dense = isinstance(module, (nn.Linear, Conv1D)) and key == "weight"
-                # Quantised layers pack their weights: count by the layer's features, not by what it stores.
-                size = _count_layer_weights(module) if dense else weight.numel()
-                body += size * (share if ".experts" in name else 1.0)
-        heads = getattr(config, "num_attention_heads", 0)  # a purely recurrent model has none
-        width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-        return cls(body, float(_count_layer_weights(head)), float(config.num_hidden_layers * heads * width))
-
-
-def _count_layer_weights(layer: nn.Module) -> int:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features * layer.out_features
-    return sum(p.numel() for p in layer.parameters() if p.dim() >= 2)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import ModelError
@@ -41,6 +42,7 @@ class Rows:
     targets:        (N,) int64; the predicted token.
     sequences:      (N,) int64; the sequence, 0..S-1, that the token belongs to.
     lengths:        (S,) int64; response tokens per sequence.
+    row_lengths:    R numbers on the host, each row's input tokens.
     shared:         whether a row may contain several responses.
     tokens:         input tokens that are not padding.
     attended_pairs: (query, key) pairs that the attention mask allows, for counting operations.
@@ -53,6 +55,7 @@ class Rows:
     targets: Tensor
     sequences: Tensor
     lengths: Tensor
+    row_lengths: tuple[int, ...]
     shared: bool
     tokens: int
     attended_pairs: int
@@ -71,6 +74,21 @@ class Rows:
         """Copy the rows to `device`."""
         names = ("input_ids", "position_ids", "segments", "predictors", "targets", "sequences", "lengths")
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+
+    def round_width(self, multiple: int) -> "Rows":
+        """Pad the rows on the right to a width that is a multiple of `multiple`."""
+        width = self.input_ids.shape[1]
+        extra = -width % multiple
+        if not extra:
+            return self
+        row, column = self.predictors // width, self.predictors % width
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, extra)),
+            position_ids=F.pad(self.position_ids, (0, extra)),
+            segments=F.pad(self.segments, (0, extra), value=-1),
+            predictors=row * (width + extra) + column,
+        )
 
     def build_mask(self) -> Tensor:
         """Build the (R, 1, T, T) bool mask on the rows' device, True where a query may attend to a key.
@@ -116,6 +134,7 @@ def build_rows(groups: Sequence[PromptWithResponses], *, shared: bool, pad_id: i
         targets=torch.from_numpy(_concatenate_ids(targets)),
         sequences=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         lengths=torch.from_numpy(lengths),
+        row_lengths=tuple(row.width for row in layouts) or (0,),
         shared=shared,
         tokens=sum(row.width for row in layouts),
         attended_pairs=sum(row.count_attended_pairs() for row in layouts),
