@@ -1,6 +1,12 @@
-"""Fully sharded data parallelism: torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277)."""
+"""Fully sharded data parallelism: torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277).
+
+It also serves replicated policies that compute in bfloat16: `fully_shard` keeps float32 masters, casts a
+layer's weights for its forward and backward pass, and sums gradients in float32.
+"""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -24,24 +32,43 @@ class ShardedParallel(DistributedParallel):
     Weights are gathered one decoder layer at a time. The scorer is the root: embeddings, last norm and lm
     head are whole while its forward and backward pass run, so the chunked head reads a plain weight. Each
     micro-batch's gradients are reduced at once, because whole gradients do not fit into memory.
+
+    Args:
+        replicated: every rank has all shards, so that no forward pass is a collective, and gradients are summed
+            over ranks once in a step.
     """
 
-    sharded = True
-
-    def __init__(self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(
+        self, scorer: Scorer, optimizer: torch.optim.Optimizer, device: torch.device, *, replicated: bool
+    ) -> None:
         super().__init__(scorer, optimizer, device)
         self._weights = get_trainable_weights(scorer)
+        self._replicated, self.sharded = replicated, not replicated
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """See `Parallel`."""
+        if self._replicated:
+            assert isinstance(self.module, FSDPModule)
+            self.module.set_requires_all_reduce(last)
+        yield
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """See `Parallel`."""
         gradients = [_to_local(w.grad) for w in self._weights.values() if w.grad is not None]
         squares = torch.nn.utils.get_total_norm(gradients).to(self.device).square()
-        norm = self.all_reduce_sum(squares).sqrt()
+        norm = (squares if self._replicated else self.all_reduce_sum(squares)).sqrt()
         if max_norm is not None:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(scale.to(gradient.device))
         return norm
+
+    def make_weights_whole(self) -> None:
+        """See `Parallel`."""
+        for module in self.scorer.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
 
     def _get_trainable_weights(self) -> dict[str, nn.Parameter]:
         return self._weights
@@ -70,19 +97,42 @@ class ShardedParallel(DistributedParallel):
         shard.to_local().copy_(part.to_local())
 
 
-def shard_scorer(scorer: Scorer, *, device: torch.device, offload: bool) -> None:
+def shard_scorer(
+    scorer: Scorer, *, device: torch.device, offload: bool, replicated: bool, precision: torch.dtype
+) -> None:
     """Shard the scorer's weights over the default process group, in place, and move the shards to `device`.
 
-    Whole weights pass through `device` one decoder layer at a time. With `offload` the shards stay in main
-    memory, and AdamW steps there.
+    Whole weights pass through `device` one decoder layer at a time.
+
+    Args:
+        scorer: with weights in the dtype of their masters.
+        device: of this process.
+        offload: keep the shards in main memory, where AdamW steps.
+        replicated: give every rank all shards, and leave frozen weights alone.
+        precision: dtype that the trained weights are cast to for their forward and backward pass.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    layers = list(_iterate_layers(get_causal_model(scorer.model)))
-    for module in (*layers, scorer):
+    ranks = dist.get_world_size()
+    mesh = (
+        init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicas", "shards"))
+        if replicated
+        else init_device_mesh(device.type, (ranks,))
+    )
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy(),
         # The root is resharded between passes too: a LoRA adapter that is disabled and enabled there, and
         # weights that are restored, must find shards.
-        fully_shard(module, mesh=mesh, offload_policy=policy, reshard_after_forward=True)
+        "reshard_after_forward": True,
+    }
+    if replicated:
+        settings["ignored_params"] = {weight for weight in scorer.parameters() if not weight.requires_grad}
+    if precision != torch.float32:
+        # A model loaded in that precision casts its inputs itself, some of them not at all.
+        settings["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for module in (*_iterate_layers(get_causal_model(scorer.model)), scorer):
+        fully_shard(module, **settings)
     for method in (Scorer.compute_logits, Scorer.generate):
         register_fsdp_forward_method(scorer, method.__name__)
 

@@ -83,9 +83,8 @@ class LinearHead:
     ) -> tuple[Tensor, Tensor | None, int]:
         """See `Head`."""
         weight, bias = self.linear.weight, self.linear.bias
-        dtype = _get_compute_dtype(hidden.device, weight.dtype)
         logps, entropies = _ChunkedLinear.apply(
-            hidden, weight, bias, targets, self.transform, dtype, chunk_tokens, entropy
+            hidden, weight, bias, targets, self.transform, chunk_tokens, entropy
         )
         return logps, entropies if entropy else None, weight.shape[0]
 
@@ -147,30 +146,28 @@ class _ChunkedLinear(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
-        dtype: torch.dtype,
         chunk_tokens: int,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        count, accumulator = targets.numel(), _get_accumulator_dtype(dtype)
+        count, dtype = targets.numel(), weight.dtype
+        accumulator = _get_accumulator_dtype(dtype)
         logps = torch.empty(count, dtype=accumulator, device=hidden.device)
         entropies = torch.empty(count if entropy else 0, dtype=accumulator, device=hidden.device)
         head_trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         eager = ctx.needs_input_grad[0] and not head_trained
         unit = torch.empty_like(hidden) if eager else None  # d logp / d hidden, for an upstream gradient of 1
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-            wide = _widen(matrix)
-            for part in _iterate_chunks(count, chunk_tokens):
-                logits = transform(_project(hidden[part].to(dtype), wide, offset))
-                log_probs = logits.log_softmax(-1)
-                logps[part] = log_probs.gather(-1, targets[part, None])[:, 0]
-                if entropy:
-                    entropies[part] = _compute_entropy(log_probs)
-                if unit is not None:
-                    grad = _compute_logit_gradient(log_probs, logits, targets[part], transform, None)
-                    unit[part] = grad.to(dtype) @ matrix
+        wide = _widen(weight)
+        for part in _iterate_chunks(count, chunk_tokens):
+            logits = transform(_project(hidden[part].to(dtype), wide, bias))
+            log_probs = logits.log_softmax(-1)
+            logps[part] = log_probs.gather(-1, targets[part, None])[:, 0]
+            if entropy:
+                entropies[part] = _compute_entropy(log_probs)
+            if unit is not None:
+                grad = _compute_logit_gradient(log_probs, logits, targets[part], transform, None)
+                unit[part] = grad.to(dtype) @ weight
         ctx.save_for_backward(unit, hidden if head_trained else None, weight, bias, targets)
-        ctx.settings = (transform, dtype, chunk_tokens)
+        ctx.settings = (transform, chunk_tokens)
         ctx.mark_non_differentiable(entropies)
         return logps, entropies
 
@@ -179,32 +176,32 @@ class _ChunkedLinear(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         unit, hidden, weight, bias, targets = ctx.saved_tensors
         if unit is not None:
-            return (unit * upstream[:, None].to(unit.dtype), *([None] * 7))
+            return (unit * upstream[:, None].to(unit.dtype), *([None] * 6))
         if hidden is None:
-            return (None,) * 8
-        transform, dtype, chunk_tokens = ctx.settings
+            return (None,) * 7
+        transform, chunk_tokens = ctx.settings
+        dtype = weight.dtype
         grads = [
-            torch.zeros_like(t) if n else None
-            for t, n in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            torch.zeros_like(t, dtype=_get_accumulator_dtype(dtype)) if needed else None
+            for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         grad_hidden, grad_weight, grad_bias = grads
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-            wide = _widen(matrix)
-            for part in _iterate_chunks(targets.numel(), chunk_tokens):
-                states = hidden[part].to(dtype)
-                logits = transform(_project(states, wide, offset))
-                log_probs = logits.log_softmax(-1)
-                grad = _compute_logit_gradient(
-                    log_probs, logits, targets[part], transform, upstream[part]
-                ).to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad @ matrix
-                if grad_weight is not None:
-                    grad_weight += grad.T @ states
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-        return (grad_hidden, grad_weight, grad_bias, *([None] * 5))
+        wide = _widen(weight)
+        for part in _iterate_chunks(targets.numel(), chunk_tokens):
+            states = hidden[part].to(dtype)
+            logits = transform(_project(states, wide, bias))
+            log_probs = logits.log_softmax(-1)
+            grad = _compute_logit_gradient(log_probs, logits, targets[part], transform, upstream[part])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = (grad @ weight).to(grad_hidden)
+            if grad_weight is not None:
+                grad_weight += grad.T @ states
+        given = (hidden, weight, bias)
+        casts = [None if g is None else g.to(t.dtype) for g, t in zip(grads, given, strict=True)]
+        return (*casts, *([None] * 4))
 
 
 def _widen(matrix: Tensor) -> Tensor:
@@ -247,11 +244,6 @@ def _iterate_chunks(count: int, size: int) -> Iterator[slice]:
 
 def _get_accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _get_compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a linear layer runs here: the weights' or autocast's."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 class _DecoderOutput(BaseModelOutputWithPast):

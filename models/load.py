@@ -69,8 +69,9 @@ def load_model(
 
     Trainable: train mode, the model's own dropout off (the policy must start as its own reference). With
     `PolicyConfig.adapter` the base is frozen in its dtype behind a new float32 LoRA drawn from `seed`;
-    without, every weight is a float32 master (run the step under autocast for bfloat16). An adapter folder is
-    merged first: the policy starts as base plus adapter. `activation_checkpointing` trades time for memory.
+    without, every weight is a float32 master (`models.parallel` casts it to the dtype that it computes in).
+    An adapter folder is merged first: the policy starts as base plus adapter. `activation_checkpointing`
+    trades time for memory.
 
     Raises ModelError for weights missing from the files, and if quantisation does not run on this machine.
     """

@@ -187,7 +187,7 @@ def _score_rows(
     *,
     chunk_tokens: int,
     entropy: bool,
-    settings: _PassSettings = _PassSettings(),
+    settings: _PassSettings,
 ) -> SequenceScores:
     rows = rows.round_width(settings.rounding)
     states = _compute_hidden_states(model, rows, settings).flatten(0, 1).index_select(0, rows.predictors)
@@ -308,7 +308,8 @@ def _score_probe(
     model: PreTrainedModel, head: Head, groups: list[PromptWithResponses], *, shared: bool
 ) -> Tensor:
     rows = build_rows(groups, shared=shared, pad_id=0).to(model.device)
-    return _score_rows(model, head, rows, chunk_tokens=1024, entropy=False).logps
+    settings = _PassSettings.from_model(model)
+    return _score_rows(model, head, rows, chunk_tokens=1024, entropy=False, settings=settings).logps
 
 
 def _score_from_logits(model: PreTrainedModel, prompt: Any, response: Any) -> Tensor:

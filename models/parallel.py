@@ -1,10 +1,12 @@
 """One small interface to an optimizer step, for any number of processes and every parallel strategy.
 
 The training step is the same code for all: `with parallel.accumulate(last): ...; parallel.backward(loss)` per
-micro-batch, then gradient clipping, `step` and `zero_grad`. Gradients are averaged over ranks, so a loss that
-is a sum over the global batch is multiplied by `world_size` first. Autocast, float32 masters and AdamW are
-the same for all strategies, and so are the steps; state saved under one strategy can be restored under
-another.
+micro-batch, then gradient clipping, `step` and `zero_grad`. Gradients are averaged over ranks, so a loss
+that is a sum over the global batch is multiplied by `world_size` first. Float32 masters and AdamW are the
+same for all strategies, and so are the steps; state saved under one strategy can be restored under another.
+
+In bfloat16 a policy computes with bfloat16 weights, as a frozen reference does, and AdamW steps their float32
+masters.
 """
 
 from collections.abc import Mapping
@@ -63,7 +65,7 @@ def prepare_parallel(
         strategy: ddp; fsdp (torch's `fully_shard`); deepspeed (ZeRO), also for one process.
         zero_stage: of deepspeed, 1 to 3.
         offload: with fsdp and deepspeed, keep what is sharded in main memory and step there.
-        precision: dtype of the autocast that callers run the scorer under; float32 for no autocast.
+        precision: dtype that the trained weights, loaded as float32 masters, compute in.
         device: the device that this process computes on.
 
     Raises:
@@ -83,15 +85,19 @@ def prepare_parallel(
             scorer, groups, settings, device, stage=zero_stage, offload=offload, precision=precision
         )
     split = strategy == "fsdp" and (several or offload)
+    replicated = not split and precision != torch.float32
     if split:
         _refuse_quantized(scorer, split=True)
+    if split or replicated:
         ensure_process_group(device)
-        shard_scorer(scorer, device=device, offload=offload)
+        shard_scorer(scorer, device=device, offload=offload, replicated=replicated, precision=precision)
+        if split:
+            scorer.equalize_passes()
         trained = get_trainable_weights(scorer)
     fused = (device.type == "cuda" and not (split and offload)) or None
     optimizer = torch.optim.AdamW(_build_parameter_groups(trained, weight_decay), **settings, fused=fused)
-    if split:
-        return ShardedParallel(scorer, optimizer, device)
+    if split or replicated:
+        return ShardedParallel(scorer, optimizer, device, replicated=replicated)
     return (ReplicatedParallel if several else Parallel)(scorer, optimizer, device)
 
 

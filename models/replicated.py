@@ -93,6 +93,12 @@ class Parallel:
             return flag
         return bool(self.all_reduce_sum(torch.tensor(int(flag), device=self.device)))
 
+    def make_weights_whole(self) -> None:
+        """Make all weights of an unsharded policy plain tensors of the dtype they compute in.
+
+        Nothing can be trained afterwards.
+        """
+
     def iterate_full_state(self, *, moments: bool = True) -> Iterator[tuple[str, WeightState]]:
         """Yield name and full state of each trained weight (only the adapter's if there is one).
 

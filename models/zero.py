@@ -28,9 +28,9 @@ PERSISTENCE_THRESHOLD = 100_000
 class ZeroParallel(DistributedParallel):
     """A DeepSpeed engine behind the interface of all strategies.
 
-    The step is AdamW's on float32 masters, and autocast is DeepSpeed's own in `precision` with all
-    communication in float32, so that results equal those of the other strategies. Frozen weights keep their
-    dtype.
+    The step is AdamW's on float32 masters, and gradients are summed over ranks in float32, so that results
+    equal those of the other strategies. All weights compute in `precision`; in bfloat16, stage 1 sums the
+    gradients of micro-batches in bfloat16.
 
     Args:
         groups: AdamW's parameter groups.
@@ -54,6 +54,9 @@ class ZeroParallel(DistributedParallel):
         self.stage, self.sharded = stage, stage == 3
         config = _build_config(stage, offload=offload, precision=precision, device=device)
         if stage == 3:
+            with torch.no_grad():
+                for weight in get_trainable_weights(scorer).values():  # DeepSpeed casts them in other stages
+                    weight.data = weight.to(precision)
             _partition_weights(deepspeed, scorer, device, config)
         if offload and device.type == "cuda":
             optimizer = _build_cpu_adam(deepspeed, groups, settings)
@@ -68,6 +71,7 @@ class ZeroParallel(DistributedParallel):
             for weight in scorer.head_weights:
                 deepspeed.zero.register_external_parameter(scorer, weight)
             scorer.synchronize_chunk_counts(self._reduce_max)
+            scorer.equalize_passes()
         self._zero = self._engine.optimizer
         self.module = self._engine
         self._initialize_moments()
@@ -241,18 +245,19 @@ def _build_config(
         "gradient_accumulation_steps": 1,
         "zero_optimization": split,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {
-            "enabled": precision != torch.float32,
-            "dtype": str(precision).removeprefix("torch."),
-            "lower_precision_safe_modules": [],
-        },
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": precision == torch.bfloat16},
+        # In stage 1 DeepSpeed would take another optimizer, which cannot be inspected like the others.
+        "data_types": {"grad_accum_dtype": "fp32" if stage > 1 or precision == torch.float32 else "bf16"},
     }
 
 
 def _partition_weights(deepspeed: Any, scorer: Scorer, device: torch.device, config: dict[str, Any]) -> None:
     """Partition the weights for stage 3; whole weights pass through `device` one at a time."""
     deepspeed.init_distributed(dist_backend=dist.get_backend())
+    # DeepSpeed would round buffers too, and rotary frequencies with them.
+    buffers = [(module, *item) for module in scorer.modules() for item in module.named_buffers(recurse=False)]
+    buffers = [(module, name, buffer.clone()) for module, name, buffer in buffers]
     deepspeed.zero.Init(module=scorer, config_dict_or_path=config)
-    for module in scorer.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer.to(device))

@@ -3,7 +3,8 @@
 Weights, gradients and AdamW's moments are counted exactly as `models.parallel` stores them: float32 each for
 trained weights, so 4 + 4 + 8 bytes a weight, split over N workers as ZeRO splits them (Rajbhandari et al.
 2020, arXiv:1910.02054, section 5 and figure 1): stage 1 the moments, stage 2 gradients too, stage 3 and FSDP
-weights too. DeepSpeed updates master weights of its own, 4 more bytes a weight, split in every stage.
+weights too. DeepSpeed updates master weights of its own, 4 more bytes a weight, split in every stage, beside
+weights in the dtype that they compute in.
 Activations are an upper bound counted over one decoder layer of attention and a gated MLP, in the manner of
 Korthikanti et al. 2022 (arXiv:2205.05198, section 4), with attention fused so that no tokens x tokens scores
 exist.
@@ -70,6 +71,11 @@ class PolicyWorkload:
         return self.shape.parameters if self.trains_all_weights else self.shape.adapter
 
     @property
+    def casts_masters(self) -> bool:
+        """Whether float32 masters are cast, a layer at a time, to weights that the policy computes with."""
+        return self.trains_all_weights and self.compute_bytes < _MASTER_BYTES
+
+    @property
     def frozen_weight_bytes(self) -> float:
         """Bytes of all frozen weights."""
         if self.trains_all_weights:
@@ -78,15 +84,15 @@ class PolicyWorkload:
 
     @property
     def layer_bytes(self) -> float:
-        """Bytes of the largest layer's unsplit weights, with its share of the adapter."""
+        """Bytes of the largest layer's unsplit weights as they compute, with its share of the adapter."""
         if self.trains_all_weights:
-            return float(_MASTER_BYTES * self.shape.layer)
+            return float(self.compute_bytes * self.shape.layer)
         return self.frozen_bytes * self.shape.layer + _MASTER_BYTES * self.shape.adapter / self.shape.layers
 
     @property
     def root_bytes(self) -> float:
-        """Bytes of the unsplit weights outside the layers."""
-        return (_MASTER_BYTES if self.trains_all_weights else self.outer_bytes) * self.shape.root
+        """Bytes of the unsplit weights outside the layers, as they compute."""
+        return (self.compute_bytes if self.trains_all_weights else self.outer_bytes) * self.shape.root
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,8 @@ STRATEGIES = (
 class Memory:
     """Peak memory of one worker in bytes; `host` is in main memory, the rest on its device.
 
-    `working` is temporary memory: the head's logits, weights that are gathered for a while, casts of weights
-    that the backward pass needs, and communication buffers.
+    `working` is temporary memory: the head's logits, weights that are gathered or cast for a while, and
+    communication buffers.
     """
 
     weights: float
@@ -148,8 +154,11 @@ def estimate_worker_memory(workload: PolicyWorkload, strategy: Strategy, workers
         float(_MOMENT_BYTES * trained),
     )
     unsplit = weights  # read into main memory, where they are split before a device gets any of them
-    working, host = _count_head(workload) + _count_casts(workload), 0.0
-    if strategy.name == "fsdp" and (workers > 1 or strategy.offload):
+    working, host = _count_head(workload), 0.0
+    is_split = strategy.name == "fsdp" and (workers > 1 or strategy.offload)
+    if workload.casts_masters and strategy.name != "deepspeed" and not is_split:
+        working += _count_gathered_weights(workload)
+    if is_split:
         weights, gradients, moments = weights / workers, gradients / workers, moments / workers
         working += _count_gathered_weights(workload)
         if strategy.offload:
@@ -157,6 +166,8 @@ def estimate_worker_memory(workload: PolicyWorkload, strategy: Strategy, workers
         host = max(host, unsplit)
     elif strategy.name == "deepspeed":
         masters, moments = _MASTER_BYTES * trained / workers, moments / workers
+        if workload.casts_masters:
+            weights = float(workload.compute_bytes * trained)
         working += 2 * _BUCKET_BYTES
         if strategy.stage >= 2:
             gradients /= workers
@@ -196,18 +207,14 @@ def can_train(workload: PolicyWorkload, strategy: Strategy) -> bool:
 def _count_activations(workload: PolicyWorkload) -> float:
     """Count the bytes of activations that the forward pass keeps for the backward pass.
 
-    Per token and layer: both norms keep their float32 input and output (16 d bytes); every linear layer its
-    input, cast for each of the five that read one of width d where products are in half precision; attention
-    its q, k, v (k and v repeated for grouped queries), output, and that output again in the next layer's
-    layout; the MLP its gate before and after the nonlinearity, its up projection, and their product. A margin
-    for what other architectures keep is added to the sum.
+    Per token and layer: both norms keep their float32 input and output (16 d bytes); the linear layers their
+    two inputs of width d; attention its q, k, v (k and v repeated for grouped queries), output, and that output
+    again in the next layer's layout; the MLP its gate before and after the nonlinearity, its up projection,
+    and their product. A margin for what other architectures keep is added to the sum.
     """
     shape, size = workload.shape, workload.compute_bytes
-    inputs = 5 if size < _MASTER_BYTES else 2
-    layer = (16 + inputs * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
-    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.outer_bytes
-    residual = max(weight_bytes, size) * shape.hidden
-    layers = shape.layers * residual + layer if workload.checkpointing else shape.layers * layer
+    layer = (16 + 2 * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate
+    layers = shape.layers * size * shape.hidden + layer if workload.checkpointing else shape.layers * layer
     ends = 4 * _MASTER_BYTES * shape.hidden  # embeddings, the last norm, the head's input
     mask = workload.row_tokens * (1 + size)  # of rows that share their prompt: which token attends to which
     return float(_ACTIVATION_MARGIN * workload.tokens * (layers + ends + mask))
@@ -216,23 +223,11 @@ def _count_activations(workload: PolicyWorkload) -> float:
 def _count_head(workload: PolicyWorkload) -> float:
     """Count the bytes of a chunk's logits, log-probs, probabilities and gradient, and of the head's own."""
     shape, size = workload.shape, workload.compute_bytes
-    chunk = min(CHUNK_TOKENS, workload.tokens) * shape.vocabulary * (2 * size + 2 * _MASTER_BYTES)
-    matrix = shape.vocabulary * shape.hidden
-    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.outer_bytes
-    cast = matrix * size if weight_bytes != size else 0
+    chunk = min(CHUNK_TOKENS, workload.tokens) * shape.vocabulary * (size + 3 * _MASTER_BYTES)
     # The head's gradient: the sum over chunks, and a chunk's part before it is added.
+    matrix = shape.vocabulary * shape.hidden
     gradient = matrix * (_MASTER_BYTES + size) if workload.trains_all_weights else 0
-    return float(chunk + cast + gradient)
-
-
-def _count_casts(workload: PolicyWorkload) -> float:
-    """Count the bytes of layers' half-precision weights that autocast makes and the backward pass needs."""
-    weight_bytes = _MASTER_BYTES if workload.trains_all_weights else workload.frozen_bytes
-    if weight_bytes <= workload.compute_bytes:
-        return 0.0
-    return float(
-        workload.compute_bytes * (workload.shape.layer if workload.checkpointing else workload.shape.body)
-    )
+    return float(chunk + gradient)
 
 
 def _count_gathered_weights(workload: PolicyWorkload) -> float:
@@ -249,7 +244,7 @@ def _count_gathered_weights(workload: PolicyWorkload) -> float:
 def _count_live_weights(workload: PolicyWorkload) -> float:
     """Count stage 3's unsplit bytes: weights kept for their next use, and a layer's gradients."""
     share = min(1.0, _LIVE_WEIGHTS / workload.shape.parameters)
-    all_bytes = _MASTER_BYTES * workload.trained_weights + workload.frozen_weight_bytes
+    all_bytes = workload.compute_bytes * workload.trained_weights + workload.frozen_weight_bytes
     gradients = _MASTER_BYTES * workload.shape.layer if workload.trains_all_weights else 0
     return max(share * all_bytes, 2 * workload.layer_bytes + workload.root_bytes) + gradients
 
@@ -317,14 +312,12 @@ def size_run(
     Raises:
         ModelError: a config cannot be read, or its architecture is unknown.
     """
-    precision = config.training.precision
-    half = precision == "bfloat16" or (precision == "auto" and device_type == "cuda")
-    layer, outer = get_bytes_per_weight(config.policy, device_type)
+    layer, outer = get_bytes_per_weight(config.policy_model, device_type)
     workload = PolicyWorkload(
         shape=read_model_shape(policy, config.policy, lora=config.policy.adapter),
         frozen_bytes=layer,
         outer_bytes=outer,
-        compute_bytes=2 if half else 4,
+        compute_bytes=int(outer),
         tokens=config.training.tokens_per_microbatch,
         # A prompt followed by two responses, each pair of prompt and response within max_length.
         row_tokens=min(config.training.tokens_per_microbatch, 2 * config.data.max_length),

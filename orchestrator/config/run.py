@@ -128,6 +128,17 @@ class RunConfig(Section):
                 f"policy.quantization {self.policy.quantization} packs weights, which parallel.strategy "
                 f"{self.parallel.strategy} would have to cut: set strategy: ddp, or quantization: none"
             )
+        dtype, precision = self.policy.dtype, self.training.precision
+        if precision == "float32" and self.policy.quantization != "none":
+            raise ValueError(
+                "training.precision float32 does not fit a quantised policy, which computes in bfloat16: leave "
+                "it out, or set policy.quantization: none"
+            )
+        if "auto" not in (dtype, precision) and dtype != precision:
+            raise ValueError(
+                f"policy.dtype {dtype} and training.precision {precision} differ, but a policy computes in the "
+                "dtype of its weights (AdamW's copies are float32 in any case): leave one of them out"
+            )
         if self.policy.attention == "flex" and self.parallel.shards_weights:
             raise ValueError(
                 "policy.attention: flex needs the whole policy on a GPU when it is opened, and "
@@ -161,6 +172,12 @@ class RunConfig(Section):
     def preset(self) -> str:
         """The named loss that the file starts from, or "custom"."""
         return self._preset
+
+    @property
+    def policy_model(self) -> PolicyConfig:
+        """The policy with the dtype that it computes in: its own, or that of `training.precision`."""
+        dtype = self.training.precision if self.policy.dtype == "auto" else self.policy.dtype
+        return self.policy.model_copy(update={"dtype": dtype})
 
     @property
     def folder(self) -> Path:

@@ -132,7 +132,7 @@ def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> Prepare
     """
     function_digests = check_functions(config, str(Path.cwd()))
     uri = check_storage(config)
-    policy = _find_model("policy", _build_policy_config(config), config, uri, previous)
+    policy = _find_model("policy", _strip_to_model_config(config.policy_model), config, uri, previous)
     references = {
         name: policy
         if reference.scored_by_workers
@@ -174,12 +174,6 @@ def check_storage(config: RunConfig) -> str:
     uri = resolve_tracking_uri(config.tracking.uri, config.storage_path)
     refuse_unwritable(config.storage_path)
     return uri
-
-
-def _build_policy_config(config: RunConfig) -> ModelConfig:
-    """Describe the initial policy as a frozen model: float32 master weights if all weights are trained."""
-    initial = _strip_to_model_config(config.policy)
-    return initial if config.policy.adapter is not None else initial.model_copy(update={"dtype": "float32"})
 
 
 def _strip_to_model_config(config: ModelConfig) -> ModelConfig:

@@ -227,7 +227,6 @@ class _TrainingRun:
             loss=self._loss,
             table=table,
             clip_norm=training.clip_norm,
-            precision=self._policy.precision,
         )
         if self._tracker is None:
             return
@@ -266,7 +265,6 @@ class _TrainingRun:
             batches,
             loss=self._loss,
             table=self._make_table(len(indices)),
-            precision=self._policy.precision,
             equal_reference=None if equal_reference is None else self._reference_names.index(equal_reference),
         )
         metrics = compute_eval_metrics(table, self._flags)

@@ -39,7 +39,7 @@ class Policy:
         parallel: scorer, optimizer and communication.
         load_initial_policy: loads another copy of the initial policy, trainable, on the CPU.
         tokenizer: the policy's own.
-        precision: dtype of matrix products.
+        precision: dtype that the policy computes in.
         plain_rows_reason: why a prompt is computed once per response instead of once per pair, if it is.
         pad_id: token id that pads rows; padding is masked by spans, never by its id.
         peak_flops: FLOP/s of the device in `precision`, where known.
@@ -59,11 +59,7 @@ class Policy:
         return self.parallel.scorer
 
     def score_initial_policy(self, rows: Rows) -> SequenceScores:
-        """Score rows under the initial policy: the adapter switched off, no gradient.
-
-        Not under autocast: the scores are stored under the initial policy's fingerprint, and must be those
-        that a replica would compute.
-        """
+        """Score rows under the initial policy: the adapter switched off, no gradient."""
         with disable_adapter(self.scorer.model):
             return self.scorer(rows, entropy=True)
 
@@ -92,7 +88,8 @@ def open_policy(
         torch.set_num_threads(max(1, _count_cores() // local_workers))
     training, parallel = config.training, config.parallel
     # The dtype depends on the device that the policy runs on, also where it is loaded on the CPU.
-    settings = config.policy.model_copy(update={"dtype": config.policy.resolve_dtype(device.type)})
+    dtype = config.policy_model.resolve_dtype(device.type)
+    settings, precision = config.policy.model_copy(update={"dtype": dtype}), getattr(torch, dtype)
     in_shards = has_sharded_weights(
         parallel.strategy, parallel.stage, workers=parallel.workers, offload=parallel.offload
     )
@@ -112,7 +109,6 @@ def open_policy(
         if config.policy.prefix_sharing == "off"
         else scorer.prefix_sharing_unavailable_reason
     )
-    precision = _choose_precision(training.precision, device)
     return Policy(
         parallel=prepare_parallel(
             scorer,
@@ -171,6 +167,7 @@ def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
     """
     parallel = policy.parallel
     if not parallel.sharded:
+        parallel.make_weights_whole()
         return policy.scorer.model if parallel.rank == 0 else None
     with raise_on_all_ranks(parallel.device):
         model = policy.load_initial_policy() if parallel.rank == 0 else None
@@ -185,13 +182,6 @@ def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
 def _count_cores() -> int:
     """Count the cores that this process may use: fewer than the machine's where it is limited to some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a precision; `auto` is bfloat16 on GPUs that have it, else float32."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def _lookup_peak_flops(device: torch.device, precision: torch.dtype) -> float | None:

@@ -160,7 +160,7 @@ class Sampler:
             pad_token_id=self._policy.pad_id,
             use_cache=True,
         )
-        with _disable_generation_defaults(self._model), _fork_seed(seed, device), self._autocast():
+        with _disable_generation_defaults(self._model), _fork_seed(seed, device):
             out = self._policy.scorer.generate(
                 torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
@@ -183,8 +183,7 @@ class Sampler:
         """
         groups = [PromptWithResponses(p, [r]) for p, r in zip(prompts, responses, strict=True)]
         rows = build_rows(groups, shared=False, pad_id=self._policy.pad_id).to(self._policy.parallel.device)
-        with self._autocast():
-            logps = _to_numpy(self._policy.scorer(rows).logps)
+        logps = _to_numpy(self._policy.scorer(rows).logps)
         return logps, _to_numpy(
             self._policy.score_initial_policy(rows).logps
         ) if self._scored_by_workers else None
@@ -205,11 +204,6 @@ class Sampler:
         return str(
             tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-
-    def _autocast(self) -> torch.autocast:
-        precision = self._policy.precision
-        device = self._policy.parallel.device
-        return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
     def _refuse_too_few_positions(self) -> None:
         """Raise ModelError if the longest prompt and its response exceed the policy's positions."""

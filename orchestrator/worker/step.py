@@ -3,7 +3,6 @@
 No Ray in here, so that tests, benchmarks and a bare GPU machine run exactly what a cluster runs.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,6 @@ def run_training_step(
     loss: LossConfig,
     table: StepTable,
     clip_norm: float,
-    precision: torch.dtype = torch.float32,
 ) -> tuple[StepTable, float]:
     """Accumulate gradients over this rank's micro-batches and take one optimizer step.
 
@@ -70,7 +68,6 @@ def run_training_step(
         loss: resolved settings (`phi_star` is a number).
         table: empty, one row per pair of the global batch.
         clip_norm: largest norm of the whole gradient.
-        precision: dtype that matrix products run in.
 
     Returns:
         The table summed over ranks, and the norm of the whole gradient before clipping.
@@ -81,8 +78,7 @@ def run_training_step(
     pairs = len(table["loss"])
     for index, batch in enumerate(microbatches):
         with parallel.accumulate(index == len(microbatches) - 1):
-            with _autocast(parallel.device, precision):
-                scores = parallel.module(batch.rows, entropy=True)
+            scores = parallel.module(batch.rows, entropy=True)
             losses = _score_batch(scores, batch, loss=loss, table=table)
             parallel.backward(
                 reduce_to_global_mean(losses, global_count=pairs, world_size=parallel.world_size)
@@ -107,7 +103,6 @@ def run_evaluation_pass(
     *,
     loss: LossConfig,
     table: StepTable,
-    precision: torch.dtype = torch.float32,
     equal_reference: int | None = None,
 ) -> StepTable:
     """Compute the scores and losses of `run_training_step` without gradients and with dropout off.
@@ -117,7 +112,6 @@ def run_evaluation_pass(
         microbatches: this rank's share; every rank passes equally many.
         loss: resolved settings (`phi_star` is a number).
         table: empty, one row per pair of the evaluated split.
-        precision: dtype that matrix products run in.
         equal_reference: index of a reference that the policy still equals; its scores are then used as the
             policy's, and no forward pass is run.
 
@@ -128,8 +122,7 @@ def run_evaluation_pass(
     try:
         for batch in microbatches:
             if equal_reference is None:
-                with _autocast(parallel.device, precision):
-                    scores = parallel.module(batch.rows, entropy=True)
+                scores = parallel.module(batch.rows, entropy=True)
                 _score_batch(scores, batch, loss=loss, table=table)
             elif len(batch.slots):
                 equal = batch.references[equal_reference]
@@ -181,7 +174,3 @@ def to_pair_scores(scores: SequenceScores, *, paired: bool) -> tuple[PairScores,
     chosen, rejected = scores.logps[0::2], scores.logps[1::2]
     entropy = (scores.entropy[0::2] + scores.entropy[1::2]) / 2
     return PairScores(chosen, rejected, scores.lengths[0::2], scores.lengths[1::2]), entropy
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)

@@ -23,7 +23,7 @@ from transformers import (
 
 from models.adapters import add_lora
 from models.config import LoraSettings, ModelError
-from models.head import LinearHead, ModelForwardHead
+from models.head import LinearHead, LogitTransform, ModelForwardHead
 from models.logprobs import Scorer, get_causal_model, prefix_sharing_unavailable_reason
 from models.rows import PromptWithResponses, build_rows
 from tests.support import tiny
@@ -229,17 +229,28 @@ def test_bfloat16_stays_near_float32() -> None:
 
 
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_autocast_runs_the_head_in_bfloat16_and_sums_in_float32(frozen_head: bool) -> None:
-    model = tiny.llama()
-    model.lm_head.weight.requires_grad_(not frozen_head)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = Scorer(model, chunk_tokens=4)(build_group_rows(False))
-        logps, _ = plain_scores(model, GROUPS)
-    assert scores.logps.dtype == torch.float32
-    torch.testing.assert_close(scores.logps, logps, rtol=2e-3, atol=0.0)
-    found, expected = gradients(model, weighted(scores.logps)), gradients(model, weighted(logps))
-    assert all(g.dtype == torch.float32 for g in found.values())
-    assert_equal_gradients(found, expected, 0.1)
+def test_logits_of_half_precision_weights_are_not_rounded(frozen_head: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 500).to(torch.bfloat16).requires_grad_(not frozen_head)
+    hidden = (30 * torch.randn(40, 64)).to(torch.bfloat16).requires_grad_()
+    targets = torch.arange(40)
+    head = LinearHead(linear, LogitTransform())
+    found, _, _ = head(hidden, targets, chunk_tokens=16, entropy=False)
+
+    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    logits = exact_hidden @ weight.T + bias
+    expected = logits.log_softmax(-1)[targets, targets]
+    rounded = logits.to(torch.bfloat16).double().log_softmax(-1)[targets, targets]
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-4 < 0.02 < (rounded - expected).abs().max()
+
+    found.sum().backward()
+    expected.sum().backward()
+    assert hidden.grad is not None
+    assert exact_hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=0.02, atol=0.02)
+    assert (linear.weight.grad is None) == frozen_head
 
 
 @pytest.mark.parametrize("make", [tiny.llama, build_lora_on_head])
