@@ -34,8 +34,8 @@ class ShardedParallel(DistributedParallel):
     micro-batch's gradients are reduced at once, because whole gradients do not fit into memory.
 
     Args:
-        replicated: every rank has all shards, so that no forward pass is a collective, and gradients are summed
-            over ranks once in a step.
+        replicated: every rank has all shards, so that no forward pass is a collective, and gradients are
+            summed over ranks once in a step.
     """
 
     def __init__(

@@ -208,9 +208,9 @@ def _count_activations(workload: PolicyWorkload) -> float:
     """Count the bytes of activations that the forward pass keeps for the backward pass.
 
     Per token and layer: both norms keep their float32 input and output (16 d bytes); the linear layers their
-    two inputs of width d; attention its q, k, v (k and v repeated for grouped queries), output, and that output
-    again in the next layer's layout; the MLP its gate before and after the nonlinearity, its up projection,
-    and their product. A margin for what other architectures keep is added to the sum.
+    two inputs of width d; attention its q, k, v (k and v repeated for grouped queries), output, and that
+    output again in the next layer's layout; the MLP its gate before and after the nonlinearity, its up
+    projection, and their product. A margin for what other architectures keep is added to the sum.
     """
     shape, size = workload.shape, workload.compute_bytes
     layer = (16 + 2 * size) * shape.hidden + 5 * size * shape.attention + 4 * size * shape.intermediate

@@ -131,13 +131,13 @@ class RunConfig(Section):
         dtype, precision = self.policy.dtype, self.training.precision
         if precision == "float32" and self.policy.quantization != "none":
             raise ValueError(
-                "training.precision float32 does not fit a quantised policy, which computes in bfloat16: leave "
-                "it out, or set policy.quantization: none"
+                "training.precision float32 does not fit a quantised policy, which computes in bfloat16: "
+                "leave it out, or set policy.quantization: none"
             )
         if "auto" not in (dtype, precision) and dtype != precision:
             raise ValueError(
-                f"policy.dtype {dtype} and training.precision {precision} differ, but a policy computes in the "
-                "dtype of its weights (AdamW's copies are float32 in any case): leave one of them out"
+                f"policy.dtype {dtype} and training.precision {precision} differ, but a policy computes in "
+                "the dtype of its weights (AdamW's copies are float32 in any case): leave one of them out"
             )
         if self.policy.attention == "flex" and self.parallel.shards_weights:
             raise ValueError(

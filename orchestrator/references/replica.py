@@ -69,11 +69,9 @@ class FrozenModel:
                 # Padding is masked by length, so any id in the vocabulary works.
                 rows = build_rows(prompted, shared=self._shared, pad_id=0).to(self._device)
                 out = self._scorer(rows, entropy=True)
-                scores = Scores(
-                    out.logps.double().cpu().numpy(),
-                    out.lengths.long().cpu().numpy(),
-                    out.entropy.double().cpu().numpy(),
-                )
+                fields = torch.stack([f.double() for f in (out.logps, out.lengths, out.entropy)])
+                logps, lengths, entropies = fields.cpu().numpy()  # one wait for the device
+                scores = Scores(logps, lengths.astype(np.int64), entropies)
         except torch.OutOfMemoryError:
             return None
         self.forwards += 1

@@ -194,7 +194,8 @@ def _list_columns(arrays: ReferenceArrays) -> tuple[np.ndarray, ...]:
 def _to_arrays(scores: SequenceScores, *, paired: bool) -> ReferenceArrays:
     """Convert scores of sequences in row order to one row per pair; zeros where there is no rejected one."""
     assert scores.entropy is not None
-    columns = [field.double().cpu().numpy() for field in (scores.logps, scores.lengths, scores.entropy)]
+    fields = torch.stack([f.double() for f in (scores.logps, scores.lengths, scores.entropy)])
+    columns = list(fields.cpu().numpy())  # one wait for the device
     if not paired:
         return ReferenceArrays(*(half for column in columns for half in (column, np.zeros_like(column))))
     return ReferenceArrays(*(column[side::2].copy() for column in columns for side in (0, 1)))

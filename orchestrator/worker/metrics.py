@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losses.scores import LossOutput, PairScores, ReferenceScores
+from models.parallel import Parallel
 
 PAIR_COLUMNS = (
     "loss",
@@ -113,6 +114,13 @@ class StepTable:
         self.values[-1, : len(figures)] += torch.tensor(
             figures, dtype=torch.float64, device=self.values.device
         )
+
+    def sum_over_ranks(self, parallel: Parallel) -> None:
+        """Replace the values by their sums over all ranks, and move them to main memory in one copy.
+
+        Whatever is computed from them afterwards does not wait for the device again.
+        """
+        self.values = parallel.all_reduce_sum(self.values).cpu()
 
     @property
     def cost(self) -> StepCost:
@@ -274,6 +282,6 @@ def compute_calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int 
     This is the expected calibration error.
     """
     index = (predicted * bins).long().clamp(0, bins - 1)
-    zeros = torch.zeros(bins, dtype=predicted.dtype)
+    zeros = torch.zeros(bins, dtype=predicted.dtype, device=predicted.device)
     gap = zeros.index_add(0, index, predicted - soft_labels)
     return gap.abs().sum() / len(predicted)

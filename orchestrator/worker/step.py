@@ -83,7 +83,7 @@ def run_training_step(
             parallel.backward(
                 reduce_to_global_mean(losses, global_count=pairs, world_size=parallel.world_size)
             )
-    parallel.all_reduce_sum(table.values)
+    table.sum_over_ranks(parallel)
     if slots := table.find_non_finite():
         parallel.zero_grad()
         raise NonFiniteLoss("the loss is not finite", slots)
@@ -135,7 +135,7 @@ def run_evaluation_pass(
                 _record_losses(policy, entropy, batch, loss=loss, table=table)
     finally:
         parallel.module.train()
-    parallel.all_reduce_sum(table.values)
+    table.sum_over_ranks(parallel)
     return table
 
 

@@ -280,7 +280,7 @@ def run_case(case: Case, name: str, folder: Path, rank: int) -> None:
 
 
 def measure_initial_gap(parallel: Parallel, case: Case) -> float:
-    """Return the largest difference of a score between the untrained policy and the same model as a reference.
+    """Return the largest difference of a score between the untrained policy and its model as a reference.
 
     The reference has weights in the case's dtype and float32 buffers, as transformers loads it.
     """
