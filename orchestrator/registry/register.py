@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from models.probe import LogitProbe, compute_probe_logits
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.files import digest_folder
@@ -41,9 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORT_TAG = "polyref.export"
-# Allowed difference of logits relative to the largest: merging an adapter, and another order of summation on
-# another device, change float32 by about 1e-6 per layer, half precision by its own rounding.
-_FULL_PRECISION, _HALF_PRECISION = 2e-4, 4e-2
+KL_TAG, INITIAL_KL_TAG = "polyref.kl_from_trained", "polyref.kl_of_initial_from_trained"
 
 
 class RegistryError(RunFailed):
@@ -106,8 +102,18 @@ def _try_to_assign_alias(
         log.warning("%s. It is registered without the alias; `%s` assigns it anyway", error, command)
 
 
-def verify_export(folder: Path, probe: LogitProbe) -> None:
-    """Load a folder as users would; raise RegistryError if weights are missing or the logits differ."""
+def verify_export(folder: Path, probe: LogitProbe) -> dict[str, str]:
+    """Load a folder as users would and compare its logits with the trained policy's.
+
+    They are computed in float32 whatever the dtype of the weights, so that rounding hides no small change.
+
+    Returns:
+        Version tags of the export's and of the initial policy's distance from the trained policy.
+
+    Raises:
+        RegistryError: weights are missing, the logits differ, or they are not nearer to the trained policy's
+            than the initial policy's are.
+    """
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -116,16 +122,12 @@ def verify_export(folder: Path, probe: LogitProbe) -> None:
     )
     if wrong:
         raise RegistryError(f"{len(wrong)} weights are missing or do not belong: {', '.join(wrong[:3])}")
-    logits = compute_probe_logits(model, probe.rows)
-    if logits.shape != probe.logits.shape:
-        raise RegistryError(f"its logits are {tuple(logits.shape)}, not {tuple(probe.logits.shape)}")
-    full = {model.dtype, probe.dtype} <= {torch.float32, torch.float64}
-    allowed = _FULL_PRECISION if full else _HALF_PRECISION
-    difference = ((logits - probe.logits).abs().max() / probe.logits.abs().max()).item()
-    if not difference <= allowed:
-        raise RegistryError(
-            f"its logits differ by {difference:.1e} of the largest, where {allowed:.0e} is rounding"
-        )
+    dtype = model.dtype
+    logits = compute_probe_logits(model.float(), probe.rows)
+    if (fault := probe.find_fault(logits, dtype)) is not None:
+        raise RegistryError(fault)
+    distances = {KL_TAG: probe.measure_distance(logits), INITIAL_KL_TAG: probe.measure_initial_distance()}
+    return {name: f"{nats:.3g}" for name, nats in distances.items() if nats is not None}
 
 
 def _upload_version(
@@ -179,11 +181,13 @@ def _verify_version(
     try:
         loaded = resolve_version(client, version, tracking_uri)
         check_digest(loaded.folder, loaded.digest, uri)
-        verify_export(loaded.folder, probe)
+        tags = verify_export(loaded.folder, probe)
     except (RegistryError, DamagedError) as error:
         client.delete_model_version(version.name, str(version.version))
         raise RegistryError(f"{uri} is not the model that was trained, and was deleted: {error}") from error
-    client.set_model_version_tag(version.name, str(version.version), STATE_TAG, VERIFIED)
+    log.info("%s is the model that was trained, in nats per token: %s", uri, tags)
+    for name, value in (tags | {STATE_TAG: VERIFIED}).items():
+        client.set_model_version_tag(version.name, str(version.version), name, value)
     return client.get_model_version(version.name, str(version.version))
 
 

@@ -3,19 +3,21 @@
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.adapters import disable_adapter, find_adapter, merge_adapter
+from models.adapters import disable_adapter, find_adapter
 from models.config import ModelConfig, ModelError
 from models.load import export_model, load_model, load_tokenizer, locate_model
 from models.logprobs import Scorer, SequenceScores
+from models.merge import copy_in_float32, merge_and_round
 from models.parallel import (
     Parallel,
     get_trainable_weights,
@@ -23,10 +25,13 @@ from models.parallel import (
     prepare_parallel,
     raise_on_all_ranks,
 )
-from models.probe import LogitProbe
+from models.probe import LogitProbe, build_probe_rows, compute_probe_logits
 from models.rows import Rows
 from orchestrator.config.run import RunConfig
 
+# Nats per token between a policy's logits in half precision and in float32. On SmolLM2-135M they are 0.003 in
+# bfloat16, 0.005 with weights of 4 bits, 0.05 with activations of 8 bits; a misplaced matrix gives several.
+_HALF_PRECISION_NATS = 0.5
 # Dense bfloat16 matrix FLOP/s as the vendor states them, for model FLOPs utilisation.
 _PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
 
@@ -134,29 +139,64 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
 
     Every rank calls it, rank 0 writes.
 
-    `model/` loads in transformers as it is (LoRA merged). The probe holds the logits of the policy in memory
-    on a few token rows, to compare them with those of a policy loaded later. Merging changes the policy in
-    place, so nothing can be done with it after the export.
+    `model/` loads in transformers as it is (LoRA merged). The probe holds the logits of the trained and of
+    the initial policy on a few token rows, to compare them with those of a policy loaded later. Nothing can
+    be trained after the export.
+
+    Raises ModelError where the gathered weights are not those that the policy computes with.
     """
-    device = policy.parallel.device
+    device, rows = policy.parallel.device, build_probe_rows(probes)
     policy.scorer.eval()
-    probe = LogitProbe.from_model(
-        policy.scorer.model,
-        probes,
-        logits=lambda rows: policy.scorer.compute_logits(rows.to(device)).float().cpu(),
-    )
+    logits = policy.scorer.compute_logits(rows.to(device)).float().cpu()
+    initial_logits = _reload_initial_logits(policy, rows)
     model = _gather_model(policy)
     if model is None:
         return
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    exact = copy_in_float32(model)
+    if find_adapter(exact) is not None:
+        export_model(exact, policy.tokenizer, part / "adapter")
+        with disable_adapter(exact):
+            initial_logits = compute_probe_logits(exact, rows)
+    probe = LogitProbe(rows, logits, torch.float32, initial_logits)
+    if policy.precision != torch.float32:
+        probe = _replace_noisy_logits(probe, exact)
     probe.save(part / "probe.safetensors")
-    if find_adapter(model) is not None:
-        export_model(model, policy.tokenizer, part / "adapter")
-    export_model(merge_adapter(model), policy.tokenizer, part / "model")
+    export_model(merge_and_round(model, exact, probe), policy.tokenizer, part / "model")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def _reload_initial_logits(policy: Policy, rows: Tensor) -> Tensor | None:
+    """Compute on rank 0 the logits of the initial policy, of which a policy without adapter keeps no copy."""
+    if find_adapter(policy.scorer) is not None:
+        return None
+    with raise_on_all_ranks(policy.parallel.device):
+        return compute_probe_logits(policy.load_initial_policy(), rows) if policy.parallel.rank == 0 else None
+
+
+def _replace_noisy_logits(probe: LogitProbe, exact: PreTrainedModel | PeftModel) -> LogitProbe:
+    """Replace a policy's logits in half precision by those that float32 arithmetic gives with its weights.
+
+    The former are noisier than a small change by training is large.
+
+    Args:
+        probe: with the policy's own logits.
+        exact: a copy of the weights to be exported, in float32.
+
+    Raises:
+        ModelError: the copy is another model than the policy.
+    """
+    replaced = replace(probe, logits=compute_probe_logits(exact, probe.rows))
+    if not (distance := replaced.measure_distance(probe.logits)) <= _HALF_PRECISION_NATS:
+        raise ModelError(
+            f"policy: the weights to be exported are {distance:.1g} nats per token from the policy that was "
+            "trained, more than rounding; start the run again to export from its checkpoint, with precision: "
+            "float32 if that repeats it"
+        )
+    return replaced
 
 
 def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:

@@ -8,11 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from models.probe import LogitProbe
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.tracker import Tracker
 from tests.support import tiny
-from tests.support.policies import ROWS, Exported
+from tests.support.policies import Exported, probe_model
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def exported(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), settings).eval()
-    probe = LogitProbe.from_model(model, ROWS)
+    probe = probe_model(model, AutoModelForCausalLM.from_pretrained(tiny_llama_folder))
     model.save_pretrained(folder / "adapter")
     copy = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_llama_folder), folder / "adapter"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.probe import LogitProbe
+from models.probe import LogitProbe, build_probe_rows, compute_probe_logits
 from orchestrator.errors import UsageError
 from orchestrator.files import digest_folder
 from orchestrator.registry import register as register_module
@@ -23,7 +24,7 @@ from orchestrator.registry.model_card import render_model_card
 from orchestrator.registry.register import RegistryError, register_model, verify_export
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from tests.support import tiny
-from tests.support.policies import ROWS, Exported, lineage
+from tests.support.policies import Exported, lineage, probe_model
 
 
 def _register(uri: str, run_id: str, policy: Exported, **changes: Any) -> ResolvedModel:
@@ -256,7 +257,7 @@ def test_other_runs_and_other_weights_get_versions_of_their_own(
     client = connect_to_mlflow(uri)
     other_run = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
     second = _register(uri, other_run, policy)
-    base = LogitProbe.from_model(AutoModelForCausalLM.from_pretrained(policy.base), ROWS)
+    base = probe_model(AutoModelForCausalLM.from_pretrained(policy.base))
     shutil.copy(policy.base / "model.safetensors", policy.merged / "model.safetensors")
     third = _register(uri, run_id, policy, probe=base, adapter=None)
     assert [first.version, second.version, third.version] == [1, 2, 3]
@@ -297,17 +298,47 @@ def test_a_probe_survives_its_file(policy: Exported, tmp_path: Path) -> None:
     back = LogitProbe.load(tmp_path / "probe.safetensors")
     assert torch.equal(back.rows, policy.probe.rows)
     assert torch.equal(back.logits, policy.probe.logits)
+    assert back.initial_logits is not None
+    assert policy.probe.initial_logits is not None
+    assert torch.equal(back.initial_logits, policy.probe.initial_logits)
     assert back.dtype == torch.float32
 
 
+def test_a_probe_without_the_initial_policy_allows_what_rounding_does(
+    policy: Exported, tmp_path: Path
+) -> None:
+    old = replace(policy.probe, initial_logits=None)
+    old.save(tmp_path / "probe.safetensors")
+    back = LogitProbe.load(tmp_path / "probe.safetensors")
+    assert back.initial_logits is None
+    assert set(verify_export(policy.merged, back)) == {"polyref.kl_from_trained"}
+    with pytest.raises(RegistryError, match=r"differ by \S+ nats per token .*, where 1e-06 is allowed$"):
+        verify_export(policy.base, back)
+
+
+def test_the_distances_are_on_the_version_and_in_the_refusal(uri: str, run_id: str, policy: Exported) -> None:
+    registered = _register(uri, run_id, policy)
+    tags = connect_to_mlflow(uri).get_model_version("sentiment", str(registered.version)).tags
+    start = float(tags["polyref.kl_of_initial_from_trained"])
+    trained, initial = (
+        x.double().softmax(-1) for x in (policy.probe.logits, policy.probe.initial_logits) if x is not None
+    )
+    assert start == pytest.approx((trained * (trained / initial).log()).sum(-1).mean().item(), rel=1e-2)
+    assert float(tags["polyref.kl_from_trained"]) < 1e-6 * start
+    with pytest.raises(
+        RegistryError, match=rf"differ by {start:.1e} .* initial policy's differ by {start:.1e}"
+    ):
+        verify_export(policy.base, policy.probe)
+
+
 def test_a_probe_trims_its_rows_and_keeps_the_models_mode(policy: Exported) -> None:
-    model = policy.model.train()
-    probe = LogitProbe.from_model(model, [list(range(40)), [], list(range(30))])
-    assert probe.rows.shape == (2, 16)
+    model, rows = policy.model.train(), build_probe_rows([list(range(40)), [], list(range(30))])
+    compute_probe_logits(model, rows)
+    assert rows.shape == (2, 16)
     assert model.training
     model.eval()
     with pytest.raises(ValueError, match="at least one token row"):
-        LogitProbe.from_model(model, [[], []])
+        build_probe_rows([[], []])
 
 
 def test_the_card_is_yaml_and_names_what_the_model_is() -> None:

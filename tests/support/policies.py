@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 
-from models.probe import LogitProbe
+from models.probe import LogitProbe, build_probe_rows, compute_probe_logits
 from orchestrator.registry.model_card import Lineage, PinnedReference
 
 ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
@@ -44,3 +45,10 @@ def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: 
         "code": {"polyref.version": "0.1.0"},
     }
     return Lineage(**(settings | changes))  # type: ignore[arg-type]
+
+
+def probe_model(model: torch.nn.Module, initial: torch.nn.Module | None = None) -> LogitProbe:
+    """The probe of a float32 model, and of what it was before it was trained."""
+    rows = build_probe_rows(ROWS)
+    start = None if initial is None else compute_probe_logits(initial, rows)
+    return LogitProbe(rows, compute_probe_logits(model, rows), torch.float32, start)
