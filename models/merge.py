@@ -66,9 +66,10 @@ def merge_and_round(
 
 def _copy_causal_model(model: PreTrainedModel) -> PreTrainedModel:
     """Copy a model without its adapter to the CPU, in float32 and unquantised."""
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    config = type(model.config).from_dict(settings)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = None  # the architecture's own choice: flex is no kernel for a CPU
     with init_empty_weights(include_buffers=False):
         plain: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
     weights = {}

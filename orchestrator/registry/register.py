@@ -185,7 +185,7 @@ def _verify_version(
     except (RegistryError, DamagedError) as error:
         client.delete_model_version(version.name, str(version.version))
         raise RegistryError(f"{uri} is not the model that was trained, and was deleted: {error}") from error
-    log.info("%s is the model that was trained, in nats per token: %s", uri, tags)
+    log.info("%s is the model that was trained: %s", uri, tags)
     for name, value in (tags | {STATE_TAG: VERIFIED}).items():
         client.set_model_version_tag(version.name, str(version.version), name, value)
     return client.get_model_version(version.name, str(version.version))
