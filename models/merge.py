@@ -40,9 +40,12 @@ def copy_in_float32(model: PreTrainedModel | PeftModel) -> PreTrainedModel | Pef
 
 
 def merge_and_round(
-    model: PreTrainedModel | PeftModel, exact: PreTrainedModel | PeftModel, probe: LogitProbe
+    model: PreTrainedModel | PeftModel,
+    exact: PreTrainedModel | PeftModel,
+    probe: LogitProbe,
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Merge the adapter of a model in float32 and round the sum to the dtype that the model computes in.
+    """Merge the adapter of a model in float32 and round the sum to the dtype that the policy computes in.
 
     It stays float32 where rounding would make it another model than `probe` was taken from: a small change is
     lost in half-precision weights.
@@ -51,8 +54,8 @@ def merge_and_round(
         model: the trained model.
         exact: its copy by `copy_in_float32`, which is changed in place.
         probe: the trained model's.
+        dtype: that the policy computes in.
     """
-    dtype = get_causal_model(model).dtype
     merged = merge_adapter(exact)
     if dtype == torch.float32:
         return merged

@@ -164,7 +164,7 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
     if policy.precision != torch.float32:
         probe = _replace_noisy_logits(probe, exact)
     probe.save(part / "probe.safetensors")
-    export_model(merge_and_round(model, exact, probe), policy.tokenizer, part / "model")
+    export_model(merge_and_round(model, exact, probe, policy.precision), policy.tokenizer, part / "model")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -215,7 +215,8 @@ def _gather_model(policy: Policy) -> PreTrainedModel | PeftModel | None:
     with torch.no_grad():
         for name, state in parallel.iterate_full_state(moments=False):
             if model is not None:
-                weights[name.removeprefix("model.")].copy_(state["weight"])
+                # The policy computes with its masters rounded.
+                weights[name.removeprefix("model.")].copy_(state["weight"].to(policy.precision))
     return model
 
 
