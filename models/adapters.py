@@ -1,11 +1,13 @@
 """LoRA adapters: add, disable, merge and find them."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,6 +76,26 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def merge_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Add the adapter's product to the weights, in place; return a model without adapter unchanged."""
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def describe_reach(model: PeftModel) -> str:
+    """Say which modules of a model have an adapter, and which kinds of weights stay frozen without one."""
+    causal: PreTrainedModel = model.get_base_model()
+    wrapped = {name: part for name, part in causal.named_modules() if isinstance(part, BaseTunerLayer)}
+    ends = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    reached = {id(w) for part in (*wrapped.values(), *ends) if part is not None for w in part.parameters()}
+    frozen: Counter[str] = Counter()
+    for name, weight in causal.named_parameters():
+        owner, _, key = name.rpartition(".")
+        if weight.dim() >= 2 and id(weight) not in reached:
+            frozen[f"{type(causal.get_submodule(owner)).__name__}.{key}"] += weight.numel()
+    names = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in wrapped})
+    text = f"adapter on {len(wrapped)} modules ({', '.join(names)})"
+    if not frozen:
+        return text
+    share = frozen.total() / sum(weight.numel() for weight in causal.parameters() if weight.dim() >= 2)
+    kinds = ", ".join(kind for kind, _ in frozen.most_common(4)) + (", ..." if len(frozen) > 4 else "")
+    return f"{text}; none on {kinds}: {100 * share:.0f} % of the weights stay frozen without one"
 
 
 @contextmanager

@@ -85,13 +85,14 @@ def compute_fingerprint(
 def _hash_weights(model: Path) -> str:
     if model.is_file():
         return _hash_text(_hash_file(model))
-    index = model / "model.safetensors.index.json"
-    if index.exists():
+    whole, index = model / "model.safetensors", model / "model.safetensors.index.json"
+    if whole.exists():  # which transformers loads even where an index names other files
+        shards = [whole]
+    elif index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [model / name for name in names]
     else:
-        whole = model / "model.safetensors"
-        shards = [whole] if whole.exists() else sorted(model.glob("*.safetensors"))
+        shards = sorted(model.glob("*.safetensors"))
     for shard in shards:
         if not shard.exists():
             raise ModelError(f"{shard} is named by {index.name} but missing; download the model again")

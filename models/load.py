@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.adapters import add_lora, merge_adapter, silence_known_warnings
+from models.adapters import add_lora, describe_reach, merge_adapter, silence_known_warnings
+from models.architecture import find_row_limit, read_setting
 from models.config import ModelConfig, ModelError, PolicyConfig
 from models.locate import ModelFiles, get_first_error_line, locate_model
 
@@ -276,8 +277,51 @@ def _read_chat_template(given: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def build_empty_model(files: ModelFiles, config: ModelConfig) -> PreTrainedModel:
+    """Build a model on the meta device: names and shapes of its weights, and no values.
+
+    Raises ModelError where its config cannot be read, or its architecture is unknown.
+    """
+    place = files.base_path or files.path
+    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if place.suffix == ".gguf":
+        place, arguments["gguf_file"] = place.parent, place.name
+    try:
+        settings = AutoConfig.from_pretrained(place, **arguments)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                settings, trust_remote_code=config.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{config.model}: its weights cannot be counted: {get_first_error_line(error)}"
+        ) from error
+    return model
+
+
+def describe_training(files: ModelFiles, config: PolicyConfig) -> list[str]:
+    """Say what training a policy does not reach: weights without an adapter, and a router's own loss.
+
+    Raises ModelError where the adapter does not fit the model.
+    """
+    model, lines = build_empty_model(files, config), []
+    text = model.config.get_text_config()
+    if config.adapter is not None:
+        with torch.device("meta"):
+            lines.append(describe_reach(add_lora(model, config.adapter)))
+    if read_setting(text, "router_aux_loss_coef"):
+        lines.append(
+            f"{text.model_type} routes tokens to experts, and its router's auxiliary loss (coefficient "
+            f"{text.router_aux_loss_coef:g}) is not part of the training: watch that experts stay in use, or "
+            "train an adapter that leaves the router alone"
+        )
+    return lines
+
+
 def read_max_positions(files: ModelFiles, config: ModelConfig) -> int | None:
-    """Read from the model's config the longest row that it has positions for; None if it names no limit.
+    """Read from the model's config the longest row that it can score by itself; None if it names no limit.
+
+    That is its positions, or less where scores depend on other rows beyond a length.
 
     Raises ModelError for an architecture that transformers does not have, or that comes with its own code.
     """
@@ -299,5 +343,6 @@ def read_max_positions(files: ModelFiles, config: ModelConfig) -> int | None:
         raise ModelError(
             f"{config.model}: its architecture is unknown ({get_first_error_line(error)}); {remedy}"
         ) from error
-    limit = getattr(settings, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    row_limit = find_row_limit(settings)
+    limits = [read_setting(settings, "max_position_embeddings"), row_limit and row_limit.tokens]
+    return min((int(limit) for limit in limits if limit is not None), default=None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.config import LoraSettings, ModelConfig, ModelError
+from models.config import LoraSettings, ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,19 +100,9 @@ def read_model_shape(
     Raises:
         ModelError: the config cannot be read, or its architecture is unknown.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from models.load import build_empty_model
 
-    place = located.base_path or located.path
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if place.suffix == ".gguf":
-        place, arguments["gguf_file"] = place.parent, place.name
-    try:
-        settings = AutoConfig.from_pretrained(place, **arguments)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{config.model}: its weights cannot be counted: {error}") from error
+    model = build_empty_model(located, config)
     adapter = _count_adapter_weights(model, lora) if lora is not None else 0
     if lora is None and located.kind == "adapter":
         adapter = _count_stored_weights(located.path / "adapter_model.safetensors")
@@ -122,19 +112,23 @@ def read_model_shape(
 def _count_shape(model: "nn.Module") -> Shape:
     from torch import nn
 
+    from models.architecture import read_setting
+
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     layers = [_count_weights(layer) for layer in max(lists, key=_count_weights, default=())]
     hidden = text.hidden_size
-    heads = getattr(text, "num_attention_heads", None) or 1
-    experts = getattr(text, "num_experts_per_tok", None) or 1
-    width = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
-    width = width or getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    heads = read_setting(text, "num_attention_heads") or 1
+    experts = read_setting(text, "num_experts_per_tok") or 1
+    width = read_setting(text, "moe_intermediate_size") if experts > 1 else None
+    width = width or read_setting(text, "intermediate_size") or read_setting(text, "n_inner") or 4 * hidden
+    if isinstance(width, list):
+        width = max(width)
     return Shape(
         layers=len(layers),
         hidden=hidden,
         intermediate=experts * width,
-        attention=heads * (getattr(text, "head_dim", None) or hidden // heads),
+        attention=heads * (read_setting(text, "head_dim") or hidden // heads),
         vocabulary=text.vocab_size,
         body=sum(layers),
         layer=max(layers, default=0),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from models.load import describe_training
 from orchestrator.cluster.connection import connect_to_ray
 from orchestrator.cluster.memory import size_run
 from orchestrator.cluster.memory_table import format_memory_table
@@ -96,6 +97,8 @@ def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord 
         for reason, count in counts["skipped"].items():
             text += f", {count} skipped ({reason})"
         console.print(text)
+    for line in describe_training(prepared.policy.located, prepared.config.policy):
+        console.print(f"policy: {line}")
     return prepared
 
 

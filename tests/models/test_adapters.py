@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from models.adapters import add_lora, disable_adapter, find_adapter, merge_adapter
+from models.adapters import add_lora, describe_reach, disable_adapter, find_adapter, merge_adapter
 from models.config import LoraSettings, ModelError
 from models.logprobs import Scorer
 from models.rows import build_rows
 from tests.support import tiny
+from tests.support.architectures import build_tiny
 from tests.support.plain_logits import GROUPS
 
 ROWS = build_rows(GROUPS, shared=True, pad_id=0)
@@ -101,3 +102,22 @@ def test_impossible_adapter_operations_are_refused() -> None:
         disable_adapter(tiny.llama()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "reached", "left"),
+    [
+        (
+            "llama",
+            "adapter on 14 modules (down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj)",
+            None,
+        ),
+        ("gpt_oss", "adapter on 8 modules (k_proj, o_proj, q_proj, v_proj)", "GptOssExperts.gate_up_proj"),
+        ("granitemoe", "adapter on 8 modules (k_proj, o_proj, q_proj, v_proj)", "GraniteMoeExperts.gate_up"),
+    ],
+)
+def test_what_all_linear_does_not_reach_is_said(name: str, reached: str, left: str | None) -> None:
+    text = describe_reach(add_lora(build_tiny(name), LoraSettings(r=2)))
+    assert text.startswith(reached)
+    assert (left is None) == ("none on" not in text)
+    assert left is None or left in text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from models import fingerprint as module
 from models.adapters import add_lora
@@ -140,6 +141,20 @@ def test_all_shards_count_and_none_may_be_missing(folder: Path) -> None:
     shards[-1].unlink()
     with pytest.raises(ModelError, match=r"is named by model.safetensors.index.json but missing"):
         fingerprint_folder(folder)
+
+
+def test_the_whole_file_counts_where_an_index_names_others(folder: Path) -> None:
+    """transformers loads model.safetensors where both are there."""
+    shutil.copytree(folder, folder.with_name("shards"))
+    tiny.llama(seed=4).save_pretrained(folder.with_name("shards"), max_shard_size="40KB")
+    before = fingerprint_folder(folder)
+    for file in folder.with_name("shards").glob("model*"):
+        if file.name != "model.safetensors":
+            shutil.copy(file, folder)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert fingerprint_folder(folder) == before
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in tiny.llama().state_dict().items())
 
 
 def test_parts_can_be_written_as_json(tiny_llama_folder: Path) -> None:
