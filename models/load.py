@@ -7,7 +7,7 @@ the other functions load the files that it found. Weights are read only from saf
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -318,10 +318,20 @@ def describe_training(files: ModelFiles, config: PolicyConfig) -> list[str]:
     return lines
 
 
-def read_max_positions(files: ModelFiles, config: ModelConfig) -> int | None:
-    """Read from the model's config the longest row that it can score by itself; None if it names no limit.
+class ModelLimits(NamedTuple):
+    """What a model accepts.
 
-    That is its positions, or less where scores depend on other rows beyond a length.
+    positions:  the longest row that it can score by itself: its positions, or less where scores depend on
+                other rows beyond a length; None without a limit.
+    vocabulary: the number of its token ids; None if its config names none.
+    """
+
+    positions: int | None
+    vocabulary: int | None
+
+
+def read_model_limits(files: ModelFiles, config: ModelConfig) -> ModelLimits:
+    """Read from the model's config which rows and token ids it accepts.
 
     Raises ModelError for an architecture that transformers does not have, or that comes with its own code.
     """
@@ -345,4 +355,6 @@ def read_max_positions(files: ModelFiles, config: ModelConfig) -> int | None:
         ) from error
     row_limit = find_row_limit(settings)
     limits = [read_setting(settings, "max_position_embeddings"), row_limit and row_limit.tokens]
-    return min((int(limit) for limit in limits if limit is not None), default=None)
+    positions = min((int(limit) for limit in limits if limit is not None), default=None)
+    vocabulary = read_setting(settings, "vocab_size")
+    return ModelLimits(positions, None if vocabulary is None else int(vocabulary))

@@ -1,5 +1,6 @@
 """Settings of the data: sources, columns and lengths. Imports neither torch nor transformers."""
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -61,6 +62,10 @@ class DataConfig(BaseModel):
     max_prompt_length: int = Field(default=512, description="tokens of a prompt")
     on_bad_row: Literal["stop", "skip"] = "stop"
     on_long_row: Literal["skip", "stop", "truncate"] = "skip"
+    template_date: datetime.date | None = Field(
+        default=None,
+        description="today's date for chat templates that write it; null: the day on which the run begins",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to every model's chat template, e.g. enable_thinking"
     )

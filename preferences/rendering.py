@@ -1,7 +1,9 @@
 """Render a pair as the texts that one model reads, with its chat template, prefix and end-of-turn tokens."""
 
+import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,19 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 from preferences.pairs import BadRow, DataError, Message, Pair, count_common_prefix
 
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
     """The tokenizer, chat template and length limit with which one model reads pairs.
 
-    `chat_template` overrides the tokenizer's own; `template_kwargs` are passed to it. `max_positions` is the
-    longest prompt with response, in tokens, that the model accepts; None if it has no limit.
+    `chat_template` overrides the tokenizer's own; `template_kwargs` are passed to it, and `date` is today's
+    to a template that writes it. `max_positions` is the longest prompt with response, in tokens, that the
+    model accepts, `vocabulary` the number of token ids that it has; None if there is no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_positions: int | None = None
+    vocabulary: int | None = None
+    date: datetime.date | None = None
 
     @cached_property
     def prefix_ids(self) -> list[int]:
@@ -55,6 +62,18 @@ class Rendering:
         }
         return {**special, self.end_id: str(self.tokenizer.eos_token)}
 
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes today's date, by the function that transformers gives it."""
+        template = self.chat_template or self.tokenizer.chat_template
+        return "strftime_now" in json.dumps(template, default=str)
+
+    @cached_property
+    def reads_context(self) -> bool:
+        """Whether a text begins with other tokens than it has after other text, as with SentencePiece."""
+        before, alone, whole = self.encode(["a\n", "b", "a\nb"])
+        return whole != before + alone
+
     @cached_property
     def identity(self) -> str:
         """A digest that is equal for two renderings that turn every pair into the same tokens."""
@@ -65,6 +84,7 @@ class Rendering:
             self.prefix_ids,
             self.chat_template or self.tokenizer.chat_template,
             dict(self.template_kwargs),
+            self.date,
             self.tokenizer.special_tokens_map,  # templates read bos_token and the like
         ]
         return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
@@ -78,6 +98,18 @@ class Rendering:
         )
         return list(encoded["input_ids"])
 
+    def encode_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each response as they follow its prompt in one text.
+
+        Where a token reaches over the boundary, they are those of the response alone.
+        """
+        if not self.reads_context:
+            return self.encode(responses)
+        before = self.encode(prompts)
+        whole = self.encode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        alone = self.encode(responses)
+        return [w[len(b) :] if w[: len(b)] == b else a for b, w, a in zip(before, whole, alone, strict=True)]
+
     def apply_template(
         self,
         messages: list[Message],
@@ -87,16 +119,33 @@ class Rendering:
         **kwargs: Any,
     ) -> str:
         """Return the conversation in the model's markup."""
+        template = self.chat_template
+        if self.date is not None:
+            template = _write_date(self.tokenizer.get_chat_template(template, tools), self.date)
         return str(
             self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self.chat_template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **{**kwargs, **self.template_kwargs},
             )
         )
+
+
+def _write_date(template: str, date: datetime.date) -> str:
+    """Replace a template's calls of `strftime_now`, which reads the clock, by what they give on a date.
+
+    Raises DataError for a call whose format is not written in the template.
+    """
+    written = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2]), ensure_ascii=False), template)
+    if "strftime_now(" in written:
+        raise DataError(
+            "the chat template writes today's date in a format that it computes, so the tokens of tomorrow "
+            "would be others; set a chat_template that calls strftime_now with a format such as '%d %b %Y'"
+        )
+    return written
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,5 +27,14 @@ class TokenizedSplit:
     has_pairs: bool
     has_soft_labels: bool
 
+    def digest_tokens(self) -> dict[str, str]:
+        """Return digests of the token ids that the policy and each reference read."""
+        digests: dict[int, str] = {}
+        tables = {"policy": self.policy} | {f"reference {n}": t for n, t in self.references.items()}
+        for table in tables.values():
+            if id(table) not in digests:  # models with one tokenizer and template share a table
+                digests[id(table)] = table.digest()
+        return {name: digests[id(table)] for name, table in tables.items()}
+
     def __len__(self) -> int:
         return len(self.soft_labels)

@@ -1,8 +1,10 @@
 """Tokenise pairs: one table for each model that reads them, of the pairs that fit all of them."""
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -17,6 +19,8 @@ from preferences.truncation import TruncatedPair, add_end_token, add_prompt_pref
 
 Ids = npt.NDArray[np.int32]
 CHUNK = 2048
+BOUNDARY_SAMPLE = 512
+"""Most pairs that are examined for tokens that reach over the boundary of prompt and response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,15 @@ class TokenTable:
         """(N,) tokens of the prompt with the longer response."""
         return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
 
+    def digest(self) -> str:
+        """Return the SHA-256 of all token ids and of where each row begins."""
+        digest = hashlib.sha256()
+        for column in (self.prompts, self.chosen, self.rejected):
+            if column is not None:
+                digest.update(np.ascontiguousarray(column.offsets, dtype="<i8").tobytes())
+                digest.update(np.ascontiguousarray(column.flat, dtype="<i4").tobytes())
+        return digest.hexdigest()
+
     def take(self, indices: npt.NDArray[np.int64]) -> "TokenTable":
         """Return the pairs at `indices`, in that order."""
         rejected = None if self.rejected is None else self.rejected.take(indices)
@@ -124,13 +137,17 @@ class TokenTable:
 class TokenizedPairs:
     """A table for each rendering, whose row i is pair `kept_indices[i]`, and the pairs left out, by reason.
 
-    `truncated` counts the remaining pairs that were truncated.
+    `truncated` counts the remaining pairs that were truncated. `boundary_merges` counts, by rendering, the
+    pairs in which a token of prompt and response as one text reaches over the boundary between them, among
+    `examined` pairs.
     """
 
     tables: dict[str, TokenTable]
     kept_indices: npt.NDArray[np.int64]
     skipped: Counter[str]
     truncated: int = 0
+    boundary_merges: dict[str, int] = field(default_factory=dict)
+    examined: int = 0
 
 
 def tokenize_pairs(
@@ -144,8 +161,10 @@ def tokenize_pairs(
 
     A pair is left out for all models when it cannot be rendered for one (`on_bad_row`), or is too long for
     one (`on_long_row`): longer than `max_prompt_length` or `max_length` in the policy's tokens, or than a
-    model's positions. Prompt and response are tokenised separately. `progress(done, total)` counts pairs
-    times renderings. Raises `DataError` if a pair is refused, or no pair is left.
+    model's positions. Prompt and response are tokenised so that they are as in one text; where a token would
+    reach over the boundary they are tokenised separately, and a sample of the pairs is examined for that.
+    `progress(done, total)` counts pairs times renderings. Raises `DataError` if a pair is refused, no pair is
+    left, or a model lacks a token id that its tokenizer gives.
     """
     if not pairs:
         raise DataError("there are no pairs to tokenize")
@@ -158,6 +177,7 @@ def tokenize_pairs(
     for name, rendering in renderings.items():
         first = name_by_identity.setdefault(rendering.identity, name)
         tables[name] = job.build_table(name, rendering) if first == name else tables[first]
+        job.refuse_unknown_ids(tables[name], name, rendering)
         job.skip_long_pairs(tables, name, rendering)
     kept = np.flatnonzero(job.fits)
     if not len(kept):
@@ -166,12 +186,23 @@ def tokenize_pairs(
             f"no pair is left of {len(pairs)} ({reasons}); raise data.max_length, or see the first one in "
             "full with data.on_long_row: stop and data.on_bad_row: stop"
         )
+    first_names = name_by_identity.values()
     if len(kept) < len(pairs):
-        remaining = {first: tables[first].take(kept) for first in name_by_identity.values()}
+        remaining = {first: tables[first].take(kept) for first in first_names}
         tables = {
             name: remaining[name_by_identity[rendering.identity]] for name, rendering in renderings.items()
         }
-    return TokenizedPairs(tables, kept, job.skipped, sum(bool(job.fits[i]) for i in job.truncated))
+    whole = [int(i) for i in kept if i not in job.truncated]
+    sample = whole[:: math.ceil(len(whole) / BOUNDARY_SAMPLE) or 1]
+    merges = {first: job.count_boundary_merges(sample, first, renderings[first]) for first in first_names}
+    return TokenizedPairs(
+        tables,
+        kept,
+        job.skipped,
+        sum(bool(job.fits[i]) for i in job.truncated),
+        {name: merges[name_by_identity[rendering.identity]] for name, rendering in renderings.items()},
+        len(sample),
+    )
 
 
 @dataclass(slots=True)
@@ -214,10 +245,10 @@ class _TokenizationJob:
                 lambda ids, is_templated: add_prompt_prefix(rendering, ids, is_templated=is_templated),
             ),
             *(
-                _encode_unique(
+                _encode_responses(
                     rendering,
+                    [text.prompt for text in texts],
                     [answer[k] if k < len(answer) else ("", False) for answer in answers],
-                    lambda ids, has_end_token: add_end_token(rendering, ids) if has_end_token else ids,
                 )
                 for k in range(2)
             ),
@@ -287,6 +318,38 @@ class _TokenizationJob:
             for column, ids in zip(columns[1:], shorter.responses, strict=False):
                 column[k] = ids
 
+    def refuse_unknown_ids(self, table: TokenTable, name: str, rendering: Rendering) -> None:
+        """Raise DataError for a token id beyond those that the model has an embedding for."""
+        limit = rendering.vocabulary
+        for column in (table.prompts, table.chosen, table.rejected):
+            if limit is None or column is None or not len(column.flat) or column.flat.max() < limit:
+                continue
+            place = int(np.argmax(column.flat >= limit))
+            row, token = (
+                int(np.searchsorted(column.offsets, place, side="right")) - 1,
+                int(column.flat[place]),
+            )
+            text = rendering.tokenizer.convert_ids_to_tokens(token)
+            raise DataError(
+                f"{self.pairs[row].source}: the tokenizer of {name} gives token {token} ({text!r}), and the "
+                f"model has {limit} token ids; use the tokenizer that belongs to the model, or give the "
+                "model embeddings for its new tokens"
+            )
+
+    def count_boundary_merges(self, sample: Sequence[int], name: str, rendering: Rendering) -> int:
+        """Count the pairs of the sample whose tokens are not those of prompt and response as one text."""
+        texts = [self._render_texts(i, name, rendering) for i in sample]
+        both = [(text.prompt, response) for text in texts for response in text.responses]
+        if not both:
+            return 0
+        prompts, responses = map(list, zip(*both, strict=True))
+        wholes = rendering.encode([prompt + response for prompt, response in both])
+        parts = zip(
+            rendering.encode(prompts), rendering.encode_responses(prompts, responses), wholes, strict=True
+        )
+        differs = [first + second != whole for first, second, whole in parts]
+        return int(np.any(np.reshape(differs, (len(texts), -1)), axis=1).sum())
+
     def skip_long_pairs(self, tables: Mapping[str, TokenTable], name: str, rendering: Rendering) -> None:
         table = tables[name]
         if name == self.policy:
@@ -324,6 +387,22 @@ def _compute_limits(config: DataConfig, policy: Rendering) -> tuple[int, int]:
     """Return the most tokens of a prompt with response, and of a prompt, under the policy's rendering."""
     max_length = min(config.max_length, policy.max_positions or config.max_length)
     return max_length, min(config.max_prompt_length, max_length - 1)
+
+
+def _encode_responses(
+    rendering: Rendering, prompts: list[str], answers: list[tuple[str, bool]]
+) -> list[list[int]]:
+    """Return the ids of each response after its prompt, with an end token where the flag says so."""
+    keys = [
+        (prompt if rendering.reads_context else "", text, has_end)
+        for prompt, (text, has_end) in zip(prompts, answers, strict=True)
+    ]
+    different = list(dict.fromkeys(keys))
+    ids = rendering.encode_responses([key[0] for key in different], [key[1] for key in different])
+    known = {
+        key: add_end_token(rendering, row) if key[2] else row for key, row in zip(different, ids, strict=True)
+    }
+    return [known[key] for key in keys]
 
 
 def _encode_unique(

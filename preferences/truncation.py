@@ -50,9 +50,11 @@ def truncate_pair(
     room = max_length - len(prompt)
     ids, has_end_token, contents = [], [], []
     for text, response in zip(texts.responses, get_responses(pair), strict=True):
-        whole = add_end_token(rendering, rendering.encode([text])[0])
+        whole = add_end_token(rendering, rendering.encode_responses([texts.prompt], [text])[0])
         kept_ids, characters = (
-            (whole, len(text)) if len(whole) <= room else _take_first_tokens(rendering, text, room)
+            (whole, len(text))
+            if len(whole) <= room
+            else _take_first_tokens(rendering, texts.prompt, text, room)
         )
         content = _get_content(response)
         if len(whole) > room:
@@ -123,9 +125,15 @@ def _shorten_prompt(
     return None
 
 
-def _take_first_tokens(rendering: Rendering, text: str, room: int) -> tuple[list[int], int]:
-    """Return the first tokens of a text, at most `room`, and the number of characters they decode to."""
+def _take_first_tokens(rendering: Rendering, prompt: str, text: str, room: int) -> tuple[list[int], int]:
+    """Return a response's first tokens, at most `room`, and the number of characters they decode to."""
     ids, spans = _encode_with_spans(rendering, text)
+    if rendering.reads_context:
+        before = rendering.encode([prompt])[0]
+        whole, places = _encode_with_spans(rendering, prompt + text)
+        if whole[: len(before)] == before:
+            ids = whole[len(before) :]
+            spans = [(first - len(prompt), end - len(prompt)) for first, end in places[len(before) :]]
     last = min(room, len(ids))
     while 0 < last < len(ids) and spans[last][0] < spans[last - 1][1]:  # two tokens share a character
         last -= 1

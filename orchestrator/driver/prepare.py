@@ -1,6 +1,7 @@
 """Check a run before it takes a device: find and pin its models, read and tokenise its data."""
 
-from collections.abc import Mapping
+import datetime
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from models.config import ModelConfig, ModelError
 from models.fingerprint import Fingerprint, compute_fingerprint
-from models.load import ModelFiles, load_tokenizer, locate_model, read_max_positions
+from models.load import ModelFiles, load_tokenizer, locate_model, read_model_limits
 from orchestrator.config.functions import check_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.record import RunRecord, find_pin
@@ -71,6 +72,8 @@ class PreparedRun:
         counts: rows kept, swapped, and skipped by reason, per split.
         tracking_uri: the MLflow server or file.
         function_digests: digests of the sources of functions that the loss depends on, by field.
+        token_digests: digests of the token ids that each model reads, by split and model.
+        notices: lines about the data that someone should read before training.
     """
 
     config: RunConfig
@@ -82,6 +85,8 @@ class PreparedRun:
     counts: Mapping[str, Any]
     tracking_uri: str
     function_digests: Mapping[str, str] = field(default_factory=dict)
+    token_digests: Mapping[str, str] = field(default_factory=dict)
+    notices: Sequence[str] = ()
 
     def for_device(self, device_type: str) -> "PreparedRun":
         """Return the same run with every `dtype: auto` decided for "cuda" or "cpu"."""
@@ -106,6 +111,7 @@ class PreparedRun:
             "policy": self.policy.fingerprint.digest,
             "references": {name: model.fingerprint.digest for name, model in self.references.items()},
             "data": dict(self.digests),
+            "tokens": dict(self.token_digests),
         } | functions
 
     @property
@@ -144,10 +150,15 @@ def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> Prepare
     train, evaluation = load_splits(
         config.data, completions_only=config.loss.completions_only, seed=config.training.seed
     )
+    config = _pin_template_date(config, previous, [policy, *references.values()])
     splits, counts = {}, {}
+    tokens: dict[str, str] = {}
+    notices: list[str] = []
     for name, loaded in (("train", train), ("eval", evaluation)):
         if loaded is not None:
-            splits[name], counts[name] = _tokenize_split(loaded, policy, references, config)
+            splits[name], counts[name], lines = _tokenize_split(loaded, policy, references, config)
+            tokens |= {f"{name}, {model}": d for model, d in splits[name].digest_tokens().items()}
+            notices += [f"{name}: {line}" for line in lines]
     digests = {"train": train.digest} | ({"eval": evaluation.digest} if evaluation else {})
     return PreparedRun(
         config,
@@ -159,6 +170,8 @@ def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> Prepare
         counts,
         uri,
         function_digests,
+        tokens,
+        notices,
     )
 
 
@@ -207,19 +220,44 @@ def _find_model(
     return PreparedModel(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
 
 
+def _pin_template_date(
+    config: RunConfig, previous: RunRecord | None, models: Sequence[PreparedModel]
+) -> RunConfig:
+    """Return the settings with the date that chat templates write: the run's first day, if one writes any.
+
+    A run that is started again tomorrow reads the same tokens then.
+    """
+    if not any(Rendering(model.tokenizer).writes_date for model in models):
+        return config
+    earlier = None if previous is None else previous.config["data"].get("template_date")
+    date = config.data.template_date or (earlier and datetime.date.fromisoformat(earlier)) or _read_date()
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
+
+
+def _read_date() -> datetime.date:
+    return datetime.datetime.now().astimezone().date()
+
+
 def _tokenize_split(
     loaded: LoadedPairs, policy: PreparedModel, references: Mapping[str, PreparedModel], config: RunConfig
-) -> tuple[TokenizedSplit, dict[str, Any]]:
-    """Tokenise a split for every model; return it with its counts of kept, swapped and skipped rows."""
+) -> tuple[TokenizedSplit, dict[str, Any], list[str]]:
+    """Tokenise a split for every model.
+
+    Returns:
+        The split; its counts of kept, swapped and skipped rows; and lines about tokens at the boundary of
+        prompt and response.
+    """
     models = {_POLICY_RENDERING: policy} | {f"reference {name}": model for name, model in references.items()}
-    renderings = {
-        name: Rendering(
+    renderings = {}
+    for name, model in models.items():
+        limits = read_model_limits(model.located, model.config)
+        renderings[name] = Rendering(
             tokenizer=model.tokenizer,
             template_kwargs=config.data.chat_template_kwargs,
-            max_positions=read_max_positions(model.located, model.config),
+            max_positions=limits.positions,
+            vocabulary=limits.vocabulary,
+            date=config.data.template_date,
         )
-        for name, model in models.items()
-    }
     tokenized = tokenize_pairs(loaded.pairs, renderings, config.data)
     kept_pairs = [loaded.pairs[int(index)] for index in tokenized.kept_indices]
     split = TokenizedSplit(
@@ -237,7 +275,14 @@ def _tokenize_split(
         "truncated": tokenized.truncated,
         "skipped": skipped,
     }
-    return split, counts
+    lines = [
+        f"{merges} of {tokenized.examined} pairs have a token of {name} that reaches from the prompt into "
+        "the response when both are one text; they are tokenised apart: end prompts without a blank, and "
+        "begin responses with it"
+        for name, merges in tokenized.boundary_merges.items()
+        if merges
+    ]
+    return split, counts, lines
 
 
 def resolve_paths(config: RunConfig, *, base: Path) -> RunConfig:

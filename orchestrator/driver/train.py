@@ -42,7 +42,9 @@ def check_run(config: RunConfig) -> None:
 def score_run(config: RunConfig) -> None:
     """Fill the references' stores with every score that the run will need."""
     console = make_plain_console()
-    prepared = prepare_and_report(config, console)
+    resolved = _resolve_config(config)
+    check_storage(resolved)
+    prepared = prepare_and_report(config, console, read_record(Mirror(run_location(resolved))))
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
         prepared = _place_on_cluster(prepared)
         with start_services(prepared) as service:
@@ -97,6 +99,8 @@ def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord 
         for reason, count in counts["skipped"].items():
             text += f", {count} skipped ({reason})"
         console.print(text)
+    for line in prepared.notices:
+        console.print(line)
     for line in describe_training(prepared.policy.located, prepared.config.policy):
         console.print(f"policy: {line}")
     return prepared

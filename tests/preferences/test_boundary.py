@@ -1,0 +1,149 @@
+"""Prompt and response have the tokens of one text, a date that stays, and ids that the model has."""
+
+import datetime
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from preferences.config import DataConfig
+from preferences.pairs import DataError, Pair
+from preferences.tokenize import Rendering, TokenizedPairs, tokenize_pairs
+from tests.support import tiny
+
+TEXTS = ["Paris is the capital of France", "The film was good and the film was bad", "assistant user said"]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CONFIG = DataConfig(train="train.jsonl", max_length=200, max_prompt_length=120)
+
+
+def build_sentencepiece(
+    scheme: str, *, unigram: bool, template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a blank before a text, as SentencePiece's do, trained on a few words."""
+    trainer: Any
+    if unigram:
+        raw = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>")
+    else:
+        raw = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        trainer = trainers.BpeTrainer(
+            vocab_size=150, special_tokens=SPECIAL, initial_alphabet=[*"\n:<|>?.", "\u2581"]
+        )
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    raw.train_from_iterator([*TEXTS * 4, "\n:<|>?."], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def text_pair(prompt: str = "Was it good?\n", chosen: str = "Paris is", rejected: str = "The film") -> Pair:
+    return Pair(prompt, chosen, rejected, source="train.jsonl:1")
+
+
+def chat_pair() -> Pair:
+    answers = [[{"role": "assistant", "content": text}] for text in ("Paris is", "The film was bad")]
+    return Pair([{"role": "user", "content": "Was it good?"}], *answers, source="train.jsonl:1")
+
+
+def tokenize(pair: Pair, rendering: Rendering, **settings: Any) -> TokenizedPairs:
+    return tokenize_pairs([pair], {"policy": rendering}, CONFIG.model_copy(update=settings))
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("unigram", [False, True])
+@pytest.mark.parametrize("template", [None, ZEPHYR])
+def test_a_response_has_the_tokens_that_it_has_in_one_text(
+    scheme: str, unigram: bool, template: str | None
+) -> None:
+    tokenizer = build_sentencepiece(scheme, unigram=unigram, template=template)
+    pair = chat_pair() if template else text_pair()
+    found = tokenize(pair, Rendering(tokenizer))
+    row = found.tables["policy"][0]
+    assert row.rejected is not None
+    for ids, text in (
+        (row.chosen, "Paris is"),
+        (row.rejected, "The film was bad" if template else "The film"),
+    ):
+        whole = (
+            tokenizer.apply_chat_template(
+                [*pair.prompt, {"role": "assistant", "content": text}], tokenize=False
+            ).rstrip()
+            if template
+            else f"{pair.prompt}{text}</s>"
+        )
+        assert [*row.prompt, *ids] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(int(ids[0]))[0] != "\u2581"  # as it is for the text alone
+    assert tokenizer.tokenize("Paris")[0][0] == "\u2581"
+    assert (found.boundary_merges, found.examined) == ({"policy": 0}, 1)
+
+
+def test_a_token_over_the_boundary_is_counted() -> None:
+    tokenizer = build_sentencepiece("always", unigram=False)
+    blank, none = (
+        tokenize(text_pair(p, r, "The film"), Rendering(tokenizer))
+        for p, r in (("good ", "film"), ("good", " film"))
+    )
+    assert blank.boundary_merges == {"policy": 1}
+    assert none.boundary_merges == {"policy": 0}
+    # Byte-level tokens do not depend on what is before them, unless a merge reaches over.
+    assert tokenize(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {"policy": 0}
+
+
+def test_a_truncated_response_keeps_the_tokens_of_one_text() -> None:
+    tokenizer = build_sentencepiece("first", unigram=False)
+    pair = text_pair("Was it good?\n", "Paris is the capital of France", "The film was good and bad")
+    prompt = len(tokenizer("Was it good?\n", add_special_tokens=False)["input_ids"])
+    found = tokenize(pair, Rendering(tokenizer), max_length=prompt + 3, on_long_row="truncate")
+    row = found.tables["policy"][0]
+    whole = tokenizer("Was it good?\nParis is the capital of France", add_special_tokens=False)["input_ids"]
+    assert found.truncated == 1
+    assert [*row.prompt, *row.chosen] == whole[: len(row.prompt) + len(row.chosen)]
+
+
+def test_a_token_id_that_the_model_lacks_is_refused_with_the_row() -> None:
+    tokenizer = tiny.byte_tokenizer()  # bytes have ids below 256, special tokens from there
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "a"  # so that only the second pair has a special token
+    pairs = [text_pair(), Pair("Why?", "so<|im_end|>", "no", source="train.jsonl:2")]
+    expected = (
+        rf"train.jsonl:2: the tokenizer of policy gives token {end} \('<\|im_end\|>'\), and the model has"
+    )
+    with pytest.raises(DataError, match=expected):
+        tokenize_pairs(pairs, {"policy": Rendering(tokenizer, vocabulary=end)}, CONFIG)
+    tokenize_pairs(pairs, {"policy": Rendering(tokenizer, vocabulary=end + 1)}, CONFIG)
+
+
+def test_a_date_in_the_template_is_the_given_one() -> None:
+    template = "{{ strftime_now('%d %B %Y') }}\n" + tiny.CHATML
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = template
+
+    def digest(date: datetime.date | None) -> str:
+        return tokenize(chat_pair(), Rendering(tokenizer, date=date)).tables["policy"].digest()
+
+    first = datetime.date(2024, 2, 29)
+    rendering = Rendering(tokenizer, date=first)
+    assert rendering.writes_date
+    assert not Rendering(tiny.byte_tokenizer()).writes_date
+    text = rendering.apply_template(chat_pair().prompt, None, add_generation_prompt=True)
+    assert text.startswith("29 February 2024\n")
+    assert digest(first) == digest(datetime.date(2024, 2, 29))
+    assert digest(first) != digest(datetime.date(2024, 3, 1))
+    assert digest(None) == digest(datetime.datetime.now().astimezone().date())
+
+
+def test_digests_differ_with_any_token() -> None:
+    rendering = Rendering(tiny.byte_tokenizer())
+    digests = {
+        tokenize(text_pair(*texts), rendering).tables["policy"].digest()
+        for texts in (("a", "bc", "d"), ("ab", "c", "d"), ("a", "bc", "e"), ("a", "bd", "d"))
+    }
+    assert len(digests) == 4
