@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._dynamo.config as dynamo
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 # Accepted error of a probe in nats per token. Norms and softmax round to float32 even in a float64 model; a
 # leak between the probe's equal responses gives an error far above the noise of bfloat16 and float16.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-3, 0.15
-_FLEX_WIDTH = 128
+_FLEX_WIDTH, _FLEX_GRAPHS = 128, 64
 _sharing_reasons: "WeakKeyDictionary[PreTrainedModel, str | None]" = WeakKeyDictionary()
 
 
@@ -177,6 +178,8 @@ class _PassSettings(NamedTuple):
     def from_model(cls, model: PreTrainedModel) -> "_PassSettings":
         # FlexAttention compiles a kernel for every width, and falls back to a slow one after a few.
         flex = model.config._attn_implementation == "flex_attention"
+        if flex:
+            dynamo.recompile_limit = max(dynamo.recompile_limit, _FLEX_GRAPHS)
         return cls(find_rope_switch(model.config), rounding=_FLEX_WIDTH if flex else 1)
 
 

@@ -151,7 +151,7 @@ def count_trial_slots(config: RunConfig, nodes: Sequence[Node], *, routers: floa
         raise UsageError(
             f"not even one trial fits: it requests {_format_bundle_sum(trial)}, beside {reserved}; "
             f"nodes offer {_format_nodes(nodes)}. "
-            "Lower parallel.workers or resources (fractions are allowed, e.g. {gpu: 0.5}); "
+            "Lower parallel.workers or resources (a single worker may take a fraction, e.g. {gpu: 0.5}); "
             "references.mode: precompute scores everything first and frees the references' devices"
         )
     return slots
@@ -166,8 +166,9 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
             raise UsageError(
                 f"needs {_format_amount(wanted, resource)}: {_format_terms(terms)}; "
                 f"the cluster has {offered:g}. "
-                "Lower parallel.workers, a reference's replicas, or resources (fractions are allowed, "
-                "e.g. {gpu: 0.5}); references.mode: precompute lets references and workers take turns"
+                "Lower parallel.workers, a reference's replicas, or resources (references and a single "
+                "worker may take fractions, e.g. {gpu: 0.5}); references.mode: precompute lets references and "
+                "workers take turns"
             )
 
 

@@ -135,6 +135,11 @@ class ParallelConfig(Section):
             )
         if self.offload and self.strategy == "ddp":
             raise ValueError("offload needs sharded states: set strategy: fsdp or deepspeed")
+        if self.workers > 1 and 0 < (self.resources.gpu or 0) < 1:
+            raise ValueError(
+                f"resources.gpu {self.resources.gpu:g} would put several workers on one GPU, between which "
+                "NCCL does not communicate: set gpu: 1, or workers: 1"
+            )
         return self
 
     @property

@@ -15,10 +15,15 @@ if TYPE_CHECKING:  # the router imports this module to start replicas, and needs
     from models.logprobs import Scorer
 
 
+FORWARDS_BEFORE_GROWTH = 64
+"""Micro-batches that must fit before a budget that was halved is doubled: memory may be free again."""
+
+
 class FrozenModel:
     """Scores responses with a frozen model in micro-batches of at most `budget` tokens, padding included.
 
-    When memory runs out, the micro-batch is halved, and so is the budget of the next ones.
+    When memory runs out, the micro-batch is halved, and so is the budget of the next ones; it grows again
+    once a number of them has fitted.
 
     Args:
         name: the reference's name, for messages.
@@ -33,7 +38,8 @@ class FrozenModel:
     ) -> None:
         self.forwards = 0
         self._name, self._scorer, self._device, self._shared = name, scorer, device, shared
-        self._budget = budget
+        self._budget = self._full_budget = budget
+        self._fitted_since_change = 0
 
     def score(self, request: ScoreRequest) -> Scores:
         """Score the request's responses, in its order."""
@@ -75,6 +81,9 @@ class FrozenModel:
         except torch.OutOfMemoryError:
             return None
         self.forwards += 1
+        self._fitted_since_change += 1
+        if self._fitted_since_change >= FORWARDS_BEFORE_GROWTH:
+            self._budget, self._fitted_since_change = min(self._full_budget, 2 * self._budget), 0
         return scores
 
     def _halve_batch(self, batch: "list[_Row]") -> "list[list[_Row]]":
@@ -91,6 +100,7 @@ class FrozenModel:
                 "give its replicas a larger device, or lower data.max_length"
             )
         half = len(batch) // 2
+        self._fitted_since_change = 0
         self._budget = len(batch[:half]) * max(row.tokens for row in batch)
         return [batch[:half], batch[half:]]
 

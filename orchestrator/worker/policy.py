@@ -33,7 +33,18 @@ from orchestrator.config.run import RunConfig
 # bfloat16, 0.005 with weights of 4 bits, 0.05 with activations of 8 bits; a misplaced matrix gives several.
 _HALF_PRECISION_NATS = 0.5
 # Dense bfloat16 matrix FLOP/s as the vendor states them, for model FLOPs utilisation.
-_PEAK_BFLOAT16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
+# The first name that the device's contains counts.
+_PEAK_BFLOAT16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+}
 
 
 @dataclass(frozen=True)

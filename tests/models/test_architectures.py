@@ -7,7 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,12 @@ class Comparison:
     """An architecture's scores beside its own logits.
 
     outcome: `shared` and `plain` rows as used, or `refused`; with a limit of tokens if there is one.
-    worst:   largest difference over all rows and layouts, in nats per token; None if refused.
+    worst:   largest difference over all rows by path (alone, beside others, shared), in nats per token.
     message: of the refusal.
     """
 
     outcome: str
-    worst: float | None = None
+    worst: dict[str, float] = field(default_factory=dict)
     message: str = ""
 
 
@@ -89,11 +89,11 @@ def compare(name: str) -> Comparison:
     expected = torch.stack([score_by_logits(model, g.prompt, g.responses[0]) for g in single])
     # Longest first: a model that keeps the frequencies of the longest row it saw gives others to the rest.
     alone = [score(scorer, [g], shared=False) for g in reversed(single)]
-    found = [torch.cat(alone[::-1]), score(scorer, groups, shared=False)]
+    found = {"alone": torch.cat(alone[::-1]), "beside others": score(scorer, groups, shared=False)}
     is_shared = scorer.prefix_sharing_unavailable_reason is None
     if is_shared:
-        found.append(score(scorer, groups, shared=True))
-    worst = max((f - expected).abs().max().item() for f in found)
+        found["shared"] = score(scorer, groups, shared=True)
+    worst = {path: (scores - expected).abs().max().item() for path, scores in found.items()}
     outcome = "shared and plain" if is_shared else "plain"
     return Comparison(outcome if limit is None else f"{outcome}, up to a limit", worst)
 
@@ -108,7 +108,7 @@ def read_table() -> dict[str, str]:
 @pytest.mark.parametrize("name", [*(n for n in NAMES if n not in NOT_BUILT), *VARIANTS])
 def test_an_architecture_is_scored_as_its_logits_say_or_refused(name: str) -> None:
     comparison = compare(name)
-    assert comparison.worst is None or comparison.worst <= TOLERANCE
+    assert max(comparison.worst.values(), default=0.0) <= TOLERANCE
     assert comparison.outcome != "refused" or (
         comparison.message.count("\n") == 0 and "; use a causal language model" in comparison.message
     )
@@ -142,10 +142,11 @@ def test_the_families_that_people_train_share_prompts() -> None:
 
 def write_table() -> None:
     """Measure all architectures and write the table."""
-    lines = ["| architecture | rows | worst difference |\n", "|---|---|---|\n"]
+    paths = ("alone", "beside others", "shared")
+    lines = [f"| architecture | rows | {' | '.join(paths)} |\n", "|---|---|---|---|---|\n"]
     for name in [*(n for n in NAMES if n not in NOT_BUILT), *VARIANTS]:
         found = compare(name)
-        worst = "" if found.worst is None else f"{found.worst:.0e}"
+        worst = " | ".join(f"{found.worst[path]:.0e}" if path in found.worst else "" for path in paths)
         lines.append(f"| {name} | {found.outcome} | {worst} |\n")
     text = TABLE.read_text(encoding="utf-8")
     before, after = text[: text.index(START) + len(START)], text[text.index(END) :]

@@ -84,6 +84,19 @@ def test_out_of_memory_halves_the_batch_and_the_batches_after_it(make_table):
     assert scorer.refused - refused < refused
 
 
+def test_the_budget_grows_again_once_memory_is_free(make_table, monkeypatch):
+    monkeypatch.setattr("orchestrator.references.replica.FORWARDS_BEFORE_GROWTH", 2)
+    groups = group_pairs(make_table(12), range(12))
+    scorer = OutOfMemory(Scorer(tiny.llama()), room=100)
+    replica = FrozenModel("base", scorer, device=torch.device("cpu"), shared=True, budget=10_000)
+    replica.score(request_of(groups))
+    scorer.room = 10_000
+    for _ in range(8):
+        before = replica.forwards
+        replica.score(request_of(groups))
+    assert replica.forwards - before == 1
+
+
 def test_a_shared_row_that_does_not_fit_falls_apart_and_then_the_error_says_what_to_do(make_table):
     model = tiny.llama()
     prompt, a, b = (np.arange(n, dtype=np.int32) for n in (20, 15, 16))
