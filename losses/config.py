@@ -253,6 +253,11 @@ class LossConfig(FrozenSettings):
         return isinstance(self.dispersion, EntropyDispersion) and self.dispersion.phi_star == "auto"
 
     @property
+    def reads_soft_labels(self) -> bool:
+        """Whether labels below 1 change the loss."""
+        return self.soft_label.type != "none"
+
+    @property
     def completions_only(self) -> bool:
         """Whether rejected responses are ignored (supervised fine-tuning)."""
         return self.link.type == "none"

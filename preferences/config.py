@@ -66,6 +66,9 @@ class DataConfig(BaseModel):
         default=None,
         description="today's date for chat templates that write it; null: the day on which the run begins",
     )
+    allow_hard_labels: bool = Field(
+        default=False, description="let a loss that reads soft labels train on pairs that have none"
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to every model's chat template, e.g. enable_thinking"
     )

@@ -175,6 +175,22 @@ def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> Prepare
     )
 
 
+def refuse_hard_labels(config: RunConfig, train: TokenizedSplit) -> None:
+    """Refuse a loss that reads soft labels where no training pair has one, unless the run file allows it.
+
+    Raises:
+        UsageError: the loss would be trained as the same loss without soft labels.
+    """
+    if train.has_soft_labels or config.data.allow_hard_labels or not config.loss.reads_soft_labels:
+        return
+    raise UsageError(
+        f"{config.name}: loss.soft_label.type {config.loss.soft_label.type} (preset {config.preset}) reads "
+        "soft labels, and no training pair has one, so it would do nothing: give rows a soft_label or vote "
+        "counts (data.columns names their columns), set loss.soft_label: {type: none}, or "
+        "data.allow_hard_labels: true"
+    )
+
+
 def check_storage(config: RunConfig) -> str:
     """Check that a run's storage can be written to, by writing to it.
 

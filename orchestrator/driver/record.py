@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "placement",
     "tracking",
     "evaluation",
+    "data.allow_hard_labels",
     "references.mode",
     "training.tokens_per_microbatch",
     "training.save_every",

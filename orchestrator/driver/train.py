@@ -16,7 +16,13 @@ from orchestrator.cluster.worker_environment import JOB_CONFIG
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import train_on_cluster
 from orchestrator.driver.finish import finish_run, report_run
-from orchestrator.driver.prepare import PreparedRun, check_storage, prepare_run, resolve_paths
+from orchestrator.driver.prepare import (
+    PreparedRun,
+    check_storage,
+    prepare_run,
+    refuse_hard_labels,
+    resolve_paths,
+)
 from orchestrator.driver.record import RunRecord, lock_run, open_record, read_record, remove_run
 from orchestrator.driver.scoring import open_reward_scorer, report_scores, score_split, start_services
 from orchestrator.errors import UsageError
@@ -31,6 +37,7 @@ def check_run(config: RunConfig) -> None:
     """Refuse a wrong run before it takes a device; print the rows it reads and the memory it needs."""
     console = make_plain_console()
     prepared = prepare_and_report(config, console)
+    refuse_hard_labels(prepared.config, prepared.train)
     connect_to_mlflow(prepared.tracking_uri)
     located = {name: model.located for name, model in prepared.references.items()}
     console.print(format_memory_table(size_run(prepared.config, prepared.policy.located, located)))
@@ -67,6 +74,7 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     mirror = Mirror(run_location(resolved))
     previous = None if fresh else read_record(mirror)
     prepared = prepare_and_report(config, console, previous)
+    refuse_hard_labels(prepared.config, prepared.train)
     with lock_run(mirror):
         if previous is not None and previous.result is not None:
             prepared = prepared.for_device(previous.device_type)

@@ -26,7 +26,7 @@ from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, build_worker_bundle, list_trial_bundles
 from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.sweep import Point, SweepConfig
-from orchestrator.driver.prepare import PreparedRun
+from orchestrator.driver.prepare import PreparedRun, refuse_hard_labels
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.scoring import open_reward_scorer, prepare_references, report_scores, start_services
 from orchestrator.errors import RunFailed, UsageError
@@ -135,7 +135,8 @@ class SearchRunner:
 
         def explain_refusal(point: Point) -> str | None:
             try:
-                build_trial_config(self.sweep, self.base, point, repeat=0, name="trial")
+                trial = build_trial_config(self.sweep, self.base, point, repeat=0, name="trial")
+                refuse_hard_labels(trial, self.prepared.train)
             except UsageError as error:
                 return str(error)
             return None

@@ -21,7 +21,7 @@ from orchestrator.config.functions import check_functions, list_functions
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import Point, SweepConfig
-from orchestrator.driver.prepare import PreparedRun, resolve_paths
+from orchestrator.driver.prepare import PreparedRun, refuse_hard_labels, resolve_paths
 from orchestrator.driver.record import MAY_CHANGE, RunRecord, lock_run, open_record, read_record, remove_run
 from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, start_services
 from orchestrator.driver.train import prepare_and_report
@@ -154,9 +154,9 @@ def _plan_search(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> Sea
         UsageError, SpaceError: a drawn point makes no valid run, the data has no soft labels that the search
             needs, or the scheduler cannot compare trials of different lengths.
     """
+    _refuse_unlabelled(sweep, prepared)
     lengths, link_digests = _check_points(sweep, space, prepared)
     prepared = replace(prepared, function_digests={**prepared.function_digests, **link_digests})
-    _refuse_unlabelled(sweep, prepared)
     if len(lengths) > 1 and sweep.scheduler.type != "fifo":
         raise UsageError(
             f"{sweep.name}: scheduler {sweep.scheduler.type} compares trials at the same step, and trials "
@@ -192,6 +192,7 @@ def _check_points(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> tu
         try:
             run = build_trial_config(sweep, prepared.config, point, repeat=0, name="trial")
             digests = check_functions(run, str(Path.cwd()))
+            refuse_hard_labels(run, prepared.train)
         except UsageError as error:
             raise UsageError(
                 f"{sweep.name}: the space has a point that makes no valid run ({_format_point(point)}):\n"
@@ -208,7 +209,8 @@ def _refuse_unlabelled(sweep: SweepConfig, prepared: PreparedRun) -> None:
     if prepared.train.has_soft_labels or prepared.eval.has_soft_labels:
         return
     needing = [objective.metric for objective in sweep.objective if objective.metric == "eval/label_nll"]
-    needing += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
+    if not prepared.config.data.allow_hard_labels:
+        needing += [f"space {name}" for name in sweep.spaces if name == "soft_labels"]
     if needing:
         raise UsageError(
             f"{sweep.name}: {', '.join(needing)} needs soft labels, and the data has none: give rows a "

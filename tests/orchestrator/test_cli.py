@@ -411,3 +411,34 @@ def test_a_message_about_a_wrong_field_hides_its_password(
     assert outcome.code == 2
     assert "***@" in outcome.err
     assert "hunter2" not in outcome.err
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_soft_labels_that_no_pair_has_are_refused(command: str, case: Case, polyref: Polyref) -> None:
+    words = ("case: ", "soft_label.type geometric", "preset gdpo", "vote counts", "allow_hard_labels: true")
+    assert_refused(polyref(command, case.write(loss={"preset": "gdpo"})), case, *words)
+
+
+def test_soft_labels_that_no_pair_has_may_be_allowed(case: Case, polyref: Polyref) -> None:
+    allowed = case.write(loss={"preset": "gdpo"}, data={"allow_hard_labels": True})
+    assert polyref("check", allowed).code == 0
+    case.rows([*GOOD, *(row(prompt=f"Film {n} was ", soft_label=0.75) for n in range(8))])
+    outcome = polyref("check", case.write(loss={"preset": "gdpo"}))
+    assert outcome.code == 0, outcome
+
+
+def test_a_search_that_draws_soft_labels_that_no_pair_has_is_refused(case: Case, polyref: Polyref) -> None:
+    def sweep_of(*presets: str) -> Path:
+        sweep = {
+            "name": "case",
+            "run": case.run | {"loss": {"preset": "gdpo"}},
+            "space": {"loss.preset": {"grid": list(presets)}},
+            "search": {"algorithm": "grid"},
+        }
+        file = case.folder / "sweep.yaml"
+        file.write_text(yaml.safe_dump(sweep))
+        return file
+
+    assert_refused(polyref("tune", sweep_of("dpo", "gipo")), case, "gipo", "allow_hard_labels: true")
+    outcome = polyref("tune", "--dry-run", sweep_of("dpo", "ipo"))
+    assert outcome.code == 0, "no trial has the run file's own loss" + outcome.err
