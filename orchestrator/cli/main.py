@@ -101,13 +101,20 @@ def tune_command(
 
 
 @app.command()
-def score(run: RunFile, overrides: Overrides = None) -> None:
+def score(
+    run: RunFile,
+    overrides: Overrides = None,
+    audit: Annotated[
+        int,
+        typer.Option(help="Instead, score this many stored responses per reference anew and compare.", min=0),
+    ] = 0,
+) -> None:
     """Score all data of a run with its references and store the scores, so that training only reads them."""
     config = load_run(run, overrides or ())
     from orchestrator.driver.train import score_run
 
     with _turn_ctrl_c_into_interruption():
-        score_run(config)
+        score_run(config, audit=audit)
 
 
 @app.command("check")

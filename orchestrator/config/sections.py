@@ -56,6 +56,9 @@ class ReferencesConfig(Section):
     mode: Literal["live", "precompute"] = "live"
     models: dict[str, ReferenceConfig] = Field(default_factory=dict)
     use: tuple[str, ...] | None = Field(default=None, description="those of models to use; default all")
+    audit: int = Field(
+        default=0, ge=0, description="stored responses per reference that are scored anew before training"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -11,8 +11,11 @@ from orchestrator.cluster.placement import ClusterProfile, build_replica_bundle
 from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import PreparedRun
+from orchestrator.errors import RunFailed
+from orchestrator.references.audit import audit_scores
 from orchestrator.references.messages import ReferenceSpec
 from orchestrator.references.service import ReferenceService, start_references
+from orchestrator.references.tolerance import choose_tolerance
 from orchestrator.tracking.progress import ProgressMeter
 from orchestrator.worker.rewards import RewardScorer, start_reward_scorer
 from preferences.split import TokenizedSplit
@@ -20,6 +23,8 @@ from preferences.tokenize import TokenTable
 
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
 """Most tokens per batch of a replica: enough to fill the device, and a CPU answers within seconds."""
+AUDIT_LINES = 5
+"""Differences of a reference and split that are shown; all are counted."""
 
 
 def start_services(prepared: PreparedRun) -> ReferenceService:
@@ -67,8 +72,14 @@ def prepare_references(service: ReferenceService, prepared: PreparedRun, console
     """Score the eval split; score the train split too, or start the references that training will need.
 
     In mode precompute the train split is scored and the references are ended. In mode live they keep running.
+    Before that, the run file may want stored scores audited.
+
+    Raises:
+        RunFailed: a stored score is not what the reference gives now.
     """
     config = prepared.config
+    if config.references.audit:
+        refuse_wrong_scores(service, prepared, config.references.audit, console)
     if prepared.eval is not None:  # needed at once, for the evaluation before the first step
         score_split(service, prepared.eval, "eval", config, console)
     if config.references.mode == "precompute":
@@ -79,6 +90,36 @@ def prepare_references(service: ReferenceService, prepared: PreparedRun, console
             service,
             select_served_tables(prepared.train, config),
             sampled=config.evaluation.sampling is not None,
+        )
+
+
+def refuse_wrong_scores(
+    service: ReferenceService, prepared: PreparedRun, count: int, console: Console
+) -> None:
+    """Have replicas score up to `count` stored responses of each served reference anew, and end them.
+
+    Raises:
+        RunFailed: a stored score is not what the reference gives now; every difference has been printed.
+    """
+    splits = [split for split in (prepared.train, prepared.eval) if split is not None]
+    wrong = []
+    for name in select_served_tables(prepared.train, prepared.config):
+        model, audited, differing = prepared.references[name], 0, 0
+        tolerance = choose_tolerance(model.config, model.device_type)
+        for split in splits:
+            audit = audit_scores(service, name, split.references[name], count - audited, tolerance=tolerance)
+            audited += audit.responses
+            differing += len(audit.differences)
+            for difference in audit.differences[:AUDIT_LINES]:
+                console.print(f"audit: reference {name!r}, {split.sources[difference.row]}, {difference}")
+        console.print(f"audit: reference {name!r}: {differing} of {audited} stored scores differ")
+        if differing:
+            wrong.append(f"{name!r} ({differing} of {audited}, scores/{model.fingerprint.digest})")
+    service.release()
+    if wrong:
+        raise RunFailed(
+            f"stored scores are not what the references give now: {', '.join(wrong)}; delete these folders "
+            "under storage_path, and their scores are made again"
         )
 
 

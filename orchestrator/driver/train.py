@@ -24,7 +24,13 @@ from orchestrator.driver.prepare import (
     resolve_paths,
 )
 from orchestrator.driver.record import RunRecord, lock_run, open_record, read_record, remove_run
-from orchestrator.driver.scoring import open_reward_scorer, report_scores, score_split, start_services
+from orchestrator.driver.scoring import (
+    open_reward_scorer,
+    refuse_wrong_scores,
+    report_scores,
+    score_split,
+    start_services,
+)
 from orchestrator.errors import UsageError
 from orchestrator.redaction import hide_secrets
 from orchestrator.storage.mirror import Mirror
@@ -46,8 +52,14 @@ def check_run(config: RunConfig) -> None:
     console.print(f"{config.name}: nothing to refuse")
 
 
-def score_run(config: RunConfig) -> None:
-    """Fill the references' stores with every score that the run will need."""
+def score_run(config: RunConfig, *, audit: int = 0) -> None:
+    """Fill the references' stores with every score that the run will need.
+
+    With `audit`, only compare that many stored scores of each reference with what it gives now.
+
+    Raises:
+        RunFailed: a stored score differs.
+    """
     console = make_plain_console()
     resolved = _resolve_config(config)
     check_storage(resolved)
@@ -55,6 +67,9 @@ def score_run(config: RunConfig) -> None:
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
         prepared = _place_on_cluster(prepared)
         with start_services(prepared) as service:
+            if audit:
+                refuse_wrong_scores(service, prepared, audit, console)
+                return
             for name, split in (("train", prepared.train), ("eval", prepared.eval)):
                 if split is not None:
                     score_split(service, split, name, config, console)

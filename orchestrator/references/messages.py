@@ -148,6 +148,8 @@ class RouterStats:
     scored: int = 0
     sampled: int = 0
     """Responses that were scored without being stored; in none of the counts above."""
+    audited: int = 0
+    """Stored responses that were scored anew to compare; in none of the counts above."""
     batches: int = 0
     """Batches that replicas answered."""
     forwards: int = 0

@@ -77,7 +77,8 @@ class Router:
         self._tasks: set[asyncio.Task[None]] = set()
         self._linger_timer: asyncio.TimerHandle | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._requested = self._from_store = self._coalesced = self._scored = self._sampled = 0
+        self._requested = self._from_store = self._coalesced = self._scored = 0
+        self._sampled = self._audited = 0
         self._batches = self._forwards = self._retries = 0
 
     async def score(self, request: ScoreRequest, *, keep: bool = True) -> Scores:
@@ -99,13 +100,20 @@ class Router:
             else:
                 self._sampled += len(scores)
             if len(missing):
-                if not self._spec.replicas:
-                    raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
-                futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep)
-                # Not gather: if this request is cancelled, gather would cancel futures that others wait for.
-                await asyncio.wait(set(futures.values()))
-                for index, future in futures.items():
-                    scores[index] = future.result()
+                await self._compute_missing(request, scores, keep=keep)
+        return scores
+
+    async def rescore(self, request: ScoreRequest) -> Scores:
+        """Return scores that the replicas compute anew; the store is neither read nor changed.
+
+        Raises:
+            ScoringError, ModelError: as `score`.
+        """
+        await self._open_store()
+        async with self._admission:
+            self._audited += len(request)
+            scores = Scores.unknown(len(request))
+            await self._compute_missing(request, scores, keep=False)
         return scores
 
     async def lookup(self, keys: Keys) -> Scores:
@@ -163,6 +171,7 @@ class Router:
             coalesced=self._coalesced,
             scored=self._scored,
             sampled=self._sampled,
+            audited=self._audited,
             batches=self._batches,
             forwards=self._forwards,
             retries=self._retries,
@@ -178,6 +187,17 @@ class Router:
             if self._store is None:
                 self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
             return self._store
+
+    async def _compute_missing(self, request: ScoreRequest, scores: Scores, *, keep: bool) -> None:
+        """Have the replicas compute the unknown ones of a request's scores, and fill them in."""
+        if not self._spec.replicas:
+            raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
+        missing = np.flatnonzero(scores.missing)
+        futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep)
+        # Not gather: if this request is cancelled, gather would cancel futures that others wait for.
+        await asyncio.wait(set(futures.values()))
+        for index, future in futures.items():
+            scores[index] = future.result()
 
     def _enqueue_missing(
         self, request: ScoreRequest, missing: set[int], *, keep: bool

@@ -189,7 +189,10 @@ class ScoreStore:
         column = table["key"].combine_chunks()
         keys = np.frombuffer(column.buffers()[1], dtype=f"S{KEY_BYTES}")[column.offset :][: len(column)]
         logps, lengths, entropies = (table[name].to_numpy() for name in ("logp", "length", "entropy"))
-        return keys, Scores(logps, lengths.astype(np.int64), entropies)
+        finite = np.isfinite(logps) & np.isfinite(entropies)
+        if not finite.all():
+            logger.warning("%s: %d scores are not finite and are made again", path, np.sum(~finite))
+        return keys[finite], Scores(logps[finite], lengths[finite].astype(np.int64), entropies[finite])
 
 
 def resolve_storage(uri: str | os.PathLike[str]) -> str:
