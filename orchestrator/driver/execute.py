@@ -120,6 +120,7 @@ def _build_worker_setup(
         tracking_uri=prepared.tracking_uri,
         tracking_run=tracker.run_id,
         reward_scorer=reward_scorer,
+        vocabulary_sizes=prepared.vocabulary_sizes,
     )
 
 

@@ -76,6 +76,8 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
     if reason := record.training_result.plain_rows_reason:
         console.print(f"prompts were computed once per response: {reason}")
+    for finding in record.training_result.findings.values():
+        console.print(f"watch: {finding}")
     console.print(f"plots: {mirror.describe_path(PLOTS_FOLDER)}")
     model = mirror.describe_path(EXPORT_FOLDER, "model")
     console.print(f"registered as {record.registered}" if record.registered else f"model: {model}")
@@ -86,14 +88,19 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
 
 
 def _build_result_tags(record: RunRecord) -> dict[str, str]:
-    """Build MLflow tags of the references' counts and, for `phi_star: auto`, of the calibrated value."""
+    """Build MLflow tags of the references' counts, the findings and, for `phi_star: auto`, its value."""
     phi_star = record.training_result.phi_star
     resolved = {} if phi_star is None else {"loss.dispersion.phi_star": f"{phi_star:.6g}"}
-    return resolved | {
-        f"scores.{name}.{key}": str(stats[key])
-        for name, stats in record.reference_counts.items()
-        for key in ("scored", "from_store", "forwards", "replicas_started")
-    }
+    findings = {f"watch.{name}": message for name, message in record.training_result.findings.items()}
+    return (
+        resolved
+        | findings
+        | {
+            f"scores.{name}.{key}": str(stats[key])
+            for name, stats in record.reference_counts.items()
+            for key in ("scored", "from_store", "forwards", "replicas_started")
+        }
+    )
 
 
 def _resolve_loss(config: RunConfig, record: RunRecord) -> LossConfig:

@@ -120,6 +120,11 @@ class PreparedRun:
         return read_code_tags() | {f"digest.{name}": digest for name, digest in self.function_digests.items()}
 
     @property
+    def vocabulary_sizes(self) -> dict[str, int]:
+        """How many tokens each reference's tokenizer has, by name."""
+        return {name: len(model.tokenizer) for name, model in self.references.items()}
+
+    @property
     def pins(self) -> dict[str, str]:
         """The exact model versions that names meant when the run began, by field."""
         return {"policy": self.policy.pin} | {

@@ -20,8 +20,9 @@ from orchestrator.worker.result import WorkerResult
 RunFolder = Path | Mirror
 """A run's folder, or the mirror of a run that is on an object store."""
 RECORD_FILE = "run.json"
-VERSION = 2
-"""Version of the record's fields. In version 1 `result` was a dictionary with the references' counts."""
+VERSION = 3
+"""Version of the record's fields. In version 1 `result` was a dictionary with the references' counts; until
+version 2 it had no findings."""
 # How a run is distributed, watched and stored may change between restarts; what it computes may not.
 MAY_CHANGE = (
     "storage_path",
@@ -30,6 +31,7 @@ MAY_CHANGE = (
     "evaluation",
     "data.allow_hard_labels",
     "references.mode",
+    "references.audit",
     "training.tokens_per_microbatch",
     "training.save_every",
     "training.keep_last",

@@ -260,6 +260,7 @@ class SearchRunner:
             tracking_uri=self.prepared.tracking_uri,
             tracking_run=self.tracker.run_id,
             reward_scorer=reward_scorer,
+            vocabulary_sizes=self.prepared.vocabulary_sizes,
             export=False,
             trials_per_node=trials_per_node,
         )

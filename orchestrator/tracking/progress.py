@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
+from orchestrator.tracking.metrics_file import FINDING, METRICS_FILE, read_findings, read_new_lines
 
 LINE_EVERY_S = 20.0
 _SHOWN_METRICS = ("loss", "rewards/margins", "eval/accuracy", "grad_norm")
@@ -61,11 +61,14 @@ class ProgressMeter:
 
 @contextlib.contextmanager
 def follow_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
-    """Inside the block, show the steps that a run's workers write to its metrics file."""
-    stop = threading.Event()
+    """Inside the block, show the steps and findings that a run's workers write to its metrics file.
+
+    Findings that an earlier start has written are not shown again.
+    """
+    stop, shown = threading.Event(), set(read_findings(folder).values())
     thread = threading.Thread(
         target=_follow_metrics,
-        args=(folder / METRICS_FILE, total, console, stop),
+        args=(folder / METRICS_FILE, total, console, stop, shown),
         name="progress",
         daemon=True,
     )
@@ -77,7 +80,9 @@ def follow_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
         thread.join()
 
 
-def _follow_metrics(path: Path, total: int, console: Console, stop: threading.Event) -> None:
+def _follow_metrics(
+    path: Path, total: int, console: Console, stop: threading.Event, shown_findings: set[str]
+) -> None:
     latest: dict[str, float] = {}
     position, shown = 0, -1
     with ProgressMeter(console) as meter:
@@ -85,6 +90,9 @@ def _follow_metrics(path: Path, total: int, console: Console, stop: threading.Ev
             ended = stop.wait(0.5)
             position, lines = read_new_lines(path, position)
             for line in lines:
+                if FINDING in line and line["message"] not in shown_findings:
+                    shown_findings.add(line["message"])
+                    console.print(f"watch: {line['message']}")
                 latest |= {
                     name: line[name] for name in ("step", *_SHOWN_METRICS) if line.get(name) is not None
                 }

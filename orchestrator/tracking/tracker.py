@@ -22,6 +22,7 @@ from orchestrator.errors import UsageError
 from orchestrator.files import replace_text
 from orchestrator.redaction import redact, summarize_error
 from orchestrator.tracking.metrics_file import (
+    FINDING,
     METRICS_FILE,
     SCALES_FILE,
     cut_metrics_after,
@@ -115,8 +116,16 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`, which is sent later; a value that is not finite becomes null."""
         values = {key: float(value) for key, value in metrics.items()}
-        line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
-        line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._append_line(
+            step, {key: value if math.isfinite(value) else None for key, value in values.items()}
+        )
+
+    def log_finding(self, step: int, name: str, message: str) -> None:
+        """Append a finding of the numerical watch to `metrics.jsonl`; it is sent as tag `watch.<name>`."""
+        self._append_line(step, {FINDING: name, "message": message})
+
+    def _append_line(self, step: int, content: Mapping[str, Any]) -> None:
+        line = {"step": step, "time": round(time.time(), 3), **content}
         if self._sender is None:
             self._sender = _MetricSender(self.uri, self.run_id, self._path)
         self._sender.append(json.dumps(line, allow_nan=False) + "\n")
@@ -247,7 +256,10 @@ class _MetricSender:
         assert self._client is not None
         while self._sent < self._written:
             lines, end = self._read_next_lines()
-            points = self._list_unsent_points(lines)
+            findings = {f"watch.{line[FINDING]}": line["message"] for line in lines if FINDING in line}
+            if findings:
+                log_settings(self._client, self._run_id, {}, findings)
+            points = self._list_unsent_points([line for line in lines if FINDING not in line])
             for start in range(0, len(points), _METRICS_PER_BATCH):
                 self._client.log_batch(self._run_id, metrics=points[start : start + _METRICS_PER_BATCH])
             self._last_steps |= {point.key: point.step for point in points}

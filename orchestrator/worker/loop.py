@@ -8,6 +8,7 @@ while the policy learns.
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from orchestrator.config.functions import add_to_path
 from orchestrator.config.sections import METRICS
 from orchestrator.errors import RunFailed
 from orchestrator.storage.mirror import Mirror
+from orchestrator.tracking.metrics_file import read_findings
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.batches import BatchLoader
 from orchestrator.worker.checkpoint import (
@@ -49,6 +51,7 @@ from orchestrator.worker.start import (
     calibrate_loss,
     make_batch_loader,
     make_sampler,
+    open_watch,
     open_worker_tracker,
     read_best_evaluation,
     refuse_differing_ranks,
@@ -170,6 +173,7 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
         metrics=run.get_exported_metrics(progress),
         phi_star=progress.phi_star,
         plain_rows_reason=policy.plain_rows_reason,
+        findings=read_findings(mirror.folder) if rank == 0 else {},
     )
 
 
@@ -198,6 +202,7 @@ class _TrainingRun:
     ) -> None:
         self._setup, self._policy, self._loaders, self._plan = setup, policy, loaders, plan
         self._loss, self._tracker, self._mirror = loss, tracker, mirror
+        self._watch = None if tracker is None else open_watch(setup, policy, tracker)
         self.best = best
         self._reference_names = setup.config.references.ordered
         self._sampler = make_sampler(setup, session, policy, loaders.get("eval"))
@@ -228,7 +233,7 @@ class _TrainingRun:
             table=table,
             clip_norm=training.clip_norm,
         )
-        if self._tracker is None:
+        if self._tracker is None or self._watch is None:
             return
         metrics = compute_training_metrics(table, self._flags)
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -242,6 +247,7 @@ class _TrainingRun:
         self._tracker.log(step + 1, metrics)
         if self._flags.has_dispersion:
             self._tracker.log_scales(table["scale"].tolist())
+        self._watch.check_training_step(step + 1, table, metrics, self._name_pairs("train", indices))
 
     def evaluate_policy(
         self, progress: TrainingProgress, step: int, *, equal_reference: str | None = None
@@ -273,8 +279,9 @@ class _TrainingRun:
             metrics |= find_best_within_kl_budget(
                 self._sampler.config.kl_budget, metrics, progress.metrics, self._reference_names
             )
-        if self._tracker is not None:
+        if self._tracker is not None and self._watch is not None:
             self._tracker.log(step, metrics)
+            self._watch.check_evaluation(step, table, metrics, self._name_pairs("eval", indices))
         self._save_if_best(metrics, step)
         return replace(progress, metrics=metrics)
 
@@ -298,8 +305,8 @@ class _TrainingRun:
 
     def describe_failure(self, failure: NonFiniteLoss, step: int) -> str:
         """Say at which step and pairs the loss was not finite, and what to do about it."""
-        split, indices = self._loaders["train"].split, self._get_step_indices(step)
-        sources = [split.sources[int(indices[slot])] for slot in failure.slots[:5]]
+        find_place = self._name_pairs("train", self._get_step_indices(step))
+        sources = [find_place(slot) for slot in failure.slots[:5]]
         more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
         return (
             f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}; "
@@ -323,6 +330,11 @@ class _TrainingRun:
         """Return the training rows of a step's global batch."""
         epoch, step_of_epoch = divmod(step, self._plan.steps_per_epoch)
         return self._plan.get_step_indices(epoch, step_of_epoch)
+
+    def _name_pairs(self, split: str, indices: np.ndarray) -> Callable[[int], str]:
+        """Return the function from a slot of a batch of these rows to the pair's file and line."""
+        sources = self._loaders[split].split.sources
+        return lambda slot: sources[int(indices[slot])]
 
     def _make_table(self, pairs: int) -> StepTable:
         return StepTable(pairs, self._reference_names, self._policy.parallel.device)

@@ -25,6 +25,8 @@ PAIR_COLUMNS = (
     "scale",
     "primary_gap",
     "soft_label",
+    "chosen_length",
+    "rejected_length",
 )
 COST_COLUMNS = ("tokens", "positions", "flops", "reference_stall")
 
@@ -69,6 +71,8 @@ class StepTable:
             *PAIR_COLUMNS,
             *(f"logratio/{name}" for name in references),
             *(f"weight/{name}" for name in references),
+            *(f"logp_per_token/{name}" for name in references),
+            *(f"entropy/{name}" for name in references),
         )
         self._column = {name: index for index, name in enumerate(names)}
         width = max(len(names), len(COST_COLUMNS))
@@ -99,12 +103,16 @@ class StepTable:
             output.scale,
             _compute_primary_gap(policy, references[0] if references else None),
             soft_labels,
+            policy.chosen_lengths,
+            policy.rejected_lengths,
         ]
         columns += [
             (policy.chosen - reference.chosen + policy.rejected - reference.rejected) / 2
             for reference in references
         ]
         columns += list(output.weights.unbind(dim=1))
+        columns += [_compute_logp_per_token(reference) for reference in references]
+        columns += [_compute_entropy(reference) for reference in references]
         rows = torch.stack([column.detach().to(self.values) for column in columns], dim=1)
         self.values[slots, : rows.shape[1]] = rows
 
@@ -131,6 +139,22 @@ class StepTable:
     def find_non_finite(self) -> list[int]:
         """Return the slots of the pairs whose loss is NaN or infinite."""
         return torch.nonzero(~torch.isfinite(self["loss"])).flatten().tolist()
+
+
+def _compute_logp_per_token(reference: ReferenceScores) -> Tensor:
+    """Compute the mean log-prob of a token of both responses, in the reference's own tokens."""
+    lengths = reference.chosen_lengths + reference.rejected_lengths
+    return (reference.chosen + reference.rejected) / lengths.clamp(min=1)
+
+
+def _compute_entropy(reference: ReferenceScores) -> Tensor:
+    """Compute the mean entropy over the tokens of both responses, over log V; 1 where it is not known."""
+    if reference.chosen_entropy is None or reference.rejected_entropy is None:
+        return torch.ones_like(reference.chosen)
+    lengths = reference.chosen_lengths + reference.rejected_lengths
+    sums = reference.chosen_entropy * reference.chosen_lengths
+    sums = sums + reference.rejected_entropy * reference.rejected_lengths
+    return sums / lengths.clamp(min=1)
 
 
 def _compute_primary_gap(policy: PairScores, primary: ReferenceScores | None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """How training ended, the same on every rank.
+    """How training ended, the same on every rank but for the findings.
 
     Attributes:
         status: "done"; or an end that another start would only repeat: "diverged" (a loss is not finite),
@@ -18,6 +18,7 @@ class WorkerResult:
         metrics: held-out metrics of the exported weights.
         phi_star: the dispersion constant that `phi_star: auto` was resolved to.
         plain_rows_reason: why prompts were computed once per response instead of once per pair, if they were.
+        findings: messages of the numerical watch by name; of rank 0, the others have none.
     """
 
     status: Literal["done", "diverged", "refused", "failed"]
@@ -27,3 +28,4 @@ class WorkerResult:
     metrics: dict[str, float] = field(default_factory=dict)
     phi_star: float | None = None
     plain_rows_reason: str | None = None
+    findings: dict[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """The settings that the command hands to every training worker, and the numbers that follow from them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class WorkerSetup:
             there.
         reward_scorer: gives rewards to sampled responses, if the run file sets a reward.
         export: whether the trained policy is exported; a search exports only the one it promotes.
+        vocabulary_sizes: of the references' tokenizers, by name.
         trials_per_node: runs that train on a machine at the same time and share its cores.
     """
 
@@ -59,6 +60,7 @@ class WorkerSetup:
     code_folder: str = ""
     reward_scorer: RewardScorer | None = None
     export: bool = True
+    vocabulary_sizes: Mapping[str, int] = field(default_factory=dict)
     trials_per_node: int = 1
 
 

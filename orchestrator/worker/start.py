@@ -12,8 +12,10 @@ from losses.dispersion import calibrate_phi_star
 from orchestrator.cluster.shared_storage import explain_unshared_storage
 from orchestrator.config.run import RunConfig
 from orchestrator.references.client import ReferenceClient
+from orchestrator.references.tolerance import TOLERANCE_16_BIT, choose_tolerance
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.probe import why_invisible
+from orchestrator.tracking.metrics_file import read_findings, read_metrics
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.batches import BatchLoader
 from orchestrator.worker.checkpoint import (
@@ -26,6 +28,7 @@ from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
 from orchestrator.worker.setup import BEST_FILE, WorkerSetup, sample_calibration_rows
+from orchestrator.worker.watch import NumericalWatch
 from preferences.split import TokenizedSplit
 
 
@@ -88,6 +91,25 @@ def open_worker_tracker(setup: WorkerSetup, folder: Path, progress: TrainingProg
     """Open the run's metrics, without those logged after the checkpoint that the run resumes from."""
     resume_step = progress.step or -1  # a run that starts anew logs step 0 again
     return Tracker(setup.tracking_uri, setup.tracking_run, folder, resume_step=resume_step)
+
+
+def open_watch(setup: WorkerSetup, policy: Policy, tracker: Tracker) -> NumericalWatch:
+    """Open the numerical watch, which knows what earlier starts of the run have found.
+
+    Dropout in the adapter makes the first step differ from the reference that the policy starts from.
+    """
+    config = setup.config
+    adapter, device_type = config.policy.adapter, policy.parallel.device.type
+    exact = policy.precision == torch.float32
+    evaluations = (line for line in read_metrics(tracker.folder) if "eval/loss" in line)
+    return NumericalWatch(
+        report=tracker.log_finding,
+        known=set(read_findings(tracker.folder)),
+        initial_reference=None if adapter is not None and adapter.dropout else setup.initial_policy_reference,
+        tolerance=choose_tolerance(config.policy, device_type) if exact else TOLERANCE_16_BIT,
+        vocabulary_sizes=setup.vocabulary_sizes,
+        first_evaluation=next(evaluations, None),
+    )
 
 
 def make_sampler(

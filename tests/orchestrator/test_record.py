@@ -80,7 +80,7 @@ def test_a_record_without_a_version_is_read_with_its_old_names(tmp_path: Path) -
     )
     assert found.reference_counts == {"base": {"scored": 7}}
     found.write(tmp_path)
-    assert json.loads((tmp_path / "run.json").read_text())["version"] == 2
+    assert json.loads((tmp_path / "run.json").read_text())["version"] == 3
     assert read_record(tmp_path) == found
 
 
@@ -97,9 +97,9 @@ def test_a_search_that_is_on_its_way_has_no_result_in_an_old_record(tmp_path: Pa
 
 def test_a_record_of_a_newer_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
     record().write(tmp_path)
-    newer = json.loads((tmp_path / "run.json").read_text()) | {"version": 3, "more": 1}
+    newer = json.loads((tmp_path / "run.json").read_text()) | {"version": 4, "more": 1}
     (tmp_path / "run.json").write_text(json.dumps(newer))
-    with pytest.raises(UsageError, match="has version 3 and this polyref reads up to 2: use the polyref"):
+    with pytest.raises(UsageError, match="has version 4 and this polyref reads up to 3: use the polyref"):
         read_record(tmp_path)
 
 

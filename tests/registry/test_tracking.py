@@ -17,7 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.redaction import redact
 from orchestrator.tracking import tracker as tracking
 from orchestrator.tracking.code_version import read_code_tags
-from orchestrator.tracking.metrics_file import read_metrics, read_scales
+from orchestrator.tracking.metrics_file import cut_metrics_after, read_findings, read_metrics, read_scales
 from orchestrator.tracking.mlflow import connect_to_mlflow, flatten_settings, resolve_tracking_uri
 from orchestrator.tracking.tracker import Tracker
 
@@ -46,6 +46,21 @@ def test_metrics_reach_the_file_and_mlflow(uri: str, tmp_path: Path) -> None:
     assert run.info.run_name == "a-run"
     assert run.data.params == {"loss.beta": "0.1"}
     assert run.data.tags["data.digest"] == "abc"
+
+
+def test_findings_stay_in_the_metrics_file_up_to_the_checkpoint(uri: str, tmp_path: Path) -> None:
+    tracker = _start(uri, tmp_path / "run")
+    tracker.log(1, {"loss": 0.5})
+    tracker.log_finding(1, "start", "step 1: it starts elsewhere")
+    tracker.log(3, {"loss": 0.4})
+    tracker.log_finding(3, "displacement", "step 3: it falls")
+    tracker.close()
+    assert [line["loss"] for line in read_metrics(tmp_path / "run")] == [0.5, 0.4]
+    tags = connect_to_mlflow(uri).get_run(tracker.run_id).data.tags
+    assert tags["watch.start"] == "step 1: it starts elsewhere"
+    assert tags["watch.displacement"] == "step 3: it falls"
+    cut_metrics_after(tmp_path / "run" / "metrics.jsonl", 2)
+    assert read_findings(tmp_path / "run") == {"start": "step 1: it starts elsewhere"}
 
 
 def test_a_batch_larger_than_mlflow_takes(uri: str, tmp_path: Path) -> None:
