@@ -34,7 +34,7 @@ test: install $(VENV)/quantization  ## all tests that need no GPU, at most 15 mi
 ifdef PYTEST
 	$(TESTS) $(PYTEST)
 else
-	$(TESTS) -n 2 tests --ignore tests/orchestrator --ignore tests/references --ignore tests/cluster
+	$(TESTS) -n 2 --dist loadgroup tests --ignore tests/orchestrator --ignore tests/references --ignore tests/cluster
 	$(TESTS) -m "not long" tests/orchestrator tests/references  # on Ray, which fills a machine
 endif
 
@@ -43,7 +43,7 @@ FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs
   $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config metrics placement record report search step sweep))
 
 test-fast: install $(VENV)/quantization  ## the ground floors and most of what needs no Ray: under two minutes on 2 cores
-	$(TESTS) -n 2 -m "not smollm2 and not long" $(FAST)
+	$(TESTS) -n 2 --dist loadgroup -m "not smollm2 and not long" $(FAST)
 
 test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
 	$(TESTS) -m long tests/orchestrator

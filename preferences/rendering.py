@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from preferences.pairs import BadRow, DataError, Message, Pair, count_common_prefix
 
-_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+_OTHER_DATE_USE = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,7 @@ def _write_date(template: str, date: datetime.date) -> str:
     Raises DataError for a call whose format is not written in the template.
     """
     written = _DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2]), ensure_ascii=False), template)
-    if "strftime_now(" in written:
+    if _OTHER_DATE_USE.search(_COMMENT.sub("", written)):
         raise DataError(
             "the chat template writes today's date in a format that it computes, so the tokens of tomorrow "
             "would be others; set a chat_template that calls strftime_now with a format such as '%d %b %Y'"

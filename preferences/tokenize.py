@@ -137,16 +137,16 @@ class TokenTable:
 class TokenizedPairs:
     """A table for each rendering, whose row i is pair `kept_indices[i]`, and the pairs left out, by reason.
 
-    `truncated` counts the remaining pairs that were truncated. `boundary_merges` counts, by rendering, the
-    pairs in which a token of prompt and response as one text reaches over the boundary between them, among
-    `examined` pairs.
+    `truncated` counts the remaining pairs that were truncated. `boundary_merges` has, by rendering, indices
+    of the pairs in which a token of prompt and response as one text reaches over the boundary between them,
+    among `examined` pairs.
     """
 
     tables: dict[str, TokenTable]
     kept_indices: npt.NDArray[np.int64]
     skipped: Counter[str]
     truncated: int = 0
-    boundary_merges: dict[str, int] = field(default_factory=dict)
+    boundary_merges: dict[str, list[int]] = field(default_factory=dict)
     examined: int = 0
 
 
@@ -194,7 +194,7 @@ def tokenize_pairs(
         }
     whole = [int(i) for i in kept if i not in job.truncated]
     sample = whole[:: math.ceil(len(whole) / BOUNDARY_SAMPLE) or 1]
-    merges = {first: job.count_boundary_merges(sample, first, renderings[first]) for first in first_names}
+    merges = {first: job.find_boundary_merges(sample, first, renderings[first]) for first in first_names}
     return TokenizedPairs(
         tables,
         kept,
@@ -336,19 +336,16 @@ class _TokenizationJob:
                 "model embeddings for its new tokens"
             )
 
-    def count_boundary_merges(self, sample: Sequence[int], name: str, rendering: Rendering) -> int:
-        """Count the pairs of the sample whose tokens are not those of prompt and response as one text."""
+    def find_boundary_merges(self, sample: Sequence[int], name: str, rendering: Rendering) -> list[int]:
+        """Return the pairs of the sample whose tokens are not those of prompt and response as one text."""
         texts = [self._render_texts(i, name, rendering) for i in sample]
-        both = [(text.prompt, response) for text in texts for response in text.responses]
-        if not both:
-            return 0
-        prompts, responses = map(list, zip(*both, strict=True))
-        wholes = rendering.encode([prompt + response for prompt, response in both])
-        parts = zip(
-            rendering.encode(prompts), rendering.encode_responses(prompts, responses), wholes, strict=True
-        )
-        differs = [first + second != whole for first, second, whole in parts]
-        return int(np.any(np.reshape(differs, (len(texts), -1)), axis=1).sum())
+        places = [i for i, text in zip(sample, texts, strict=True) for _ in text.responses]
+        prompts = [text.prompt for text in texts for _ in text.responses]
+        responses = [response for text in texts for response in text.responses]
+        wholes = rendering.encode([p + r for p, r in zip(prompts, responses, strict=True)])
+        first, second = rendering.encode(prompts), rendering.encode_responses(prompts, responses)
+        parts = zip(places, first, second, wholes, strict=True)
+        return list(dict.fromkeys(i for i, prompt, rest, whole in parts if prompt + rest != whole))
 
     def skip_long_pairs(self, tables: Mapping[str, TokenTable], name: str, rendering: Rendering) -> None:
         table = tables[name]

@@ -167,8 +167,8 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
                 f"needs {_format_amount(wanted, resource)}: {_format_terms(terms)}; "
                 f"the cluster has {offered:g}. "
                 "Lower parallel.workers, a reference's replicas, or resources (references and a single "
-                "worker may take fractions, e.g. {gpu: 0.5}); references.mode: precompute lets references and "
-                "workers take turns"
+                "worker may take fractions, e.g. {gpu: 0.5}); references.mode: precompute lets references "
+                "and workers take turns"
             )
 
 

@@ -69,7 +69,8 @@ class PreparedRun:
         references: reference models by name, in the file's order.
         train, eval: tokenised rows.
         digests: digests of the rows' content, per split.
-        counts: rows kept, swapped, and skipped by reason, per split.
+        counts: rows kept, swapped, truncated, skipped by reason, and those examined for a token that would
+            reach from prompt to response, and found to have one, per split.
         tracking_uri: the MLflow server or file.
         function_digests: digests of the sources of functions that the loss depends on, by field.
         token_digests: digests of the token ids that each model reads, by split and model.
@@ -250,7 +251,7 @@ def _pin_template_date(
     """
     if not any(Rendering(model.tokenizer).writes_date for model in models):
         return config
-    earlier = None if previous is None else previous.config["data"].get("template_date")
+    earlier = None if previous is None else previous.config.get("data", {}).get("template_date")
     date = config.data.template_date or (earlier and datetime.date.fromisoformat(earlier)) or _read_date()
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
 
@@ -289,19 +290,21 @@ def _tokenize_split(
         has_pairs=not config.loss.completions_only,
         has_soft_labels=loaded.has_soft_labels,
     )
-    skipped = dict(loaded.skipped + tokenized.skipped)
+    merged = {index for indices in tokenized.boundary_merges.values() for index in indices}
     counts = {
         "pairs": len(kept_pairs),
         "swapped": loaded.swapped,
         "truncated": tokenized.truncated,
-        "skipped": skipped,
+        "boundary_examined": tokenized.examined,
+        "boundary_merged": len(merged),
+        "skipped": dict(loaded.skipped + tokenized.skipped),
     }
     lines = [
-        f"{merges} of {tokenized.examined} pairs have a token of {name} that reaches from the prompt into "
-        "the response when both are one text; they are tokenised apart: end prompts without a blank, and "
-        "begin responses with it"
-        for name, merges in tokenized.boundary_merges.items()
-        if merges
+        f"{len(indices)} of {tokenized.examined} examined pairs, such as {loaded.pairs[indices[0]].source}, "
+        f"have a token of {name} that reaches from the prompt into the response when both are one text; they "
+        "are tokenised apart: end prompts without a blank, and begin responses with it"
+        for name, indices in tokenized.boundary_merges.items()
+        if indices
     ]
     return split, counts, lines
 

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(
         shutil.which("g++") is None, reason="needs g++, to compile a device that does nothing"
     ),
+    pytest.mark.xdist_group("fake_cuda"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA device of its own"),
 ]
 
@@ -34,8 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_case_runs_without_a_tensor_on_another_device(results: list[dict[str, Any]]) -> None:
     assert [result["error"] for result in results if result["error"]] == []
     names = {result["name"] for result in results}
-    for policy in ("full float32", "lora bfloat16"):
-        assert {f"step {preset}, {policy}" for preset in PRESETS} < names
+    assert {f"step {preset}, full float32" for preset in PRESETS} < names
     for policy in ("full float32", "lora float32", "full bfloat16", "lora bfloat16"):
         assert {f"{case}, {policy}" for case in ("step dpo", "sampling", "reference")} < names
 

@@ -29,6 +29,7 @@ from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.step import MicroBatch, run_evaluation_pass, run_training_step
 from tests.support import tiny
 
+pytestmark = pytest.mark.xdist_group("strategies")  # one process runs what all tests read
 CPU = torch.device("cpu")
 STEPS, SAVED_AT, SHORT = 20, 15, 4
 PAIRS, CLIP = 6, 0.05

@@ -82,7 +82,7 @@ def test_a_response_has_the_tokens_that_it_has_in_one_text(
         assert [*row.prompt, *ids] == tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert tokenizer.convert_ids_to_tokens(int(ids[0]))[0] != "\u2581"  # as it is for the text alone
     assert tokenizer.tokenize("Paris")[0][0] == "\u2581"
-    assert (found.boundary_merges, found.examined) == ({"policy": 0}, 1)
+    assert (found.boundary_merges, found.examined) == ({"policy": []}, 1)
 
 
 def test_a_token_over_the_boundary_is_counted() -> None:
@@ -91,10 +91,10 @@ def test_a_token_over_the_boundary_is_counted() -> None:
         tokenize(text_pair(p, r, "The film"), Rendering(tokenizer))
         for p, r in (("good ", "film"), ("good", " film"))
     )
-    assert blank.boundary_merges == {"policy": 1}
-    assert none.boundary_merges == {"policy": 0}
+    assert blank.boundary_merges == {"policy": [0]}
+    assert none.boundary_merges == {"policy": []}
     # Byte-level tokens do not depend on what is before them, unless a merge reaches over.
-    assert tokenize(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {"policy": 0}
+    assert tokenize(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {"policy": []}
 
 
 def test_a_truncated_response_keeps_the_tokens_of_one_text() -> None:
@@ -138,6 +138,31 @@ def test_a_date_in_the_template_is_the_given_one() -> None:
     assert digest(first) == digest(datetime.date(2024, 2, 29))
     assert digest(first) != digest(datetime.date(2024, 3, 1))
     assert digest(None) == digest(datetime.datetime.now().astimezone().date())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{%- if strftime_now is defined %}{{ strftime_now('%d.%m.%y') }}{% endif %}",
+        '{{- strftime_now ( format = "%d.%m.%y" ) }}',
+        "{%- macro today() %}{{ strftime_now('%d.%m.%y') }}{% endmacro %}{{ today() }}",
+        "{#- as strftime_now has it #}{{ strftime_now('%d.%m.%y') }}",
+    ],
+)
+def test_a_date_is_written_however_the_template_asks_for_it(call: str) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = call + tiny.CHATML
+    rendering = Rendering(tokenizer, date=datetime.date(2024, 2, 29))
+    text = rendering.apply_template(chat_pair().prompt, None, add_generation_prompt=True)
+    assert text.startswith("29.02.24<|im_start|>")
+
+
+@pytest.mark.parametrize("call", ["{{ strftime_now(form) }}", "{% set now = strftime_now %}{{ now('%d') }}"])
+def test_a_date_that_cannot_be_kept_is_refused(call: str) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = call + tiny.CHATML
+    with pytest.raises(DataError, match="the tokens of tomorrow would be others; set a chat_template"):
+        tokenize(chat_pair(), Rendering(tokenizer, date=datetime.date(2024, 2, 29)))
 
 
 def test_digests_differ_with_any_token() -> None:
