@@ -4,9 +4,11 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import jinja2
@@ -17,6 +19,8 @@ from preferences.pairs import BadRow, DataError, Message, Pair, count_common_pre
 _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 _OTHER_DATE_USE = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_SENTINELS = ("\n", "\ue000")
+_PROBES = ("a", " a", "The cat", "1", ".")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +75,76 @@ class Rendering:
         return "strftime_now" in json.dumps(template, default=str)
 
     @cached_property
-    def reads_context(self) -> bool:
-        """Whether a text begins with other tokens than it has after other text, as with SentencePiece."""
-        before, alone, whole = self.encode(["a\n", "b", "a\nb"])
-        return whole != before + alone
+    def text_sentinel(self) -> str:
+        """A text that stands for the end of a prompt while a response is encoded.
+
+        SentencePiece tokenizers put a blank before a text, and a response that is encoded by itself would
+        begin with it. Empty for a tokenizer that begins every text as it continues one.
+        """
+        for sentinel in self._iterate_sentinels():
+            if self._is_separate(sentinel):
+                behind = self.encode_behind([sentinel] * len(_PROBES), _PROBES)
+                return "" if behind == self.encode(_PROBES) else sentinel
+        return ""
+
+    def _iterate_sentinels(self) -> Iterator[str]:
+        """Yield texts that may stand for a prompt, those first that no token joins with what follows them."""
+        tokens = sorted(self.tokenizer.get_vocab())
+        yield from (text for text in _SENTINELS if not any(text in token[:-1] for token in tokens))
+        joined = Counter(chain.from_iterable(set(token[:-1]) for token in tokens))
+        characters = [token for token in tokens if len(token) == 1]
+        yield from sorted(characters, key=lambda text: (joined[text], text.isalnum()))[:20]
+
+    def _is_separate(self, sentinel: str) -> bool:
+        """Return whether a text keeps its own tokens, none of them unknown, when other text follows it."""
+        ids = self.encode([sentinel])[0]
+        return (
+            bool(ids)
+            and self.tokenizer.unk_token_id not in ids
+            and sentinel not in self._added_tokens
+            and all(row[: len(ids)] == ids for row in self.encode([sentinel + text for text in _PROBES]))
+        )
+
+    @cached_property
+    def _added_tokens(self) -> tuple[str, ...]:
+        """The tokens that are split off before a text is tokenised, longest first."""
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values()} - {""}
+        return tuple(sorted(tokens, key=len, reverse=True))
+
+    @cached_property
+    def _blank_eating_tokens(self) -> tuple[str, ...]:
+        """Those among the added tokens to which the blanks behind them belong."""
+        eating = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.rstrip}
+        return tuple(token for token in self._added_tokens if token in eating)
+
+    def choose_sentinel(self, prompt: str) -> str:
+        """Return a text that stands for the prompt while its response is encoded.
+
+        That is an added token, such as `[/INST]`, if the prompt ends with one: a text may begin differently
+        behind it than behind other text.
+        """
+        if not self.text_sentinel or not prompt:
+            return ""
+        for end, tokens in ((prompt, self._added_tokens), (prompt.rstrip(), self._blank_eating_tokens)):
+            if end.endswith(tokens):
+                return next(token for token in tokens if end.endswith(token))
+        return self.text_sentinel
+
+    def encode_behind(self, sentinels: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as it continues its sentinel, without those of the sentinel."""
+        rows = self.encode([sentinel + text for sentinel, text in zip(sentinels, texts, strict=True)])
+        different = list(dict.fromkeys(sentinels))
+        known = dict(zip(different, self.encode(different), strict=True))
+        return [
+            row[len(known[sentinel]) :]
+            if row[: len(known[sentinel])] == known[sentinel]
+            else self.encode([text])[0]  # the sentinel has merged with the text
+            for sentinel, text, row in zip(sentinels, texts, rows, strict=True)
+        ]
+
+    def encode_response(self, prompt: str, response: str) -> list[int]:
+        """Return the ids of a response as it continues its prompt."""
+        return self.encode_behind([self.choose_sentinel(prompt)], [response])[0]
 
     @cached_property
     def identity(self) -> str:
@@ -99,18 +169,6 @@ class Rendering:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return list(encoded["input_ids"])
-
-    def encode_responses(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each response as they follow its prompt in one text.
-
-        Where a token reaches over the boundary, they are those of the response alone.
-        """
-        if not self.reads_context:
-            return self.encode(responses)
-        before = self.encode(prompts)
-        whole = self.encode([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-        alone = self.encode(responses)
-        return [w[len(b) :] if w[: len(b)] == b else a for b, w, a in zip(before, whole, alone, strict=True)]
 
     def apply_template(
         self,

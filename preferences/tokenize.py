@@ -138,8 +138,8 @@ class TokenizedPairs:
     """A table for each rendering, whose row i is pair `kept_indices[i]`, and the pairs left out, by reason.
 
     `truncated` counts the remaining pairs that were truncated. `boundary_merges` has, by rendering, indices
-    of the pairs in which a token of prompt and response as one text reaches over the boundary between them,
-    among `examined` pairs.
+    of the pairs in which a token of prompt and response as one text would reach over the boundary between
+    them, among `examined` pairs.
     """
 
     tables: dict[str, TokenTable]
@@ -339,13 +339,18 @@ class _TokenizationJob:
     def find_boundary_merges(self, sample: Sequence[int], name: str, rendering: Rendering) -> list[int]:
         """Return the pairs of the sample whose tokens are not those of prompt and response as one text."""
         texts = [self._render_texts(i, name, rendering) for i in sample]
-        places = [i for i, text in zip(sample, texts, strict=True) for _ in text.responses]
-        prompts = [text.prompt for text in texts for _ in text.responses]
-        responses = [response for text in texts for response in text.responses]
-        wholes = rendering.encode([p + r for p, r in zip(prompts, responses, strict=True)])
-        first, second = rendering.encode(prompts), rendering.encode_responses(prompts, responses)
-        parts = zip(places, first, second, wholes, strict=True)
-        return list(dict.fromkeys(i for i, prompt, rest, whole in parts if prompt + rest != whole))
+        both = [
+            (i, text.prompt, answer)
+            for i, text in zip(sample, texts, strict=True)
+            for answer in text.responses
+        ]
+        prompts = rendering.encode([prompt for _, prompt, _ in both])
+        responses = rendering.encode_behind(
+            [rendering.choose_sentinel(prompt) for _, prompt, _ in both], [answer for *_, answer in both]
+        )
+        wholes = rendering.encode([prompt + answer for _, prompt, answer in both])
+        parts = zip(both, prompts, responses, wholes, strict=True)
+        return list(dict.fromkeys(key[0] for key, first, second, whole in parts if first + second != whole))
 
     def skip_long_pairs(self, tables: Mapping[str, TokenTable], name: str, rendering: Rendering) -> None:
         table = tables[name]
@@ -391,11 +396,11 @@ def _encode_responses(
 ) -> list[list[int]]:
     """Return the ids of each response after its prompt, with an end token where the flag says so."""
     keys = [
-        (prompt if rendering.reads_context else "", text, has_end)
+        (rendering.choose_sentinel(prompt), text, has_end)
         for prompt, (text, has_end) in zip(prompts, answers, strict=True)
     ]
     different = list(dict.fromkeys(keys))
-    ids = rendering.encode_responses([key[0] for key in different], [key[1] for key in different])
+    ids = rendering.encode_behind([key[0] for key in different], [key[1] for key in different])
     known = {
         key: add_end_token(rendering, row) if key[2] else row for key, row in zip(different, ids, strict=True)
     }

@@ -50,7 +50,7 @@ def truncate_pair(
     room = max_length - len(prompt)
     ids, has_end_token, contents = [], [], []
     for text, response in zip(texts.responses, get_responses(pair), strict=True):
-        whole = add_end_token(rendering, rendering.encode_responses([texts.prompt], [text])[0])
+        whole = add_end_token(rendering, rendering.encode_response(texts.prompt, text))
         kept_ids, characters = (
             (whole, len(text))
             if len(whole) <= room
@@ -127,13 +127,7 @@ def _shorten_prompt(
 
 def _take_first_tokens(rendering: Rendering, prompt: str, text: str, room: int) -> tuple[list[int], int]:
     """Return a response's first tokens, at most `room`, and the number of characters they decode to."""
-    ids, spans = _encode_with_spans(rendering, text)
-    if rendering.reads_context:
-        before = rendering.encode([prompt])[0]
-        whole, places = _encode_with_spans(rendering, prompt + text)
-        if whole[: len(before)] == before:
-            ids = whole[len(before) :]
-            spans = [(first - len(prompt), end - len(prompt)) for first, end in places[len(before) :]]
+    ids, spans = _encode_response_with_spans(rendering, prompt, text)
     last = min(room, len(ids))
     while 0 < last < len(ids) and spans[last][0] < spans[last - 1][1]:  # two tokens share a character
         last -= 1
@@ -153,6 +147,18 @@ def _take_last_tokens(rendering: Rendering, text: str, room: int) -> tuple[list[
         return ids[first:], 0 if first == 0 else len(text)
     decoded = _decode_ids(rendering, ids[first:])
     return ids[first:], len(text) - len(decoded) if text.endswith(decoded) else spans[first - 1][1]
+
+
+def _encode_response_with_spans(
+    rendering: Rendering, prompt: str, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a response as it continues its prompt; spans count from the response's first character."""
+    response, sentinel = rendering.encode_response(prompt, text), rendering.choose_sentinel(prompt)
+    ids, spans = _encode_with_spans(rendering, sentinel + text)
+    skipped = len(ids) - len(response)
+    if ids[skipped:] != response:
+        return _encode_with_spans(rendering, text)
+    return response, [(max(0, first - len(sentinel)), end - len(sentinel)) for first, end in spans[skipped:]]
 
 
 def _encode_with_spans(rendering: Rendering, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -4,7 +4,9 @@ import datetime
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from preferences.config import DataConfig
@@ -42,6 +44,51 @@ def build_sentencepiece(
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def build_llama_2(*, rstrip: bool = False) -> PreTrainedTokenizerFast:
+    """Llama 2's rules: a blank is put before every stretch of text, bytes stand in for unknown characters."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    merges = []
+    for character in "\u2581" + "".join(dict.fromkeys("".join(TEXTS).replace(" ", ""))) + ".:'":
+        vocab[character] = len(vocab)
+    for word in dict.fromkeys(" ".join(TEXTS).split()):
+        for parts in ([*word], ["\u2581", word]):
+            while len(parts) > 1:
+                merges.append((parts[0], parts[1]))
+                parts = ["".join(parts[:2]), *parts[2:]]
+                vocab.setdefault(parts[0], len(vocab))
+    raw = Tokenizer(models.BPE(vocab, list(dict.fromkeys(merges)), unk_token="<unk>", byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    raw.add_special_tokens([*SPECIAL, AddedToken("<|assistant|>", rstrip=rstrip)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def build_prefixed_bytes() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that puts a blank before every text."""
+    tokenizer = tiny.byte_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+BUILDERS = {
+    "always": lambda: build_sentencepiece("always", unigram=False),
+    "first": lambda: build_sentencepiece("first", unigram=False),
+    "unigram": lambda: build_sentencepiece("always", unigram=True),
+    "llama 2": build_llama_2,
+    "phi 3": lambda: build_llama_2(rstrip=True),
+    "prefixed bytes": build_prefixed_bytes,
+}
 
 
 def text_pair(prompt: str = "Was it good?\n", chosen: str = "Paris is", rejected: str = "The film") -> Pair:
@@ -85,6 +132,63 @@ def test_a_response_has_the_tokens_that_it_has_in_one_text(
     assert (found.boundary_merges, found.examined) == ({"policy": []}, 1)
 
 
+@pytest.fixture(scope="module", params=BUILDERS)
+def prefixing(request: pytest.FixtureRequest) -> Rendering:
+    return Rendering(BUILDERS[request.param]())
+
+
+def join_ids(rendering: Rendering, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """The ids of the parts, put together, and those of the one text."""
+    parts = rendering.encode([prompt])[0] + rendering.encode_response(prompt, response)
+    return parts, rendering.encode([prompt + response])[0]
+
+
+@pytest.mark.parametrize("prompt", ["Was it good?\n", "is it good:", "good</s>", "good</s>\n", "a <s>"])
+@pytest.mark.parametrize(
+    "response", ["Paris is", " Paris", "The film was bad.</s>", "\u00e9t\u00e9", "  Paris"]
+)
+def test_the_ids_of_the_parts_are_those_of_one_text(prefixing: Rendering, prompt: str, response: str) -> None:
+    parts, whole = join_ids(prefixing, prompt, response)
+    assert parts == whole
+    if response == "Paris is" and not prompt.endswith(">"):  # which alone begins with a blank
+        assert prefixing.encode_response(prompt, response) != prefixing.encode([response])[0]
+
+
+def test_a_text_behind_an_added_token_begins_as_that_token_has_it() -> None:
+    """Llama 2 puts a blank behind a special token, which may take the blanks of the text besides."""
+    for rstrip in (False, True):
+        rendering = Rendering(build_llama_2(rstrip=rstrip))
+        for prompt in ("Was it good?<|assistant|>", "Was it good?<|assistant|>\n"):
+            parts, whole = join_ids(rendering, prompt, "Paris is")
+            assert parts == whole
+            first = rendering.tokenizer.convert_ids_to_tokens(rendering.encode_response(prompt, "Paris is"))[
+                0
+            ]
+            assert first == ("\u2581Paris" if rstrip or not prompt.endswith("\n") else "Paris")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    prompt=st.text("aP .:?\n", min_size=1, max_size=8), response=st.text("aP is.\n", min_size=1, max_size=8)
+)
+def test_parts_spell_the_text_also_where_a_token_would_reach_over_the_boundary(
+    prompt: str, response: str
+) -> None:
+    """The ids may be others than those of one text; what they decode to may not."""
+    rendering = Rendering(build_llama_2())
+    parts, whole = join_ids(rendering, prompt, response)
+    assert rendering.tokenizer.decode(parts) == rendering.tokenizer.decode(whole) == prompt + response
+    if response[0] == " " and prompt[-1] not in " ":  # a blank begins a token
+        assert parts == whole
+
+
+@pytest.mark.parametrize("build", [tiny.byte_tokenizer, lambda: tiny.word_tokenizer(["a", "film"])])
+def test_tokenizers_that_begin_a_text_as_they_continue_it_need_no_sentinel(build: Any) -> None:
+    rendering = Rendering(build())
+    assert rendering.text_sentinel == ""
+    assert rendering.encode_response("a film", "a") == rendering.encode(["a"])[0]
+
+
 def test_a_token_over_the_boundary_is_counted() -> None:
     tokenizer = build_sentencepiece("always", unigram=False)
     blank, none = (
@@ -92,6 +196,8 @@ def test_a_token_over_the_boundary_is_counted() -> None:
         for p, r in (("good ", "film"), ("good", " film"))
     )
     assert blank.boundary_merges == {"policy": [0]}
+    row = blank.tables["policy"][0]
+    assert tokenizer.decode([*row.prompt, *row.chosen]) == "good film</s>"  # and not another blank
     assert none.boundary_merges == {"policy": []}
     # Byte-level tokens do not depend on what is before them, unless a merge reaches over.
     assert tokenize(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {"policy": []}
