@@ -38,6 +38,8 @@ MAY_CHANGE = (
     "parallel",
 )
 _MAY_CHANGE_PER_REFERENCE = ("replicas", "resources")
+# What a record from before tokens were pinned does not have: it is added when such a run is resumed.
+_PINNED_LATER = ("tokens", "data.template_date", "run.data.template_date")
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class RunRecord:
     Attributes:
         config: the run file as resolved.
         device_type: "cuda" or "cpu", which decided `dtype: auto`.
-        identity: digests of the data, the references and the initial policy that results depend on.
+        identity: digests of the data, its tokens, the references and the initial policy that results depend
+            on. A record from before tokens were pinned has none of the tokens.
         pins: hub revisions and registry versions that names meant when the run began.
         counts: rows read, kept, skipped (by reason) and swapped, per split.
         key: a unique name that never changes, which finds the MLflow run if its id was not written down.
@@ -73,6 +76,11 @@ class RunRecord:
     best_trial: int | None = None
     registered: str | None = None
     finished: bool = False
+
+    @property
+    def pins_tokens(self) -> bool:
+        """Whether the record knows the tokens that the run began with."""
+        return "tokens" in self.identity
 
     @property
     def training_result(self) -> WorkerResult:
@@ -136,22 +144,27 @@ def open_record(
     `may_change` are fields that may differ from the first start; `reopen` marks a finished run as unfinished.
 
     Raises:
-        UsageError: a run of this name exists with other settings, data or references; lists them.
+        UsageError: a run of this name exists with other settings, data, tokens or references; lists them.
     """
     old = read_record(folder)
     if old is None:
         new.write(folder)
         return new
-    changes = _list_changes(old.config, new.config, may_change) + _list_changes(
-        old.identity, new.identity, ()
+    added = () if old.pins_tokens else _PINNED_LATER
+    changes = _list_changes(old.config, new.config, (*may_change, *added)) + _list_changes(
+        old.identity, new.identity, added
     )
     if changes:
         listed = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
+        if any(change.startswith("tokens.") for change in changes):
+            listed += (
+                " (a tokenizer, a chat template, transformers or polyref makes other tokens of the texts)"
+            )
         raise UsageError(
             f"run {new.config['name']!r} in {folder} was started with other settings: {listed}. "
             "Give the run another name, take the change back, or start over with --fresh"
         )
-    old.config, old.counts = new.config, new.counts
+    old.config, old.identity, old.counts = new.config, new.identity, new.counts
     old.finished = old.finished and not reopen
     old.write(folder)
     return old

@@ -42,7 +42,7 @@ from orchestrator.tracking.progress import make_plain_console
 def check_run(config: RunConfig) -> None:
     """Refuse a wrong run before it takes a device; print the rows it reads and the memory it needs."""
     console = make_plain_console()
-    prepared = prepare_and_report(config, console)
+    prepared = prepare_and_report(config, console, _read_previous(config))
     refuse_hard_labels(prepared.config, prepared.train)
     connect_to_mlflow(prepared.tracking_uri)
     located = {name: model.located for name, model in prepared.references.items()}
@@ -61,9 +61,7 @@ def score_run(config: RunConfig, *, audit: int = 0) -> None:
         RunFailed: a stored score differs.
     """
     console = make_plain_console()
-    resolved = _resolve_config(config)
-    check_storage(resolved)
-    prepared = prepare_and_report(config, console, read_record(Mirror(run_location(resolved))))
+    prepared = prepare_and_report(config, console, _read_previous(config))
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
         prepared = _place_on_cluster(prepared)
         with start_services(prepared) as service:
@@ -124,9 +122,21 @@ def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord 
         console.print(text)
     for line in prepared.notices:
         console.print(line)
+    if previous is not None and not previous.pins_tokens:
+        console.print(
+            f"{config.name} was started by a polyref that did not record tokens: whether today's are those "
+            "it began with is not known; from now on they are compared"
+        )
     for line in describe_training(prepared.policy.located, prepared.config.policy):
         console.print(f"policy: {line}")
     return prepared
+
+
+def _read_previous(config: RunConfig) -> RunRecord | None:
+    """Read the record of the run if it has been started: it pins versions and the date of chat templates."""
+    resolved = _resolve_config(config)
+    check_storage(resolved)
+    return read_record(Mirror(run_location(resolved)))
 
 
 def _resolve_config(config: RunConfig) -> RunConfig:

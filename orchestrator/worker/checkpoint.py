@@ -34,7 +34,8 @@ class TrainingProgress:
     step); random numbers are seeded by the step too, so neither needs a state of its own.
 
     Attributes:
-        identity: fingerprints and pinned versions the weights were trained with; must match on resume.
+        identity: fingerprints and digests the weights were trained with; must match on resume. Without
+            `tokens` in a checkpoint from before tokens were pinned.
         step: optimizer steps taken.
         phi_star: the dispersion constant that `phi_star: auto` was resolved to.
         schedule: the learning-rate schedule's state.
@@ -166,7 +167,8 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
     """Restore a checkpoint's weights and optimizer state and return its progress.
 
     Raises:
-        RuntimeError: the checkpoint was trained with other references or data than those of `identity`.
+        RuntimeError: the checkpoint was trained with other references, data or tokens than those of
+            `identity`.
         RunFailed: its progress file cannot be read: it is damaged, or a newer polyref wrote it.
     """
     folder = Path(folder)
@@ -174,11 +176,10 @@ def load_checkpoint(folder: str | Path, parallel: Parallel, *, identity: dict[st
         progress = load_record(TrainingProgress, (folder / PROGRESS_FILE).read_text(), version=VERSION)
     except RecordError as error:
         raise RunFailed(f"the checkpoint in {folder} cannot be read: {error}") from error
-    if progress.identity != identity:
-        changed = sorted(
-            k for k in {*identity, *progress.identity} if identity.get(k) != progress.identity.get(k)
-        )
-        raise RuntimeError(f"the checkpoint in {folder} was trained with another {', '.join(changed)}")
+    trained = {"tokens": identity.get("tokens")} | progress.identity
+    changed = sorted(name for name in {*identity, *trained} if identity.get(name) != trained.get(name))
+    if changed:
+        raise RuntimeError(f"the checkpoint in {folder} was trained with other {', '.join(changed)}")
     states = _StateFiles(folder)
     parallel.restore_full_state(states.read_state, states.names)
     return progress

@@ -58,8 +58,22 @@ def test_a_loaded_policy_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> Non
 
 def test_a_checkpoint_of_other_references_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "one")
-    with pytest.raises(RuntimeError, match="another references"):
+    with pytest.raises(RuntimeError, match=r"with other references$"):
         load_checkpoint(tmp_path / "one", policy(), identity=IDENTITY | {"references": {"base": "c"}})
+
+
+def test_a_checkpoint_of_other_tokens_is_refused_and_one_that_does_not_know_its_own_is_read(
+    tmp_path: Path,
+) -> None:
+    checkpoint(tmp_path / "one")  # without tokens, as they were written before
+    pinned = IDENTITY | {"tokens": {"train, policy": "t"}}
+    assert load_checkpoint(tmp_path / "one", policy(), identity=pinned).step == 3
+    (tmp_path / "two").mkdir()
+    save_checkpoint(tmp_path / "two", policy(), TrainingProgress(identity=pinned, step=4))
+    assert load_checkpoint(tmp_path / "two", policy(), identity=pinned).step == 4
+    for other in ({"train, policy": "u"}, {"train, policy": "t", "eval, policy": "t"}):
+        with pytest.raises(RuntimeError, match=r"with other tokens$"):
+            load_checkpoint(tmp_path / "two", policy(), identity=pinned | {"tokens": other})
 
 
 def test_a_checkpoint_of_before_versions_is_read_and_one_of_after_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.run import RunConfig, load_run
-from orchestrator.driver import prepare
+from orchestrator.driver import prepare, train
 from orchestrator.driver.record import RunRecord, open_record, read_record
 from orchestrator.errors import UsageError
 from tests.support import tiny
@@ -82,6 +82,57 @@ def test_a_resumed_run_writes_the_day_on_which_it_began(
     assert other.identity["data"] == first.identity["data"]
     assert other.identity["policy"] == first.identity["policy"]
     assert other.identity["tokens"] != first.identity["tokens"]
+
+
+def test_a_run_from_before_tokens_were_pinned_is_resumed_and_keeps_the_day_from_then_on(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_date(monkeypatch, FIRST_DAY)
+    begin(config, None, tmp_path)
+    old = json.loads((tmp_path / "run.json").read_text())
+    del old["identity"]["tokens"], old["config"]["data"]["template_date"]
+    (tmp_path / "run.json").write_text(json.dumps(old))
+
+    set_date(monkeypatch, NEXT_DAY)
+    resumed, record = begin(config, read_record(tmp_path), tmp_path)
+    assert record.identity == resumed.identity
+    set_date(monkeypatch, NEXT_DAY + datetime.timedelta(days=1))
+    again, _ = begin(config, read_record(tmp_path), tmp_path)
+    assert again.identity == resumed.identity
+
+
+def test_a_search_of_the_same_name_has_no_date_for_a_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_date(monkeypatch, FIRST_DAY)
+    _, record = begin(config, None, tmp_path)
+    record.config = {"name": "dated", "run": record.config}
+    record.write(tmp_path)
+    with pytest.raises(UsageError, match="was started with other settings"):
+        begin(config, read_record(tmp_path), tmp_path)
+
+
+def test_what_is_checked_and_scored_for_a_run_that_has_begun_has_its_date(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_date(monkeypatch, FIRST_DAY)
+    begin(config, None, config.folder)
+    set_date(monkeypatch, NEXT_DAY)
+    seen: list[str] = []
+
+    def stop_after_preparing(*arguments: Any) -> prepare.PreparedRun:
+        prepared = prepare_and_report(*arguments)
+        seen.append(decode_prompt(prepared)[:11])
+        raise KeyboardInterrupt
+
+    prepare_and_report = train.prepare_and_report
+    monkeypatch.setattr(train, "prepare_and_report", stop_after_preparing)
+    for command in (train.check_run, train.score_run, train.train_run):
+        with pytest.raises(KeyboardInterrupt):
+            command(config)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_run(config, fresh=True)
+    assert seen == ["28 Feb 2026"] * 3 + ["01 Mar 2026"]
 
 
 def test_a_date_in_the_run_file_is_every_run_s(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

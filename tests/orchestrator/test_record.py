@@ -48,6 +48,31 @@ def test_another_reference_behind_the_same_name_is_refused(tmp_path: Path) -> No
         open_record(tmp_path, changed)
 
 
+def test_tokens_are_pinned_when_a_run_from_before_is_resumed_and_compared_from_then_on(
+    tmp_path: Path,
+) -> None:
+    open_record(tmp_path, record(data={}))  # its identity has no tokens, and its settings no date
+    resumed = record(data={"template_date": "2026-02-28"})
+    resumed.identity["tokens"] = {"train, policy": "t"}
+    assert open_record(tmp_path, resumed).identity == resumed.identity
+    found = read_record(tmp_path)
+    assert found is not None
+    assert (found.identity["tokens"], found.key) == (
+        {"train, policy": "t"},
+        open_record(tmp_path, resumed).key,
+    )
+    changed = record(data={"template_date": "2026-02-28"})
+    changed.identity["tokens"] = {"train, policy": "u"}
+    with pytest.raises(
+        UsageError, match=r"tokens.train, policy: \"t\" -> \"u\" \(a tokenizer, .* other tokens"
+    ):
+        open_record(tmp_path, changed)
+    later = record(data={"template_date": "2026-03-01"})
+    later.identity["tokens"] = resumed.identity["tokens"]
+    with pytest.raises(UsageError, match=r"data.template_date: \"2026-02-28\" -> \"2026-03-01\""):
+        open_record(tmp_path, later)
+
+
 def test_a_pin_holds_for_the_name_it_was_made_for() -> None:
     field = "references.models.replicas"
     assert find_pin(record(), field, "models:/m@x") == "models:/m/3"
