@@ -126,9 +126,11 @@ def _build_worker_setup(
 
 @contextmanager
 def _mark_failure(tracker: Tracker) -> Iterator[None]:
-    """Mark the MLflow run as killed or failed if the block raises."""
+    """Mark the MLflow run as killed or failed if the block raises, with the reason as the tag `failure`."""
     try:
         yield
     except BaseException as error:
+        if isinstance(error, UsageError | RunFailed):
+            tracker.set_tags({"failure": str(error)})
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise

@@ -83,10 +83,11 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
 def test_the_policy_itself_as_reference_starts_at_log_2_and_equals_the_served_one(run_of: Any) -> None:
     loss = {"preset": "dpo"}
     own = run_of("own", loss=loss, references={"primary": "self", "models": {"self": {"model": "policy"}}})
-    train_run(own)
+    assert train_run(own).training_result.findings == {}
     base = {"model": own.policy.model}
     served = run_of("served", loss=loss, references={"primary": "base", "models": {"base": base}})
     record = train_run(served)
+    assert record.training_result.findings == {}
     assert losses(own.folder)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses(served.folder) == pytest.approx(losses(own.folder), rel=1e-5)
     assert counts(record, "scored") == {"base": 0}, "what the worker scored itself is in the store"

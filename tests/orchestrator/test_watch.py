@@ -232,52 +232,50 @@ def spoil_scores(folder: Path, nats: float) -> None:
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path)
         index = table.schema.get_field_index("logp")
-        field = table.schema.field(index)
-        pq.write_table(table.set_column(index, field, pc.add(table["logp"], nats)), path)
+        pq.write_table(table.set_column(index, table.schema.field(index), pc.add(table["logp"], nats)), path)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_wrong_scores_are_found_by_an_audit_and_by_the_first_step(
-    run_of: Any, capsys: pytest.CaptureFixture[str]
+def test_wrong_scores_are_found_by_an_audit_and_by_the_watch(
+    run_of: Any, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_of("run", training={"max_steps": 4, "learning_rate": 1e-4, "save_every": 2})
+    references = {"primary": "base", "models": {"base": {"model": str(tiny_llama_folder)}}}
+    training = {"max_steps": 3, "learning_rate": 1e-4}
+    run = run_of("run", loss={"preset": "dpo"}, references=references, training=training)
     score_run(run)
     score_run(run, audit=10)
-    out = capsys.readouterr().out
-    assert "audit: reference 'base': 0 of 10 stored scores differ" in out
-    assert "audit: reference 'other': 0 of 10 stored scores differ" in out
+    assert "audit: reference 'base': 0 of 10 stored scores differ" in capsys.readouterr().out
 
-    folders = sorted((run.folder.parent / "scores").iterdir())
-    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
-    assert before
-    for folder in folders:
-        spoil_scores(folder, 3.0)
+    (scores,) = (run.folder.parent / "scores").iterdir()
+    spoil_scores(scores, -200.0)
     audited = run.references.model_copy(update={"audit": 5})
-    with pytest.raises(RunFailed, match=r"'base' \(5 of 5, scores/\w+\), 'other' \(5 of 5.*delete"):
+    with pytest.raises(RunFailed, match=rf"'base' \(5 of 5, scores/{scores.name}\); delete"):
         train_run(run.model_copy(update={"references": audited}))
     out = capsys.readouterr().out
+    assert "audit: reference 'base', " in out
     assert "pairs.jsonl:" in out
-    assert "stored log-prob" in out
     assert not read_metrics(run.folder), "nothing was trained"
+    assert "delete these folders" in tags_of(run, read_record(run.folder).mlflow_run)["failure"]
 
     record = train_run(run)
     out = capsys.readouterr().out
     findings = record.training_result.findings
-    assert [*findings] == ["start"]
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["finding"]) for line in lines if "finding" in line] == [
+        (0, "tokens.base"),
+        (1, "start"),
+    ]
+    assert [*findings] == ["tokens.base", "start"]
     assert findings["start"].startswith("step 1: the policy starts as reference 'base'")
-    assert out.count(f"watch: {findings['start']}") == 2, "when it is found, and at the end"
-    tags = MlflowClient(f"sqlite:///{run.folder.parent}/mlflow.db").get_run(record.mlflow_run).data.tags
-    assert tags["watch.start"] == findings["start"]
+    tags = tags_of(run, record.mlflow_run)
+    for name, message in findings.items():
+        assert out.count(f"watch: {message}") == 2, "when it is found, and at the end"
+        assert tags[f"watch.{name}"] == message
     assert read_record(run.folder).result.findings == findings
     train_run(run)
-    assert capsys.readouterr().out.count("watch: ") == 1
+    assert capsys.readouterr().out.count("watch: ") == 2
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_sound_run_has_no_finding_and_an_audit_of_nothing_starts_no_replica(run_of: Any) -> None:
-    run = run_of("sound", training={"max_steps": 2, "learning_rate": 1e-5})
-    audited = run.references.model_copy(update={"audit": 5})
-    record = train_run(run.model_copy(update={"references": audited}))
-    assert record.training_result.findings == {}
-    for counts in record.reference_counts.values():
-        assert (counts["audited"], counts["replicas_started"]) == (0, 1)
+def tags_of(run: Any, mlflow_run: str) -> dict[str, str]:
+    client = MlflowClient(f"sqlite:///{run.folder.parent}/mlflow.db")
+    return dict(client.get_run(mlflow_run).data.tags)
