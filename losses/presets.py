@@ -22,6 +22,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {},  # Rafailov et al. 2023, arXiv:2305.18290
     "ipo": {"link": {"type": "ipo"}},  # Azar et al. 2023, arXiv:2310.12036
     "ipo_length_normalized": {"link": {"type": "ipo"}, "length_normalized": True},
+    "dpo_length_normalized": {  # Tulu 3, Lambert et al. 2024, arXiv:2411.15124
+        "length_normalized": True,
+        "beta": 5.0,
+    },
     "hinge": {"link": {"type": "hinge"}},  # SLiC-HF, Zhao et al. 2023, arXiv:2305.10425
     "robust_dpo": {"link": {"type": "robust"}},  # Chowdhury et al. 2024, arXiv:2403.00409
     "ropo": {"link": {"type": "ropo"}},  # Liang et al. 2024, arXiv:2404.04102
@@ -76,19 +80,63 @@ PRESETS: Mapping[str, LossConfig] = MappingProxyType(
     {name: LossConfig.model_validate(settings) for name, settings in _SETTINGS.items()}
 )
 
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "sigmoid": "dpo",
+        "sigmoid_norm": "dpo_length_normalized",
+        "robust": "robust_dpo",
+        "exo_pair": "exo",
+        "nca_pair": "nca",
+        "sppo_hard": "sppo",
+    }
+)
+"""Names in TRL's DPOConfig (`loss_type`) of losses that have another name here."""
+
+_SORTS_A_BATCH = (
+    "it compares sorted log-ratios of a whole batch, and losses here are of one pair each; "
+    "choose another, such as dpo"
+)
+_NOT_OFFERED = dict.fromkeys(("aot", "aot_pair", "aot_unpaired"), _SORTS_A_BATCH)
+
+
+def resolve_preset_name(name: str) -> str:
+    """Return the name that a preset has here, for its own name or for TRL's.
+
+    Raises:
+        LossError: the preset does not exist; the message suggests the nearest.
+    """
+    if name in _NOT_OFFERED:
+        raise LossError(f"TRL's loss {name!r} is not offered: {_NOT_OFFERED[name]}")
+    if name not in PRESETS and name not in ALIASES:
+        raise make_unknown_name_error("preset", name, PRESETS)
+    return ALIASES.get(name, name)
+
+
+def explain_preset_name(name: str, loss: LossConfig) -> str | None:
+    """Return a sentence about a preset's name that means another loss to users of TRL, None for other names.
+
+    Args:
+        name: the preset as it was written.
+        loss: the loss that it became.
+    """
+    if name in ALIASES:
+        return f"preset {name} is {ALIASES[name]} here"
+    if name == "ipo" and not loss.length_normalized:
+        return "ipo is on sums, as in the paper; TRL's divides by length: ipo_length_normalized"
+    return None
+
 
 def preset(name: str, **overrides: Any) -> LossConfig:
     """Return a named loss with any of its fields overridden; nested mappings are merged into the preset's.
 
-    A stage with another `type` than the preset's replaces the whole stage.
+    A stage with another `type` than the preset's replaces the whole stage. TRL's names are read as ours.
 
     Raises:
         LossError: the preset does not exist; the message suggests the nearest.
         pydantic.ValidationError: LossConfig refuses the result.
     """
-    if name not in PRESETS:
-        raise make_unknown_name_error("preset", name, PRESETS)
-    return LossConfig.model_validate(_merge_settings(PRESETS[name].model_dump(), overrides))
+    base = PRESETS[resolve_preset_name(name)]
+    return LossConfig.model_validate(_merge_settings(base.model_dump(), overrides))
 
 
 def loss_config_from_settings(settings: Mapping[str, Any]) -> LossConfig:

@@ -21,10 +21,18 @@ class LossError(ValueError):
     """Error for a loss that cannot be computed; the message names the field and the remedy."""
 
 
+class UnknownFieldError(LossError):
+    """Error for a field that a section of the loss does not have; `field` is its name."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 def make_unknown_name_error(what: str, name: object, options: Iterable[str]) -> LossError:
     """Return the error for a name that is not in `options`; the message suggests the nearest option."""
     names = list(options)
-    near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    near = get_close_matches(str(name).lower()[:100], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return LossError(f"unknown {what} {name!r}{hint} Choose from: {', '.join(names)}")
 
@@ -88,5 +96,6 @@ class FrozenSettings(BaseModel):
         if isinstance(values, Mapping):
             for name in values:
                 if name not in cls.model_fields:
-                    raise make_unknown_name_error("field", name, cls.model_fields)
+                    message = str(make_unknown_name_error("field", name, cls.model_fields))
+                    raise UnknownFieldError(message, str(name))
         return values

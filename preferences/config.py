@@ -1,11 +1,13 @@
 """Settings of the data: sources, columns and lengths. Imports neither torch nor transformers."""
 
 import datetime
-import difflib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from preferences.naming import suggest_name
+from preferences.reading.label_rules import LabelRule
 
 FIELDS = (
     "prompt",
@@ -15,70 +17,46 @@ FIELDS = (
     "context",
     "completions",
     "ranks",
+    "scores",
     "soft_label",
     "votes_chosen",
     "votes_rejected",
+    "system",
+    "input",
     "tools",
 )
 """Fields that a row may have. `context` is another name for `prompt`."""
 
-METADATA_COLUMNS = (
-    *("id", "*_id", "idx", "index", "", "_*", "Unnamed: *"),  # the last three: a pandas index
-    *("source", "meta", "metadata", "dataset", "category", "language", "lang", "url", "timestamp"),
-)
-"""Columns that many data sets have and that cannot be mistaken for a field: never read, never refused."""
+LABEL_FIELDS = ("soft_label", "votes_chosen", "votes_rejected")
+MAPPED_FIELDS = ("input", "scores")
+"""Fields that are read from no column unless one is named: their names mean many things in data sets."""
 
 
-class DataConfig(BaseModel):
-    """Where pairs come from, which of their columns are read, and how long they may be.
+class RowSettings(BaseModel):
+    """How the rows of a source are read: which of its rows, and what its columns mean.
 
-    `columns` maps a field to the column that holds it (`chosen: response_a`), or to null (do not read it).
-    Any other column is refused, because a misspelt `soft_label` would silently train on hard labels, unless a
-    name or pattern in `ignore` (`"*"` for all) or `METADATA_COLUMNS` matches it.
-
-    `max_length` and `max_prompt_length` are counted in the policy's tokens, for a prompt with one response
-    and its end-of-turn token; a reference with its own tokenizer is limited by its own positions only.
+    `columns` maps a field to the column that holds it, or part of one (`chosen: answers.0.text`), or to null
+    (do not read it). Other columns are passed over, but for one whose name is nearly a field's, because a
+    misspelt `soft_label` would silently train on hard labels, unless a pattern in `ignore` matches it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: str = Field(min_length=1, description="file, folder, URI or hub id of the training pairs")
-    eval: str | None = Field(default=None, min_length=1, description="the same for held-out pairs")
-    eval_fraction: float | None = Field(
-        default=None, description="share of the training pairs held out, by prompt, when there is no `eval`"
-    )
-    eval_split: str | None = Field(
-        default=None, description="split that holds the held-out pairs: of `eval` if given, else of `train`"
-    )
     subset: str | None = Field(default=None, description="configuration of a hub data set")
     split: str = Field(default="train", description="split of a hub data set or of a folder with splits")
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
     columns: dict[str, str | None] = Field(default_factory=dict, description="field: column, or null")
+    pair: tuple[str, str] | None = Field(
+        default=None, description="columns of the two responses, where neither is the better one by name"
+    )
+    label: LabelRule | None = Field(
+        default=None, description="how a column says which response people preferred, and by how much"
+    )
+    weight: str | None = Field(default=None, description="column of each pair's weight in the loss")
     ignore: tuple[str, ...] = Field(default=(), description="further columns not to read; patterns allowed")
     ranked_pairs: Literal["all", "adjacent"] = Field(
         default="all", description="pairs made of ranked completions: every two, or neighbours in rank only"
     )
-    max_length: int = Field(default=1024, description="tokens of a prompt with one response")
-    max_prompt_length: int = Field(default=512, description="tokens of a prompt")
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    on_long_row: Literal["skip", "stop", "truncate"] = "skip"
-    template_date: datetime.date | None = Field(
-        default=None,
-        description="today's date for chat templates that write it; null: the day on which the run begins",
-    )
-    allow_hard_labels: bool = Field(
-        default=False, description="let a loss that reads soft labels train on pairs that have none"
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="passed to every model's chat template, e.g. enable_thinking"
-    )
-
-    @field_validator("eval_fraction")
-    @classmethod
-    def _check_eval_fraction(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"eval_fraction must be between 0 and 1, got {value}; try 0.05, or leave it out")
-        return value
 
     @field_validator("columns")
     @classmethod
@@ -97,10 +75,154 @@ class DataConfig(BaseModel):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _refuse_two_labels(self) -> Self:
+        labels = [name for name in LABEL_FIELDS if self.columns.get(name) is not None]
+        if self.label is not None and labels:
+            raise ValueError(f"label and columns.{labels[0]} both give the label; keep one of them")
+        sides = [name for name in ("chosen", "rejected") if self.columns.get(name) is not None]
+        if self.pair is not None and sides:
+            raise ValueError(f"pair and columns.{sides[0]} both name a response; keep one of them")
+        if self.pair is not None and self.pair[0] == self.pair[1]:
+            raise ValueError(f"pair names {self.pair[0]!r} twice; name the columns of both responses")
+        return self
+
     @field_validator("ignore", mode="before")
     @classmethod
     def _wrap_single_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+
+class SourceConfig(RowSettings):
+    """One source of pairs, its share of a mixture, and how its rows are read.
+
+    In a run file, settings that a source leaves out are those of `data`.
+    """
+
+    source: str = Field(description="file, folder, URI or hub id")
+    name: str | None = Field(
+        default=None, min_length=1, description="what metrics call it; default: its file or hub name"
+    )
+    share: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of the mixture, relative to the other shares"
+    )
+    count: int | None = Field(default=None, ge=1, description="pairs taken from it, drawn by the seed")
+    cap: int | None = Field(default=None, ge=1, description="most pairs taken from it, drawn by the seed")
+
+
+class DataConfig(RowSettings):
+    """Where pairs come from, which of their columns are read, and how long they may be.
+
+    `max_length` and `max_prompt_length` are counted in the policy's tokens, for a prompt with one response
+    and its end-of-turn token; a reference with its own tokenizer is limited by its own positions only.
+    """
+
+    train: str | tuple[SourceConfig, ...] = Field(
+        min_length=1, description="file, folder, URI or hub id of the training pairs, or a list of sources"
+    )
+    eval: str | dict[str, SourceConfig] | None = Field(
+        default=None, min_length=1, description="the same for held-out pairs, or named sets of them"
+    )
+    eval_fraction: float | None = Field(
+        default=None, description="share of the training pairs held out, by prompt, when there is no `eval`"
+    )
+    eval_split: str | None = Field(
+        default=None, description="split that holds the held-out pairs: of `eval` if given, else of `train`"
+    )
+    max_length: int = Field(default=1024, description="tokens of a prompt with one response")
+    max_prompt_length: int = Field(default=512, description="tokens of a prompt")
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    on_long_row: Literal["skip", "stop", "truncate"] = "skip"
+    template_date: datetime.date | None = Field(
+        default=None,
+        description="today's date for chat templates that write it; null: the day on which the run begins",
+    )
+    allow_hard_labels: bool = Field(
+        default=False, description="let a loss that reads soft labels train on pairs that have none"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="passed to every model's chat template, e.g. enable_thinking"
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _read_source_list(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(_expand_source(source) for source in value)
+        return (value,) if isinstance(value, Mapping) else value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _read_named_sources(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: _expand_source(source) for name, source in value.items()}
+        return value
+
+    @property
+    def train_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training pairs, complete with what they leave to `data`; names differ."""
+        sources = (SourceConfig(source=self.train),) if isinstance(self.train, str) else self.train
+        return tuple(
+            self._complete_source(source, name=name)
+            for source, name in zip(sources, _name_sources(sources), strict=True)
+        )
+
+    @property
+    def eval_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the held-out pairs; none if they are a fraction of the training pairs."""
+        if isinstance(self.eval, dict):
+            return tuple(
+                self._complete_source(source, name=name, split=self.eval_split)
+                for name, source in self.eval.items()
+            )
+        if self.eval is not None:
+            source = SourceConfig(source=self.eval)
+            return (self._complete_source(source, name=_name_sources([source])[0], split=self.eval_split),)
+        if self.eval_split is not None:
+            return tuple(
+                source.model_copy(
+                    update={"split": self.eval_split, "share": None, "count": None, "cap": None}
+                )
+                for source in self.train_sources
+            )
+        return ()
+
+    def list_sources(self) -> dict[str, str]:
+        """List what the settings name as sources, by field."""
+        train = self.train if isinstance(self.train, str) else dict(enumerate(self.train))
+        sources: dict[str, str] = {}
+        for field, named in (("data.train", train), ("data.eval", self.eval)):
+            if isinstance(named, str):
+                sources[field] = named
+            elif named is not None:
+                sources |= {f"{field}.{key}.source": source.source for key, source in named.items()}
+        return sources
+
+    def map_sources(self, function: Callable[[str], str]) -> "DataConfig":
+        """Return the settings with every source replaced by the function's result."""
+
+        def map_source(source: SourceConfig) -> SourceConfig:
+            return source.model_copy(update={"source": function(source.source)})
+
+        train = function(self.train) if isinstance(self.train, str) else tuple(map(map_source, self.train))
+        if isinstance(self.eval, dict):
+            named = {name: map_source(source) for name, source in self.eval.items()}
+            return self.model_copy(update={"train": train, "eval": named})
+        return self.model_copy(update={"train": train, "eval": self.eval and function(self.eval)})
+
+    def _complete_source(self, source: SourceConfig, *, name: str, split: str | None = None) -> SourceConfig:
+        inherited = {field: getattr(self, field) for field in RowSettings.model_fields}
+        if split is not None:
+            inherited["split"] = split
+        own = {field: getattr(source, field) for field in source.model_fields_set}
+        return SourceConfig(**inherited | own | {"name": name})
+
+    @field_validator("eval_fraction")
+    @classmethod
+    def _check_eval_fraction(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"eval_fraction must be between 0 and 1, got {value}; try 0.05, or leave it out")
+        return value
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "DataConfig":
@@ -114,6 +236,31 @@ class DataConfig(BaseModel):
                 f"{self.max_length} and max_prompt_length {self.max_prompt_length}; "
                 f"try max_prompt_length: {self.max_length // 2}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> "DataConfig":
+        sources = () if isinstance(self.train, str) else self.train
+        for source in sources:
+            if source.share is not None and source.count is not None:
+                raise ValueError(f"{source.source} has a share and a count in train; keep one of them")
+            is_free = source.share is None and source.count is None
+            if is_free and any(other.share is not None for other in sources):
+                raise ValueError(
+                    f"{source.source} has neither share nor count, and other sources of train have shares; "
+                    "give it one"
+                )
+        for name, source in self.eval.items() if isinstance(self.eval, dict) else ():
+            if source.share is not None:
+                raise ValueError(f"eval.{name} has a share, which is of a mixture; set its count or cap")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_equal_names(self) -> "DataConfig":
+        names = [] if isinstance(self.train, str) else [source.name for source in self.train]
+        for name in names:
+            if name is not None and names.count(name) > 1:
+                raise ValueError(f"train has two sources of name {name!r}; give each a name of its own")
         return self
 
     @model_validator(mode="after")
@@ -131,7 +278,19 @@ class DataConfig(BaseModel):
         return self
 
 
-def suggest_name(word: str, known: Sequence[str]) -> str:
-    """Return ` (did you mean 'chosen'?)`, or an empty text if no known word is close."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _expand_source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _name_sources(sources: Sequence[SourceConfig]) -> list[str]:
+    """Name each source as metrics do: its own name, else that of its file or data set, numbered if taken."""
+    names: list[str] = []
+    for source in sources:
+        path = source.source.partition("?")[0].rstrip("/")
+        name = source.name or path.rpartition("/")[2].partition(".")[0] or path
+        number = 2
+        base = name
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names

@@ -8,6 +8,10 @@ Message = dict[str, Any]
 """One turn: `role`, `content` (text), and other keys that the chat template reads, such as `tool_calls`."""
 
 
+_LONGEST_DETAIL = 600
+"""Characters of what is said of a row, which may quote it."""
+
+
 class DataError(ValueError):
     """The data cannot be used. The message names the place (`train.jsonl:17`) and the remedy."""
 
@@ -16,6 +20,7 @@ class BadRow(DataError):
     """One row cannot be used: it stops loading, or is counted under `reason` if `on_bad_row` is `skip`."""
 
     def __init__(self, place: str, reason: str, detail: str) -> None:
+        detail = detail if len(detail) <= _LONGEST_DETAIL else f"{detail[:_LONGEST_DETAIL]}..."
         super().__init__(place, reason, detail)  # all in args, because an exception is pickled by its args
         self.place, self.reason, self.detail = place, reason, detail
 
@@ -32,7 +37,8 @@ class Pair:
     A pair is either all plain text or all messages: then `prompt` is the conversation up to the response, and
     each response is a list of one assistant message. `rejected` is None where only completions are trained
     on. `soft_label` is in [1/2, 1] (the responses of a row below 1/2 are exchanged: `swapped`).
-    `source` is the place to name in an error; `tools` are JSON schemas for the chat template.
+    `source` is the place to name in an error; `tools` are JSON schemas for the chat template; `weight` is the
+    pair's in the loss.
     """
 
     prompt: str | list[Message]
@@ -42,6 +48,7 @@ class Pair:
     source: str = ""
     tools: list[dict[str, Any]] | None = None
     swapped: bool = False
+    weight: float = 1.0
 
     @property
     def is_chat(self) -> bool:

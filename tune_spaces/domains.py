@@ -4,6 +4,7 @@ A sweep file writes `{loguniform: [1.0e-6, 1.0e-4]}`, which is parsed into a dom
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
@@ -164,6 +165,11 @@ def _parse_section(value: Mapping[str, Any]) -> Fixed:
 
 
 def _check_order(low: float, high: float) -> None:
+    if not math.isfinite(high - low):
+        raise SpaceError(
+            f"is wider than any number, got [{_format_value(low)}, {_format_value(high)}]; "
+            "write a narrower range"
+        )
     if low >= high:
         raise SpaceError(
             f"must rise, got [{_format_value(low)}, {_format_value(high)}]; write [low, high] with low < high"

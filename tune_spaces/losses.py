@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, Mapping[str, Domain]] = {
     "ipo": {_BETA_FIELD: _BETA},
     # The target gap, 1/(2 beta), is in nats per token here.
     "ipo_length_normalized": {_BETA_FIELD: LogUniform(low=0.1, high=10)},
+    "dpo_length_normalized": {_BETA_FIELD: _PER_TOKEN_BETA},  # 5 in the paper
     "hinge": {_BETA_FIELD: _BETA},
     # From no flipped labels to 0.4, the most noise that the paper's experiments add.
     "robust_dpo": {_BETA_FIELD: _BETA, "loss.link.flip_probability": Uniform(low=0, high=0.4)},

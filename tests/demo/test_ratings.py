@@ -22,7 +22,7 @@ from orchestrator.demo.ratings import (
     read_movie_reviews,
     write_rows,
 )
-from preferences.config import DataConfig
+from preferences.config import SourceConfig
 from preferences.load import load_pairs
 
 COUNTS = {"train": 400, "held_out": 320, "reviews": 384, "seed": 0}
@@ -134,13 +134,12 @@ def test_files_are_read_back_by_the_data_floor(rows, tmp_path: Path) -> None:
     assert [
         json.loads(line) for line in paths["train"].read_text(encoding="utf-8").splitlines()
     ] == rows.train
-    config = DataConfig(train=str(paths["train"]), eval=str(paths["eval"]))
-    loaded = load_pairs(config.train, config, completions_only=False)
+    loaded = load_pairs(SourceConfig(source=str(paths["train"])))
     assert (loaded.swapped, sum(loaded.skipped.values())) == (0, 0)
     for pair, row in zip(loaded.pairs, rows.train, strict=True):
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
         assert pair.soft_label == row["soft_label"]
-    reviews = load_pairs(str(paths["reviews"]), config, completions_only=True)
+    reviews = load_pairs(SourceConfig(source=str(paths["reviews"])), completions_only=True)
     assert [pair.chosen for pair in reviews.pairs] == [row["completion"] for row in rows.reviews]
 
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from preferences.config import DataConfig
 from preferences.pairs import DataError, Pair
-from preferences.tokenize import Rendering, TokenizedPairs, tokenize_pairs
+from preferences.tokens.rendering import Rendering
 from tests.support import tiny
+from tests.support.tokenized import Tokenized, tokenize
 
 TEXTS = ["Paris is the capital of France", "The film was good and the film was bad", "assistant user said"]
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -100,8 +101,8 @@ def chat_pair() -> Pair:
     return Pair([{"role": "user", "content": "Was it good?"}], *answers, source="train.jsonl:1")
 
 
-def tokenize(pair: Pair, rendering: Rendering, **settings: Any) -> TokenizedPairs:
-    return tokenize_pairs([pair], {"policy": rendering}, CONFIG.model_copy(update=settings))
+def tokenize_one(pair: Pair, rendering: Rendering, **settings: Any) -> Tokenized:
+    return tokenize([pair], {"policy": rendering}, CONFIG.model_copy(update=settings))
 
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
@@ -112,7 +113,7 @@ def test_a_response_has_the_tokens_that_it_has_in_one_text(
 ) -> None:
     tokenizer = build_sentencepiece(scheme, unigram=unigram, template=template)
     pair = chat_pair() if template else text_pair()
-    found = tokenize(pair, Rendering(tokenizer))
+    found = tokenize_one(pair, Rendering(tokenizer))
     row = found.tables["policy"][0]
     assert row.rejected is not None
     for ids, text in (
@@ -129,7 +130,7 @@ def test_a_response_has_the_tokens_that_it_has_in_one_text(
         assert [*row.prompt, *ids] == tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert tokenizer.convert_ids_to_tokens(int(ids[0]))[0] != "\u2581"  # as it is for the text alone
     assert tokenizer.tokenize("Paris")[0][0] == "\u2581"
-    assert (found.boundary_merges, found.examined) == ({"policy": []}, 1)
+    assert found.boundary_merges == {"policy": []}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -192,22 +193,24 @@ def test_tokenizers_that_begin_a_text_as_they_continue_it_need_no_sentinel(build
 def test_a_token_over_the_boundary_is_counted() -> None:
     tokenizer = build_sentencepiece("always", unigram=False)
     blank, none = (
-        tokenize(text_pair(p, r, "The film"), Rendering(tokenizer))
+        tokenize_one(text_pair(p, r, "The film"), Rendering(tokenizer))
         for p, r in (("good ", "film"), ("good", " film"))
     )
-    assert blank.boundary_merges == {"policy": [0]}
+    assert blank.boundary_merges == {"policy": ["train.jsonl:1"]}
     row = blank.tables["policy"][0]
     assert tokenizer.decode([*row.prompt, *row.chosen]) == "good film</s>"  # and not another blank
     assert none.boundary_merges == {"policy": []}
     # Byte-level tokens do not depend on what is before them, unless a merge reaches over.
-    assert tokenize(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {"policy": []}
+    assert tokenize_one(text_pair("good "), Rendering(tiny.byte_tokenizer())).boundary_merges == {
+        "policy": []
+    }
 
 
 def test_a_truncated_response_keeps_the_tokens_of_one_text() -> None:
     tokenizer = build_sentencepiece("first", unigram=False)
     pair = text_pair("Was it good?\n", "Paris is the capital of France", "The film was good and bad")
     prompt = len(tokenizer("Was it good?\n", add_special_tokens=False)["input_ids"])
-    found = tokenize(pair, Rendering(tokenizer), max_length=prompt + 3, on_long_row="truncate")
+    found = tokenize_one(pair, Rendering(tokenizer), max_length=prompt + 3, on_long_row="truncate")
     row = found.tables["policy"][0]
     whole = tokenizer("Was it good?\nParis is the capital of France", add_special_tokens=False)["input_ids"]
     assert found.truncated == 1
@@ -220,11 +223,11 @@ def test_a_token_id_that_the_model_lacks_is_refused_with_the_row() -> None:
     tokenizer.eos_token = "a"  # so that only the second pair has a special token
     pairs = [text_pair(), Pair("Why?", "so<|im_end|>", "no", source="train.jsonl:2")]
     expected = (
-        rf"train.jsonl:2: the tokenizer of policy gives token {end} \('<\|im_end\|>'\), and the model has"
+        rf"train.jsonl:2: the tokenizer of the policy gives token {end} \('<\|im_end\|>'\), and the model has"
     )
     with pytest.raises(DataError, match=expected):
-        tokenize_pairs(pairs, {"policy": Rendering(tokenizer, vocabulary=end)}, CONFIG)
-    tokenize_pairs(pairs, {"policy": Rendering(tokenizer, vocabulary=end + 1)}, CONFIG)
+        tokenize(pairs, {"policy": Rendering(tokenizer, vocabulary=end)}, CONFIG)
+    tokenize(pairs, {"policy": Rendering(tokenizer, vocabulary=end + 1)}, CONFIG)
 
 
 def test_a_date_in_the_template_is_the_given_one() -> None:
@@ -233,7 +236,7 @@ def test_a_date_in_the_template_is_the_given_one() -> None:
     tokenizer.chat_template = template
 
     def digest(date: datetime.date | None) -> str:
-        return tokenize(chat_pair(), Rendering(tokenizer, date=date)).tables["policy"].digest()
+        return tokenize_one(chat_pair(), Rendering(tokenizer, date=date)).digests["policy"]
 
     first = datetime.date(2024, 2, 29)
     rendering = Rendering(tokenizer, date=first)
@@ -268,13 +271,13 @@ def test_a_date_that_cannot_be_kept_is_refused(call: str) -> None:
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = call + tiny.CHATML
     with pytest.raises(DataError, match="the tokens of tomorrow would be others; set a chat_template"):
-        tokenize(chat_pair(), Rendering(tokenizer, date=datetime.date(2024, 2, 29)))
+        tokenize_one(chat_pair(), Rendering(tokenizer, date=datetime.date(2024, 2, 29)))
 
 
 def test_digests_differ_with_any_token() -> None:
     rendering = Rendering(tiny.byte_tokenizer())
     digests = {
-        tokenize(text_pair(*texts), rendering).tables["policy"].digest()
+        tokenize_one(text_pair(*texts), rendering).digests["policy"]
         for texts in (("a", "bc", "d"), ("ab", "c", "d"), ("a", "bc", "e"), ("a", "bd", "d"))
     }
     assert len(digests) == 4

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 import pandas
 import pytest
 
 from preferences.config import DataConfig
 from preferences.load import load_pairs, load_splits
 from preferences.pairs import BadRow, DataError
+from preferences.tokens.fitting import Readers
+from preferences.tokens.pair_files import digest_pair
+from preferences.tokens.rendering import Rendering
+from tests.support import tiny
 from tests.support.bucket import Bucket, object_store
 
 ROWS = [
@@ -35,7 +40,14 @@ def write_jsonl(path: Path, rows=ROWS) -> Path:
 
 def load(source, *, completions_only=False, split=None, **config):
     settings = DataConfig(train=str(source), **config)
-    return load_pairs(settings.train, settings, completions_only=completions_only, split=split)
+    (source,) = settings.train_sources
+    if split is not None:
+        source = source.model_copy(update={"split": split})
+    return load_pairs(source, completions_only=completions_only, on_bad_row=settings.on_bad_row)
+
+
+def list_says(loaded):
+    return [digest_pair(pair) for pair in loaded.pairs]
 
 
 def list_texts(pairs):
@@ -82,7 +94,7 @@ def test_every_format_says_the_same(tmp_path, name):
     WRITERS[name](tmp_path / name)
     loaded = load(tmp_path / name)
     assert list_texts(loaded) == EXPECTED
-    assert loaded.digest == load(write_jsonl(tmp_path / "plain.jsonl")).digest
+    assert list_says(loaded) == list_says(load(write_jsonl(tmp_path / "plain.jsonl")))
     assert not loaded.has_soft_labels
     assert (loaded.swapped, sum(loaded.skipped.values())) == (0, 0)
 
@@ -137,7 +149,7 @@ def test_an_object_store_says_the_same(bucket, tmp_path, name):
         bucket.put(f"data/{file.relative_to(tmp_path)}", file.read_bytes())
     near, far = load(tmp_path / name), load(f"{bucket.uri}/data/{name}")
     assert list_texts(far) == EXPECTED
-    assert far.digest == near.digest
+    assert list_says(far) == list_says(near)
     places = [pair.source.replace(str(tmp_path), f"{bucket.uri}/data") for pair in near.pairs]
     assert [pair.source for pair in far.pairs] == places
 
@@ -243,8 +255,8 @@ def test_columns_are_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
-def test_an_unknown_column_stops_with_every_way_out(tmp_path, name):
-    rows = [{**row, "soft_lable": 0.7, "model": "x"} for row in ROWS]
+def test_a_misspelt_field_stops_with_every_way_out(tmp_path, name):
+    rows = [{**row, "soft_lable": 0.7, "score_chosen": 3, "model": "x"} for row in ROWS]
     writers = {".jsonl": lambda p: write_jsonl(p, rows), ".parquet": pandas.DataFrame(rows).to_parquet}
     writers[".csv"] = lambda p: pandas.DataFrame(rows).to_csv(p, index=False)
     path = tmp_path / name
@@ -253,15 +265,17 @@ def test_an_unknown_column_stops_with_every_way_out(tmp_path, name):
         load(path, on_bad_row="skip")  # the remedy is in the run file: skipping rows would hide it
     message = str(refused.value)
     assert message.startswith(str(path))
-    assert "unknown columns 'soft_lable', 'model' (did you mean 'soft_label'?)" in message
-    assert "data.columns: {<field>: soft_lable}" in message
-    assert "data.ignore: [soft_lable, model]" in message
-    assert list_texts(load(path, ignore=["soft_lable", "mod*"])) == EXPECTED
-    assert load(path, ignore="model", columns={"soft_label": "soft_lable"}).pairs[0].soft_label == 0.7
+    assert "column 'soft_lable' is nearly 'soft_label'" in message
+    assert "data.columns: {soft_label: soft_lable}" in message
+    assert "data.ignore: [soft_lable]" in message
+    assert list_texts(load(path, ignore="soft_l*")) == EXPECTED
+    assert load(path, columns={"soft_label": "soft_lable"}).pairs[0].soft_label == 0.7
 
 
 def test_columns_that_carry_no_field_pass(tmp_path):
-    rows = [{**row, "id": 1, "prompt_id": "x", "source": "web", "_row": 3} for row in ROWS]
+    others = ["id", "prompt_id", "source", "_row", "messages", "score_chosen", "rejected_score", "ranking"]
+    others += ["chosen_model", "chosen-rating", "rationale", "completion_a", "tool", "content", "label"]
+    rows = [{**row, **dict.fromkeys(others, "x")} for row in ROWS]
     assert list_texts(load(write_jsonl(tmp_path / "a.jsonl", rows))) == EXPECTED
 
 
@@ -359,51 +373,141 @@ def test_skipped_rows_are_counted_by_reason(tmp_path):
 
 # ---- digest and splits ----
 
+TOKENIZER = tiny.byte_tokenizer()
+
+
+def splits(path, folder, seed=0, **config):
+    settings = DataConfig(train=path if isinstance(path, list) else str(path), **config)
+    readers = Readers(settings, Rendering(TOKENIZER), {})
+    return load_splits(readers, completions_only=False, seed=seed, folder=folder)
+
+
+def read_prompts(loaded):
+    return [TOKENIZER.decode(prompt) for prompt in loaded.split.policy.prompts]
+
 
 def test_the_digest_is_of_content_and_order(tmp_path):
-    digest = load(write_jsonl(tmp_path / "a.jsonl")).digest
-    assert load(write_jsonl(tmp_path / "moved.jsonl")).digest == digest
-    assert load(write_jsonl(tmp_path / "c.jsonl", ROWS[::-1])).digest != digest
-    assert load(write_jsonl(tmp_path / "d.jsonl", ROWS[:-1])).digest != digest
-    assert (
-        load(write_jsonl(tmp_path / "e.jsonl", [*ROWS[:-1], {**ROWS[-1], "soft_label": 0.9}])).digest
-        != digest
-    )
+    def digest(name, rows):
+        return splits(write_jsonl(tmp_path / name, rows), tmp_path / "cache")[0].digest
+
+    expected = digest("a.jsonl", ROWS)
+    assert digest("moved.jsonl", ROWS) == expected
+    assert digest("c.jsonl", ROWS[::-1]) != expected
+    assert digest("d.jsonl", ROWS[:-1]) != expected
+    assert digest("e.jsonl", [*ROWS[:-1], {**ROWS[-1], "soft_label": 0.9}]) != expected
     shifted = [
         {"prompt": "ab", "chosen": "c", "rejected": "d"},
         {"prompt": "a", "chosen": "bc", "rejected": "d"},
     ]
-    first, second = (load(write_jsonl(tmp_path / "f.jsonl", [row])).digest for row in shifted)
-    assert first != second
-
-
-def splits(path, seed=0, **config):
-    return load_splits(DataConfig(train=str(path), **config), completions_only=False, seed=seed)
+    first, second = (splits(write_jsonl(tmp_path / "f.jsonl", [row]), tmp_path)[0] for row in shifted)
+    assert first.digest != second.digest
+    assert first.token_digests != second.token_digests
 
 
 def test_a_fraction_is_held_out_by_prompt(tmp_path):
     rows = [{"prompt": f"Q{i % 20}", "chosen": f"a{i}", "rejected": "b"} for i in range(100)]
-    train, held = splits(write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
-    assert len(held.pairs) == 20
-    assert len(train.pairs) + len(held.pairs) == 100
-    assert not {pair.prompt for pair in train.pairs} & {pair.prompt for pair in held.pairs}
-    again = splits(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), eval_fraction=0.2)[1]
-    assert {pair.prompt for pair in again.pairs} == {pair.prompt for pair in held.pairs}
-    other = splits(tmp_path / "a.jsonl", seed=1, eval_fraction=0.2)[1]
-    assert {pair.prompt for pair in other.pairs} != {pair.prompt for pair in held.pairs}
+    train, held = splits(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, eval_fraction=0.2)
+    assert len(held.split) == 20
+    assert len(train.split) + len(held.split) == 100
+    assert not set(read_prompts(train)) & set(read_prompts(held))
+    again = splits(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), tmp_path, eval_fraction=0.2)[1]
+    assert set(read_prompts(again)) == set(read_prompts(held))
+    other = splits(tmp_path / "a.jsonl", tmp_path, seed=1, eval_fraction=0.2)[1]
+    assert set(read_prompts(other)) != set(read_prompts(held))
     assert len({train.digest, held.digest, other.digest}) == 3
 
 
 def test_held_out_prompts_need_two(tmp_path):
     rows = [{"prompt": "Q", "chosen": f"a{i}", "rejected": "b"} for i in range(4)]
-    with pytest.raises(DataError, match=r"a.jsonl:1: all pairs have the same prompt, .* data.eval"):
-        splits(write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5)
+    with pytest.raises(DataError, match=r"eval_fraction: all pairs have the same prompt, .* data.eval"):
+        splits(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, eval_fraction=0.5)
 
 
 def test_held_out_pairs_by_name(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
-    assert splits(path)[1] is None
-    assert list_texts(splits(path, eval=str(write_jsonl(tmp_path / "b.jsonl", ROWS[:2])))[1]) == EXPECTED[:2]
+    expected = [row["prompt"] for row in ROWS]
+    assert splits(path, tmp_path)[1] is None
+    held = splits(path, tmp_path, eval=str(write_jsonl(tmp_path / "b.jsonl", ROWS[:2])))[1]
+    assert read_prompts(held) == expected[:2]
     WRITERS["splits"](tmp_path / "splits")
-    train, held = splits(tmp_path / "splits", eval_split="test")
-    assert (list_texts(train), list_texts(held)) == (EXPECTED, EXPECTED[:1])
+    train, held = splits(tmp_path / "splits", tmp_path, eval_split="test")
+    assert (read_prompts(train), read_prompts(held)) == (expected, expected[:1])
+
+
+def test_named_sets_are_held_out_one_after_the_other(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    sets = {"first": str(write_jsonl(tmp_path / "b.jsonl", ROWS[:2])), "all": {"source": str(path)}}
+    _, held = splits(path, tmp_path, eval=sets)
+    assert held.split.source_names == ("first", "all")
+    assert held.split.source_index.tolist() == [0, 0] + [1] * len(ROWS)
+    assert held.split.places[0] == f"{tmp_path}/b.jsonl:1"
+    assert held.split.places[2] == f"{path}:1"
+    assert held.counts["sources"] == {"first": 2, "all": len(ROWS)}
+
+
+# ---- mixtures ----
+
+
+def write_source(path, count):
+    rows = [{"prompt": f"{path.stem} {i}", "chosen": f"a{i}", "rejected": "b"} for i in range(count)]
+    return str(write_jsonl(path, rows))
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        (({}, {}), (60, 30)),
+        (({"share": 1}, {"share": 1}), (30, 30)),
+        (({"share": 0.8}, {"share": 0.2}), (60, 15)),
+        (({"share": 3}, {"share": 1, "cap": 10}), (30, 10)),
+        (({"count": 7}, {"cap": 20}), (7, 20)),
+        (({"count": 7}, {}), (7, 30)),
+    ],
+)
+def test_a_mixture_takes_of_each_source_what_its_settings_say(tmp_path, settings, taken):
+    sources = [
+        {"source": write_source(tmp_path / f"{name}.jsonl", count), **own}
+        for name, count, own in zip("xy", (60, 30), settings, strict=True)
+    ]
+    train, _ = splits(sources, tmp_path)
+    assert tuple(np.bincount(train.split.source_index)) == taken
+    prompts = read_prompts(train)
+    assert len(set(prompts)) == len(prompts)  # none twice
+    assert [prompt[0] for prompt in prompts] == ["x"] * taken[0] + ["y"] * taken[1]
+    assert train.counts["sources"] == dict(zip("xy", taken, strict=True))
+
+
+def test_which_pairs_a_mixture_takes_depends_on_the_seed_and_not_on_their_order(tmp_path):
+    path = tmp_path / "x.jsonl"
+    sources = [{"source": write_source(path, 50), "count": 20}]
+    first, again, other = (set(read_prompts(splits(sources, tmp_path, seed)[0])) for seed in (0, 0, 1))
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert first == again == set(read_prompts(splits(sources, tmp_path)[0]))
+    assert first != other
+
+
+def test_more_pairs_than_a_source_has_are_refused(tmp_path):
+    sources = [{"source": write_source(tmp_path / "x.jsonl", 5), "count": 6}]
+    with pytest.raises(DataError, match="x has 5 pairs that can be used, and count asks for 6"):
+        splits(sources, tmp_path)
+
+
+def test_a_source_may_read_its_columns_in_its_own_way(tmp_path):
+    odd = [{"prompt": "p", "better": "a", "worse": "b"}]
+    sources = [
+        write_source(tmp_path / "x.jsonl", 2),
+        {
+            "source": str(write_jsonl(tmp_path / "odd.jsonl", odd)),
+            "columns": {"chosen": "better", "rejected": "worse"},
+        },
+    ]
+    assert read_prompts(splits(sources, tmp_path)[0]) == ["x 0", "x 1", "p"]
+
+
+def test_weights_are_read_and_not_all_zero(tmp_path):
+    rows = [{**row, "n": i} for i, row in enumerate(ROWS)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert splits(path, tmp_path, weight="n")[0].split.weights.tolist() == [0, 1, 2, 3, 4]
+    assert splits(path, tmp_path)[0].split.weights is None
+    with pytest.raises(DataError, match=r"b\.jsonl: all weights \(n, data.weight\) are 0"):
+        splits(path, tmp_path, weight="n", eval=str(write_jsonl(tmp_path / "b.jsonl", rows[:1])))

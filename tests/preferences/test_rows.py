@@ -8,7 +8,7 @@ from trl import extract_prompt
 
 from preferences.config import DataConfig
 from preferences.pairs import BadRow, Pair, count_common_prefix, find_implicit_prompt_end
-from preferences.rows import build_pairs
+from preferences.reading.rows import build_pairs
 
 CONFIG = DataConfig(train="train.jsonl")
 TEXT = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
@@ -208,7 +208,7 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
         ({**TEXT, "rejected": []}, "rejected is an empty list of messages"),
         ({**TEXT, "prompt": " "}, "prompt is missing or empty"),
         ({**TEXT, "chosen": 5}, "chosen must be text or a list of messages, got int '5'"),
-        ({**TEXT, "chosen": {"role": "x"}}, "chosen must be text or a list of messages, got dict"),
+        ({**TEXT, "chosen": {"role": "x"}}, "chosen must have a text as content, got NoneType"),
         ({**TEXT, "chosen": "no"}, "chosen and rejected are the same, so there is no preference"),
         ({**TEXT, "chosen": [turn("no")]}, "must both be text or both message lists"),
         ({"chosen": "yes", "rejected": "no"}, "begin with no words in common; give a prompt"),
@@ -266,15 +266,15 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
         ),
         (
             {"prompt": [USER], "chosen": [turn("")], "rejected": [turn("B")]},
-            "the last message of chosen is empty",
+            "a message of the assistant in chosen is empty",
         ),
         (
             {"prompt": [USER], "chosen": [turn("A"), USER, turn("C")], "rejected": [turn("B")]},
-            "chosen has 3 messages after the prompt; the loss is on one final assistant message",
+            "chosen has 3 messages after the prompt; the loss is on the turns of the assistant and its tools",
         ),
         ({"prompt": ["Why?"], "chosen": "A", "rejected": "B"}, r"prompt\[0\] must be a message"),
         (
-            {"prompt": [{"from": "human", "value": "x"}], "chosen": "A", "rejected": "B"},
+            {"prompt": [{"by": "human", "value": "x"}], "chosen": "A", "rejected": "B"},
             r"prompt\[0\] has no role",
         ),
         (
@@ -283,7 +283,7 @@ def test_of_a_preference_the_preferred_response_is_trained_on(row, chosen):
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "A", "rejected": "B"},
-            "images and sound cannot be read",
+            r"prompt\[0\] has content of type image, and polyref reads text only",
         ),
         (
             {"prompt": "Other?", "chosen": [USER, turn("A")], "rejected": [USER, turn("B")]},
@@ -307,7 +307,7 @@ def test_refused(row, message):
 
 
 def test_a_mapped_column_must_be_there():
-    with pytest.raises(BadRow, match=r"reads soft_label from column 'agree', .*\(did you mean 'agreed'\?\)"):
+    with pytest.raises(BadRow, match=r"for soft_label reads 'agree', .*\(did you mean 'agreed'\?\)"):
         read_pairs({**TEXT, "agreed": 0.3}, columns={"soft_label": "agree"})
 
 

@@ -1,4 +1,6 @@
 import pickle
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from orchestrator.demo import assets
 from preferences.config import DataConfig
 from preferences.pairs import BadRow, DataError, Pair
-from preferences.tokenize import Rendering, tokenize_pairs
+from preferences.tokens import rendering as rendering_module
+from preferences.tokens.rendering import Rendering
 from tests.support import tiny
+from tests.support.tokenized import tokenize
 
 CONFIG = DataConfig(train="train.jsonl", max_length=100, max_prompt_length=60)
 WORDS = ["user", "assistant", "system", "why", "because", "so", "no", "is", "it", "good", "bad"]
@@ -51,7 +55,7 @@ def make_config(**changes) -> DataConfig:
 def tokenize_one(
     pair: Pair, rendering: Rendering, settings: DataConfig = CONFIG
 ) -> tuple[list[int], list[int], list[int]]:
-    row = tokenize_pairs([pair], {"policy": rendering}, settings).tables["policy"][0]
+    row = tokenize([pair], {"policy": rendering}, settings).tables["policy"][0]
     return row.prompt.tolist(), row.chosen.tolist(), row.rejected.tolist()
 
 
@@ -79,7 +83,7 @@ def test_an_unknown_last_word_does_not_end_the_response():
 
 
 def test_completions_only():
-    done = tokenize_pairs(
+    done = tokenize(
         [Pair("why", "so", None), Pair("why so", "no", None)], {"p": Rendering(build_tokenizer())}, CONFIG
     )
     table = done.tables["p"]
@@ -151,7 +155,7 @@ def test_an_answer_opened_differently_by_the_generation_prompt_is_split_where_th
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     template = "{{ messages | length }} " + ROLES
     with pytest.raises(
-        BadRow, match=r"l:1: the chat template of policy changes the prompt's turns .* set another"
+        BadRow, match=r"l:1: the chat template of the policy changes the prompt's turns .* set another"
     ):
         tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), template))
 
@@ -162,10 +166,10 @@ def test_a_template_that_refuses_a_row():
     )
     bad = chat_pair("so", "why", roles=("system", "user"))
     with pytest.raises(
-        BadRow, match=r"l:1: the chat template of policy refuses the messages \(no system role\)"
+        BadRow, match=r"l:1: the chat template of the policy refuses the messages \(no system role\)"
     ):
         tokenize_one(bad, Rendering(build_tokenizer(), template))
-    done = tokenize_pairs(
+    done = tokenize(
         [bad, chat_pair("why")],
         {"policy": Rendering(build_tokenizer(), template)},
         make_config(on_bad_row="skip"),
@@ -174,9 +178,48 @@ def test_a_template_that_refuses_a_row():
     assert dict(done.skipped) == {"unsuited to the chat template": 1}
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ range(1000000000)|list }}", "Range too big"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ {}.popitem() }}", "popitem"),
+        ("{{ 'a'.index('b') }}", "substring not found"),
+        ("{{ cycler.__init__.__globals__.os.system('echo out') }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_a_template_that_fails_or_leaves_the_sandbox_refuses_rows(template: str, said: str, capfd):
+    with pytest.raises(BadRow, match=f"the chat template of the policy refuses the messages .*{said}"):
+        tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), template))
+    assert capfd.readouterr().out == ""
+
+
+NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x'|int }}{% endfor %}{% endfor %}"
+
+
+def test_a_template_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(rendering_module, "MAX_RENDERING_S", 0.1)
+    before = signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL)
+    for template in (NESTED, "{% macro f() %}" + NESTED + "{{ f() }}{% endmacro %}{{ f() }}"):
+        with pytest.raises(
+            DataError, match=r"computed for 0\.1 s and has not.*set another chat_template"
+        ) as refused:
+            tokenize(
+                [chat_pair("why")] * 1000,
+                {"policy": Rendering(build_tokenizer(), template)},
+                make_config(on_bad_row="skip"),
+            )
+        assert not isinstance(refused.value, BadRow)  # or all rows would be tried, one after the other
+    assert before == (signal.getsignal(signal.SIGVTALRM), signal.getitimer(signal.ITIMER_VIRTUAL))
+    tokenize_one(chat_pair("why"), Rendering(build_tokenizer(), ROLES))
+    with ThreadPoolExecutor(1) as threads:  # no signals there, and no bound
+        threads.submit(tokenize_one, chat_pair("why"), Rendering(build_tokenizer(), ROLES)).result()
+
+
 def test_a_conversation_needs_a_template():
     with pytest.raises(
-        DataError, match=r"l:1: .* tokenizer of policy has no chat template; set chat_template"
+        DataError, match=r"l:1: .* tokenizer of the policy has no chat template; set chat_template"
     ):
         tokenize_one(chat_pair("why"), Rendering(build_tokenizer()))
 
@@ -186,13 +229,15 @@ def test_text_that_makes_no_tokens_is_refused():
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")  # a zero-width blank
     for field in ("prompt", "chosen", "rejected"):
         with pytest.raises(
-            BadRow, match=f"train.jsonl:1: {field} has no tokens under the tokenizer of policy"
+            BadRow, match=f"train.jsonl:1: {field} has no tokens under the tokenizer of the policy"
         ):
             tokenize_one(text_pair(**{field: "\u200b"}), Rendering(tokenizer))
 
 
 def test_responses_of_the_same_tokens_are_refused():
-    with pytest.raises(BadRow, match="chosen and rejected are the same tokens under the tokenizer of policy"):
+    with pytest.raises(
+        BadRow, match="chosen and rejected are the same tokens under the tokenizer of the policy"
+    ):
         tokenize_one(text_pair(chosen="one", rejected="two"), Rendering(build_tokenizer()))
 
 
@@ -214,7 +259,7 @@ def test_every_model_reads_the_same_text_in_its_own_tokens():
         "roles": Rendering(build_tokenizer(), ROLES),
         "same": Rendering(build_tokenizer(chat=True)),
     }
-    done = tokenize_pairs(pairs, renderings, make_config(max_length=300, max_prompt_length=200))
+    done = tokenize(pairs, renderings, make_config(max_length=300, max_prompt_length=200))
     assert {name: len(table) for name, table in done.tables.items()} == dict.fromkeys(renderings, 3)
     assert done.tables["same"] is done.tables["policy"]  # the same tokens are made once
     row = done.tables["bytes"][0]
@@ -223,15 +268,6 @@ def test_every_model_reads_the_same_text_in_its_own_tokens():
     assert decode(row.chosen) == "because so<|im_end|>"
     assert decode(done.tables["bytes"][1].rejected) == "it is bad<|im_end|>"
     assert done.tables["roles"][2].prompt.tolist() == [USER, SO, ASSISTANT, NO, USER, WHY, ASSISTANT]
-
-
-def test_progress_counts_pairs_of_every_rendering():
-    seen = []
-    renderings = {"policy": Rendering(build_tokenizer()), "bytes": Rendering(tiny.byte_tokenizer())}
-    tokenize_pairs(
-        [text_pair()] * 3, renderings, CONFIG, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(3, 6), (6, 6)]
 
 
 # ---- long rows ----
@@ -250,11 +286,11 @@ def test_long_rows_are_left_out(limits, kept):
     settings = make_config(**limits)
     if not kept:
         with pytest.raises(
-            DataError, match=r"no pair is left of 2 \(2 too long for policy\); raise data.max_length"
+            DataError, match=r"no pair is left of 2 \(2 too long for the policy\); raise data.max_length"
         ):
-            tokenize_pairs(pairs, {"policy": Rendering(build_tokenizer())}, settings)
+            tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
         return
-    done = tokenize_pairs(pairs, {"policy": Rendering(build_tokenizer())}, settings)
+    done = tokenize(pairs, {"policy": Rendering(build_tokenizer())}, settings)
     assert done.kept_indices.tolist() == kept
     assert done.skipped.total() == 2 - len(kept)
 
@@ -265,20 +301,21 @@ def test_a_row_too_long_for_one_model_is_left_out_for_all():
         "policy": Rendering(build_tokenizer()),
         "short": Rendering(tiny.byte_tokenizer(), max_positions=7),
     }
-    done = tokenize_pairs(pairs, renderings, CONFIG)
+    done = tokenize(pairs, renderings, CONFIG)
     assert done.kept_indices.tolist() == [1]
     assert done.tables["policy"][0].prompt.tolist() == [WHY]
     assert renderings["short"].tokenizer.decode(done.tables["short"][0].prompt) == "why"
-    assert dict(done.skipped) == {"too long for short": 1}
+    assert dict(done.skipped) == {"too long for reference short": 1}
     message = (
-        r"train.jsonl:1: too long for short: 20 tokens, 10 of them the prompt, and 7 fit, .* data.on_long_row"
+        r"train.jsonl:1: too long for reference short: 20 tokens, 10 of them the prompt, and 7 fit, .* "
+        "data.on_long_row"
     )
     with pytest.raises(DataError, match=message):
-        tokenize_pairs(pairs, renderings, make_config(on_long_row="stop"))
+        tokenize(pairs, renderings, make_config(on_long_row="stop"))
 
 
 def test_the_policys_positions_bind_it():
-    done = tokenize_pairs(
+    done = tokenize(
         [text_pair(), text_pair("why", "so", "no")],
         {"p": Rendering(build_tokenizer(), max_positions=6)},
         CONFIG,
@@ -293,7 +330,7 @@ def test_the_policys_positions_bind_it():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12), st.data())
 def test_a_table_gives_back_each_row(shape, data):
     pairs = [Pair("why " * a, "so " * b, "no " * (a + b)) for a, b in shape]
-    table = tokenize_pairs(pairs, {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
+    table = tokenize(pairs, {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), max_size=10))
     indices = np.array(chosen, np.int64)
     for part in (table.take(indices), pickle.loads(pickle.dumps(table)).take(indices)):
@@ -309,9 +346,7 @@ def test_a_table_gives_back_each_row(shape, data):
 
 
 def test_rows_are_counted_from_either_end():
-    table = tokenize_pairs(
-        [text_pair(), text_pair("why")], {"p": Rendering(build_tokenizer())}, CONFIG
-    ).tables["p"]
+    table = tokenize([text_pair(), text_pair("why")], {"p": Rendering(build_tokenizer())}, CONFIG).tables["p"]
     assert table[-1].prompt.tolist() == [WHY]
     assert table[0].prompt.dtype == np.int32
     with pytest.raises(IndexError, match="pair 2 of 2"):
@@ -346,7 +381,7 @@ def test_smollm2_reads_a_conversation_as_it_would_answer_it(smollm2):
 @pytest.mark.smollm2
 def test_two_real_tokenizers_read_the_same_text(smollm2, gpt2):
     pair = text_pair("The film was", " g\u00e9nial, truly  fine.", " dull \U0001f4a4 and long")
-    done = tokenize_pairs([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
+    done = tokenize([pair], {"policy": Rendering(smollm2), "gpt2": Rendering(gpt2)}, CONFIG)
     rows = {name: table[0] for name, table in done.tables.items()}
     ends = {"policy": (smollm2, "<|im_end|>"), "gpt2": (gpt2, "<|endoftext|>")}
     for name, (tokenizer, end) in ends.items():

@@ -6,8 +6,9 @@ from transformers import AutoTokenizer
 from orchestrator.demo.assets import fetch_gpt2_tokenizer, fetch_smollm2
 from preferences.config import DataConfig
 from preferences.pairs import Pair
-from preferences.tokenize import Rendering, tokenize_pairs
+from preferences.tokens.rendering import Rendering
 from tests.support import tiny
+from tests.support.tokenized import tokenize
 
 WORDS = ["user", "assistant", "system", "a", "b", "c", "d", "e", "f"]
 PAD, BOS, EOS, START, END, UNK, USER, ASSISTANT, SYSTEM, A, B, C, D, E, F = range(15)
@@ -25,7 +26,7 @@ def tokenize_for_policy_and_bytes(pair, settings, *, chat=False):
         "bytes": Rendering(tiny.byte_tokenizer()),
         "twin": Rendering(tiny.word_tokenizer(WORDS, chat=chat)),
     }
-    done = tokenize_pairs([pair], renderings, settings)
+    done = tokenize([pair], renderings, settings)
     row, other = done.tables["policy"][0], done.tables["bytes"][0]
     assert done.truncated == 1
     assert done.tables["twin"] is done.tables["policy"]  # the same tokens, not a retokenised text
@@ -61,7 +62,7 @@ def test_a_response_that_fits_but_for_its_end_loses_only_that():
 def test_the_policys_positions_bound_what_is_left():
     renderings = {"policy": Rendering(tiny.word_tokenizer(WORDS), max_positions=4)}
     pair = Pair("a b c d e", "f f f", "e", source="t:1")
-    row = tokenize_pairs([pair], renderings, make_config(50, 40)).tables["policy"][0]
+    row = tokenize([pair], renderings, make_config(50, 40)).tables["policy"][0]
     assert (row.prompt.tolist(), row.chosen.tolist()) == ([C, D, E], [F])
 
 
@@ -95,17 +96,15 @@ def test_a_last_question_loses_its_beginning_not_its_markup():
 )
 def test_a_row_that_no_cut_can_help_is_counted(pair, settings):
     renderings = {"policy": Rendering(tiny.word_tokenizer(WORDS, chat=True))}
-    done = tokenize_pairs([pair, Pair("a", "b", "c")], renderings, settings)
+    done = tokenize([pair, Pair("a", "b", "c")], renderings, settings)
     assert done.kept_indices.tolist() == [1]
-    assert dict(done.skipped) == {"too long for policy, and no use when cut": 1}
+    assert dict(done.skipped) == {"too long for the policy, and no use when cut": 1}
     assert done.truncated == 0
 
 
 def test_a_completion_alone_is_cut_too():
     pair = Pair("a b c", "d e f", None, source="t:1")
-    row = tokenize_pairs([pair], {"p": Rendering(tiny.word_tokenizer(WORDS))}, make_config(3, 1)).tables["p"][
-        0
-    ]
+    row = tokenize([pair], {"p": Rendering(tiny.word_tokenizer(WORDS))}, make_config(3, 1)).tables["p"][0]
     assert (row.prompt.tolist(), row.chosen.tolist(), row.rejected) == ([C], [D, E], None)
 
 
@@ -121,7 +120,7 @@ def test_cut_tokens_spell_the_cut_text(prompt, chosen, rejected, limit, room):
         "other": Rendering(tiny.byte_tokenizer(chat=False)),
     }
     pairs = [Pair(prompt, "x" + chosen, "y" + rejected, source="t:1"), Pair("a", "b", "c")]
-    done = tokenize_pairs(pairs, renderings, make_config(limit + room, limit))
+    done = tokenize(pairs, renderings, make_config(limit + room, limit))
     if done.kept_indices.tolist() == [1]:
         assert done.skipped.total() == 1
         return
@@ -148,7 +147,7 @@ def test_two_real_tokenizers_score_the_same_cut_text():
     story = "Once upon a time, \U0001f642\U0001f642 in  a small caf\u00e9, people disagreed about films. " * 4
     pair = Pair(story, story[5:], story[9:], source="t:1")
     for limit in range(20, 60, 3):
-        done = tokenize_pairs([pair], renderings, make_config(limit, limit // 2))
+        done = tokenize([pair], renderings, make_config(limit, limit // 2))
         mine, theirs = done.tables["policy"][0], done.tables["gpt2"][0]
         for name in ("prompt", "chosen", "rejected"):
             text = policy.decode(getattr(mine, name))

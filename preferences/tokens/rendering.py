@@ -6,8 +6,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -15,8 +16,13 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from preferences.pairs import BadRow, DataError, Message, Pair, count_common_prefix
+from preferences.tokens.time_limit import limit_computing
 
-_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+MAX_RENDERING_S = 5.0
+"""Computing time after which a chat template counts as endless; a long conversation takes hundredths."""
+LONGEST_RENDERING = 1 << 28
+"""Characters of a conversation; more than any context window holds."""
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""")
 _OTHER_DATE_USE = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _SENTINELS = ("\n", "\ue000")
@@ -54,7 +60,10 @@ class Rendering:
     def end_id(self) -> int:
         """The token that is appended to a response without an end-of-turn token."""
         if self.tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no EOS token to end a response with; set its eos_token")
+            raise DataError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no EOS token to end a response with; "
+                "set its eos_token"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @cached_property
@@ -142,6 +151,18 @@ class Rendering:
             for sentinel, text, row in zip(sentinels, texts, rows, strict=True)
         ]
 
+    def encode_segments(self, prompt: str, segments: Sequence[tuple[str, bool]]) -> list[int]:
+        """Return the ids of a response in parts, each as it continues the text before it.
+
+        Ids of a part that is not scored are complements (`~id`).
+        """
+        ids: list[int] = []
+        for text, is_scored in segments:
+            part = self.encode_response(prompt, text)
+            ids += part if is_scored else [~token for token in part]
+            prompt += text
+        return ids
+
     def encode_response(self, prompt: str, response: str) -> list[int]:
         """Return the ids of a response as it continues its prompt."""
         return self.encode_behind([self.choose_sentinel(prompt)], [response])[0]
@@ -178,20 +199,71 @@ class Rendering:
         add_generation_prompt: bool,
         **kwargs: Any,
     ) -> str:
-        """Return the conversation in the model's markup."""
+        """Return the conversation in the model's markup.
+
+        transformers renders it in Jinja's sandbox, which has no access to files or Python's insides.
+
+        Raises:
+            jinja2.TemplateError: the template refuses the conversation, or fails in any other way.
+            DataError: the template does not come to an end.
+        """
         template = self.chat_template
         if self.date is not None:
             template = _write_date(self.tokenizer.get_chat_template(template, tools), self.date)
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **{**kwargs, **self.template_kwargs},
-            )
+        try:
+            with self.limit_time():
+                _refuse_powers(self.tokenizer.get_chat_template(template, tools))
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **{**kwargs, **self.template_kwargs},
+                )
+        except DataError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+            raise jinja2.TemplateError(str(error) or type(error).__name__) from error
+        return _check_rendered(str(text))
+
+    def limit_time(self, name: str = "") -> AbstractContextManager[None]:
+        """Return a context in which a template that does not come to an end raises DataError.
+
+        `name` is what messages call the model; default: its folder.
+        """
+        return limit_computing(
+            MAX_RENDERING_S,
+            lambda: DataError(
+                f"the chat template of {name or self.tokenizer.name_or_path or 'a model'} has computed for "
+                f"{MAX_RENDERING_S:g} s and has not come to an end; set another chat_template for that model"
+            ),
         )
+
+
+@lru_cache
+def _refuse_powers(template: str) -> None:
+    """Refuse `**`: Python computes a power of large numbers in one step, which no time limit can stop."""
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError:
+        return  # which rendering reports
+    if any(kind == "operator" and text == "**" for _, kind, text in tokens):
+        raise DataError(
+            "the chat template computes a power (**), which may have no end; set another chat_template"
+        )
+
+
+def _check_rendered(text: str) -> str:
+    """Return a rendered text; raise TemplateError for one that cannot be tokenised."""
+    if len(text) > LONGEST_RENDERING:
+        raise jinja2.TemplateError(f"it writes {len(text):,} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise jinja2.TemplateError(f"it writes half a character (\\u{half:04x})") from None
+    return text
 
 
 def _write_date(template: str, date: datetime.date) -> str:
@@ -214,12 +286,15 @@ class RenderedPair:
 
     `is_templated`: the chat template has added what belongs before the prompt, so BOS is not added.
     `has_end_token`: for each response, whether it ends with an end-of-turn token (not if it was truncated).
+    `segments`: for each response of several messages, its text in parts, and whether each part is the
+    assistant's, which the loss is on; None for a response that is the assistant's as a whole.
     """
 
     prompt: str
     is_templated: bool
     responses: tuple[str, ...]
     has_end_token: tuple[bool, ...]
+    segments: tuple[tuple[tuple[str, bool], ...] | None, ...] = (None, None)
 
 
 def get_responses(pair: Pair) -> list[str | list[Message]]:
@@ -268,14 +343,70 @@ def render_pair(pair: Pair, rendering: Rendering, name: str, kwargs: Mapping[str
                     f"the chat template of {name} changes the prompt's turns once they are answered, so the "
                     f"response cannot be separated; set another chat_template for {name}",
                 )
-    except (jinja2.TemplateError, TypeError) as error:
+        answers = tuple(_strip_repeated_ends(whole[len(prompt) :], rendering) for whole in wholes)
+        segments = tuple(
+            _split_turns(pair, answer, prompt, text, rendering, name, kwargs)
+            for answer, text in zip(responses, answers, strict=True)
+        )
+    except jinja2.TemplateError as error:
         raise BadRow(
             pair.source,
             "unsuited to the chat template",
             f"the chat template of {name} refuses the messages ({error})",
         ) from error
-    answers = tuple(_strip_repeated_ends(whole[len(prompt) :], rendering) for whole in wholes)
-    return RenderedPair(prompt, True, answers, (True,) * len(answers))
+    return RenderedPair(prompt, True, answers, (True,) * len(answers), segments)
+
+
+def _split_turns(
+    pair: Pair,
+    response: str | list[Message],
+    prompt: str,
+    text: str,
+    rendering: Rendering,
+    name: str,
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[str, bool], ...] | None:
+    """Split the text of several messages into the assistant's turns, with their ends, and what is between.
+
+    A turn begins where the template's rendering of all messages before it asks for an answer, and ends where
+    the rendering of the messages up to it does; or, if the template writes a turn otherwise when it is the
+    last, behind its first end-of-turn token. Whitespace after that belongs to what follows. None for a single
+    message.
+    """
+    if isinstance(response, str) or len(response) == 1:
+        return None
+    whole = prompt + text
+    parts: list[tuple[str, bool]] = []
+    place = len(prompt)
+    for number, message in enumerate(response):
+        if message["role"] != "assistant":
+            continue
+        before, done = [*pair.prompt, *response[:number]], [*pair.prompt, *response[: number + 1]]
+        start = count_common_prefix(
+            whole, rendering.apply_template(before, pair.tools, add_generation_prompt=True, **kwargs)
+        )
+        bare = rendering.apply_template(before, pair.tools, add_generation_prompt=False, **kwargs).rstrip()
+        end: int | None = len(whole)
+        if number + 1 < len(response):
+            alone = rendering.apply_template(done, pair.tools, add_generation_prompt=False, **kwargs).rstrip()
+            end = len(alone) if whole.startswith(alone) else _find_end_token(whole, start, rendering)
+        if not whole.startswith(bare) or end is None or start < place:
+            raise BadRow(
+                pair.source,
+                "unsuited to the chat template",
+                f"the chat template of {name} changes the assistant's turns once others follow, so they "
+                f"cannot be told apart; set another chat_template for {name}",
+            )
+        parts += [(whole[place:start], False)] if start > place else []
+        parts.append((whole[start:end], True))
+        place = end
+    return tuple(parts)
+
+
+def _find_end_token(text: str, start: int, rendering: Rendering) -> int | None:
+    """Return where the first end-of-turn token from `start` on ends; None if there is none."""
+    ends = [(text.find(token, start), len(token)) for token in rendering.end_tokens.values() if token]
+    return min((place + length for place, length in ends if place >= 0), default=None)
 
 
 def _strip_repeated_ends(answer: str, rendering: Rendering) -> str:

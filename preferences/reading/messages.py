@@ -4,6 +4,19 @@ from typing import Any
 
 from preferences.pairs import BadRow, Message, count_common_prefix, find_implicit_prompt_end
 
+TOOL_ROLES = ("tool", "function", "ipython")
+"""Roles of what a tool answers, as chat templates have them."""
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Roles of ShareGPT's messages, by what it calls them where that differs."""
+
 
 def split_off_prompt(
     prompt: str | list[Message] | None, responses: list[Any], place: str
@@ -46,6 +59,27 @@ def _find_prompt_in_messages(
     return responses[0][:length], [response[length:] for response in responses]
 
 
+def add_system_message(
+    system: str | None, prompt: str | list[Message], responses: list[Any], place: str
+) -> tuple[str | list[Message], list[Any]]:
+    """Put a row's system text before its conversation; a prompt that is a text becomes the user's message."""
+    if system is None:
+        return prompt, responses
+    message = {"role": "system", "content": system}
+    if isinstance(prompt, str):
+        return [message, {"role": "user", "content": prompt}], [[_build_answer(text)] for text in responses]
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"] != system:
+            raise BadRow(
+                place,
+                "two system messages",
+                "the row has a system text and its prompt another; data.columns: {system: null} keeps the "
+                "prompt's",
+            )
+        return prompt, responses
+    return [message, *prompt], responses
+
+
 def _build_answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
@@ -73,35 +107,41 @@ def check_prompt(prompt: str | list[Message], place: str) -> str | list[Message]
 
 
 def check_response(response: str | list[Message], field: str, place: str) -> str | list[Message]:
-    """Return the response, and refuse any but a text or one assistant message with content or tool calls."""
+    """Return the response, and refuse any but a text, or turns of the assistant and of its tools."""
     if isinstance(response, str):
         if not response.strip():
             raise BadRow(place, "empty response", f"{field} is empty after the prompt")
         return response
-    if len(response) != 1:
+    others = {message["role"] for message in response} - {"assistant", *TOOL_ROLES}
+    if len(response) != 1 and (not response or others or response[0]["role"] != "assistant"):
         raise BadRow(
             place,
             "bad messages",
-            f"{field} has {len(response)} messages after the prompt; the loss is on one final assistant "
-            "message, so the turns before it must be the same in chosen and rejected",
+            f"{field} has {len(response)} messages after the prompt; the loss is on the turns of the "
+            "assistant and its tools, so the turns before them must be the same in chosen and rejected",
         )
-    if response[0]["role"] != "assistant":
+    if response[-1]["role"] != "assistant":
         raise BadRow(
             place,
             "bad messages",
-            f"the last message of {field} must be from assistant, got {response[0]['role']!r}",
+            f"the last message of {field} must be from assistant, got {response[-1]['role']!r}",
         )
-    if not response[0]["content"].strip() and not response[0].get("tool_calls"):
-        raise BadRow(place, "empty response", f"the last message of {field} is empty")
+    if any(
+        message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+        for message in response
+    ):
+        raise BadRow(place, "empty response", f"a message of the assistant in {field} is empty")
     return response
 
 
 def parse_text_or_messages(value: Any, field: str, place: str) -> str | list[Message]:
-    """Return a column's value, and refuse any but text or a list of well-formed messages."""
+    """Return a column's value, and refuse any but text, a message, or a list of well-formed messages."""
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(place, "empty text", f"{field} is missing or empty")
         return value
+    if isinstance(value, dict):
+        return [_parse_message(value, field, place)]
     if not isinstance(value, list):
         raise BadRow(
             place, "not text", f"{field} must be text or a list of messages, got {describe_value(value)}"
@@ -117,6 +157,9 @@ def _parse_message(value: Any, field: str, place: str) -> Message:
             place, "bad messages", f"{field} must be a message {{role, content}}, got {describe_value(value)}"
         )
     message = {name: part for name, part in value.items() if part is not None}
+    if "from" in message and "role" not in message:  # ShareGPT's form
+        role = str(message.pop("from"))
+        message = {"role": SHAREGPT_ROLES.get(role, role), "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise BadRow(
             place,
@@ -125,20 +168,27 @@ def _parse_message(value: Any, field: str, place: str) -> Message:
         )
     content = message.get("content", "" if message.get("tool_calls") else None)
     if isinstance(content, list):  # the content parts of multimodal formats, if all of them are text
-        content = _join_text_parts(content)
+        content = _join_text_parts(content, field, place)
     if not isinstance(content, str):
         raise BadRow(
-            place, "bad messages", f"{field} must have a text as content; images and sound cannot be read"
+            place, "bad messages", f"{field} must have a text as content, got {describe_value(content)}"
         )
     return {"role": message.pop("role"), **message, "content": content}
 
 
-def _join_text_parts(parts: list[Any]) -> str | None:
-    """Join content parts; None if one of them is not text."""
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts
-    ]
-    return None if None in texts else "".join(str(text) for text in texts)
+def _join_text_parts(parts: list[Any], field: str, place: str) -> str:
+    """Join content parts, and refuse those that are not text by their type."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(
+                place,
+                "not text",
+                f"{field} has content of type {kind or type(part).__name__}, and polyref reads text only",
+            )
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def describe_value(value: Any) -> str:

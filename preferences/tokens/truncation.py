@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from preferences.pairs import DataError, Message, Pair
-from preferences.rendering import RenderedPair, Rendering, get_responses, render_pair
+from preferences.tokens.rendering import RenderedPair, Rendering, get_responses, render_pair
 
 ATTEMPTS = 8
 
@@ -44,7 +44,8 @@ def truncate_pair(
             f"on_long_row: truncate needs a fast tokenizer, and {name} has none; try on_long_row: skip"
         )
     shorter = _shorten_prompt(pair, rendering, name, kwargs, max_prompt)
-    if shorter is None:
+    has_turns = any(not isinstance(answer, str) and len(answer) > 1 for answer in get_responses(pair))
+    if shorter is None or has_turns:  # a cut would leave a tool's answer without its question
         return None
     pair, texts, prompt = shorter
     room = max_length - len(prompt)

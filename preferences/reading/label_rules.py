@@ -1,0 +1,118 @@
+"""Settings of labels: how a column says which of two responses people preferred, and by how much.
+
+`first` and `second` are the responses in the order of `data.pair`, or chosen and rejected.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Scalar = str | int | float | bool | None
+Side = Literal["first", "second"]
+
+
+class _LabelRule(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The columns that the label is read from; parts of one behind a dot."""
+        return ()
+
+
+def _check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not value[0] < value[1]:
+        raise ValueError(f"range must be [low, high] with low below high, got {list(value)}")
+    return value
+
+
+class StrengthLabel(_LabelRule):
+    """How much better one response is, as a number: the label is linear over the range."""
+
+    type: Literal["strength"]
+    column: str = Field(min_length=1)
+    range: tuple[float, float] = Field(description="the numbers at which every rater prefers one response")
+    prefers: Side = Field(description="the response that the upper end of the range favours")
+
+    _check_range = field_validator("range")(_check_range)
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The column of the strength."""
+        return (self.column,)
+
+
+class RatersLabel(_LabelRule):
+    """One number of each rater: the label is the share who preferred a response; the middle counts half."""
+
+    type: Literal["raters"]
+    column: str = Field(min_length=1)
+    field: str | None = Field(default=None, description="where the number is, if raters gave more than one")
+    range: tuple[float, float] = Field(description="least and most that a rater can give; ties in the middle")
+    prefers: Side = Field(description="the response that the upper end of the range favours")
+
+    _check_range = field_validator("range")(_check_range)
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The column of the raters' numbers."""
+        return (self.column,)
+
+
+class ScoresLabel(_LabelRule):
+    """A score of each response: the label is sigma((first - second) / temperature) (Bradley and Terry)."""
+
+    type: Literal["scores"]
+    columns: tuple[str, str] = Field(description="of the first and of the second response")
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The columns of the scores."""
+        return self.columns
+
+
+class WinnerLabel(_LabelRule):
+    """Who won, in a column: values that mean the first or the second response, or a tie."""
+
+    type: Literal["winner"]
+    column: str = Field(min_length=1)
+    first: tuple[Scalar, ...]
+    second: tuple[Scalar, ...]
+    tie: tuple[Scalar, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wrap_single_values(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        sides = ("first", "second", "tie")
+        return {
+            name: [value] if name in sides and not isinstance(value, list | tuple) else value
+            for name, value in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _refuse_value_twice(self) -> "WinnerLabel":
+        known = [str(value) for value in (*self.first, *self.second, *self.tie)]
+        for value in known:
+            if known.count(value) > 1:
+                raise ValueError(f"{value!r} stands twice among first, second and tie; leave it in one")
+        return self
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """The column of the winner."""
+        return (self.column,)
+
+
+class FirstLabel(_LabelRule):
+    """The first response is the better one in every row, though its column's name does not say so."""
+
+    type: Literal["first"]
+
+
+LabelRule = Annotated[
+    StrengthLabel | RatersLabel | ScoresLabel | WinnerLabel | FirstLabel, Field(discriminator="type")
+]
