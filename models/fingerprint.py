@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from models.config import ModelConfig, ModelError
+from models.config import ModelConfig
 from models.load import ModelFiles
+from models.weight_files import list_weight_files
 
 SCORING_VERSION = 2
 """Raise it when a change to rows or log-probs changes scores, so that stored scores are not used again."""
@@ -63,7 +64,7 @@ def compute_fingerprint(
         "weights": _hash_weights(model),
         "config": _hash_config(model / "config.json") if model.is_dir() else None,
         "code": _hash_files(sorted(model.glob("*.py")))
-        if config.trust_remote_code and model.is_dir()
+        if model in files.trusted and model.is_dir()
         else None,
         "adapter": _hash_adapter(files.path) if files.kind == "adapter" else None,
         "tokenizer": _hash_tokenizer(tokenizer),
@@ -85,18 +86,7 @@ def compute_fingerprint(
 def _hash_weights(model: Path) -> str:
     if model.is_file():
         return _hash_text(_hash_file(model))
-    whole, index = model / "model.safetensors", model / "model.safetensors.index.json"
-    if whole.exists():  # which transformers loads even where an index names other files
-        shards = [whole]
-    elif index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        shards = [model / name for name in names]
-    else:
-        shards = sorted(model.glob("*.safetensors"))
-    for shard in shards:
-        if not shard.exists():
-            raise ModelError(f"{shard} is named by {index.name} but missing; download the model again")
-    return _hash_files(shards)
+    return _hash_files(list_weight_files(model))
 
 
 def _hash_adapter(folder: Path) -> dict[str, str]:

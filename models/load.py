@@ -25,6 +25,7 @@ from transformers import (
 
 from models.adapters import add_lora, describe_reach, merge_adapter, silence_known_warnings
 from models.architecture import find_row_limit, read_setting
+from models.chat_template import read_chat_template
 from models.config import ModelConfig, ModelError, PolicyConfig
 from models.locate import ModelFiles, get_first_error_line, locate_model
 
@@ -39,19 +40,26 @@ def load_tokenizer(files: ModelFiles, config: ModelConfig) -> PreTrainedTokenize
     if files.kind == "adapter" and not any(files.path.glob("tokenizer*")):
         places.pop(0)
     place = places[0]
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if place.suffix == ".gguf":
-        place, arguments["gguf_file"] = place.parent, place.name
+    source, arguments = _name_source(files, place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+        _check_tokenizer(tokenizer)
     except Exception as error:  # the tokenizers library raises bare Exception
+        remedy = "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
         raise ModelError(
-            f"{config.model}: no tokenizer could be loaded from {place} ({get_first_error_line(error)}); "
-            "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
+            f"{config.model}: no tokenizer could be loaded from {source} ({get_first_error_line(error)}); "
+            + (_suggest_trust(files, config, place) or remedy)
         ) from error
     if config.chat_template is not None:
-        tokenizer.chat_template = _read_chat_template(config.chat_template)
+        tokenizer.chat_template = read_chat_template(config.chat_template)
     return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse settings of the wrong type, which transformers takes as they are; raises ValueError."""
+    for name, kinds in (("chat_template", str | dict | None), ("model_max_length", int | float)):
+        if not isinstance(value := getattr(tokenizer, name), kinds):
+            raise ValueError(f"its {name} is {value!r:.80}")
 
 
 def load_model(
@@ -74,7 +82,8 @@ def load_model(
     An adapter folder is merged first: the policy starts as base plus adapter. `activation_checkpointing`
     trades time for memory.
 
-    Raises ModelError for weights missing from the files, and if quantisation does not run on this machine.
+    Raises ModelError for weights that are missing from the files or are not finite, and if quantisation does
+    not run on this machine.
     """
     device = torch.device(device)
     lora = config.adapter if trainable and isinstance(config, PolicyConfig) else None
@@ -84,6 +93,7 @@ def load_model(
     model: PreTrainedModel | PeftModel = _load_base(files, config, device, dtype)
     if files.kind == "adapter":
         model = _load_adapter(model, files, config)
+    _refuse_non_finite_weights(model, config)
     if not trainable:
         return model.requires_grad_(False).eval()
     if files.kind == "adapter":
@@ -150,7 +160,7 @@ def _load_base(
     assert path is not None
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "trust_remote_code": config.trust_remote_code,
+        "trust_remote_code": path in files.trusted,
         "output_loading_info": True,
     }
     if _ATTENTION[config.attention] is not None:
@@ -251,6 +261,15 @@ def _load_adapter(base: PreTrainedModel, files: ModelFiles, config: ModelConfig)
     return model
 
 
+def _refuse_non_finite_weights(model: nn.Module, config: ModelConfig) -> None:
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{config.model}: the weight {name} has values that are not finite, so every score would be "
+                "NaN; copy or download the model again, or take another checkpoint"
+            )
+
+
 def _disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate of the model to 0; its config is not changed."""
     for module in model.modules():
@@ -267,14 +286,29 @@ def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _read_chat_template(given: str) -> str:
-    """Return the text of a chat template that is given as a file or as the text."""
-    if "{" in given:
-        return given
-    file = Path(given).expanduser()
-    if not file.is_file():
-        raise ModelError(f"chat_template {given}: there is no such file, and it is no Jinja template itself")
-    return file.read_text(encoding="utf-8")
+def _name_source(files: ModelFiles, place: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the arguments with which transformers reads what lies at one of the paths."""
+    arguments: dict[str, Any] = {"trust_remote_code": place in files.trusted}
+    if place.suffix == ".gguf":
+        return place.parent, {**arguments, "gguf_file": place.name}
+    return place, arguments
+
+
+def _suggest_trust(files: ModelFiles, config: ModelConfig, place: Path) -> str | None:
+    """Say what to do where a model could not be read because code of its own was not run."""
+    settings = [place / name for name in ("config.json", "tokenizer_config.json")]
+    has_code = any(b"auto_map" in file.read_bytes() for file in settings if file.is_file())
+    if not has_code or place in files.trusted:
+        return None
+    if config.trust_remote_code:
+        return (
+            "its base brings code of its own, which trust_remote_code does not cover where only the adapter "
+            "names the base: read the code, then name the base as base: <model> if you trust it"
+        )
+    named = (
+        "base: <model> and trust_remote_code: true" if place == files.base_path else "trust_remote_code: true"
+    )
+    return f"it brings code of its own: read it, then set {named} if you trust it"
 
 
 def build_empty_model(files: ModelFiles, config: ModelConfig) -> PreTrainedModel:
@@ -282,15 +316,12 @@ def build_empty_model(files: ModelFiles, config: ModelConfig) -> PreTrainedModel
 
     Raises ModelError where its config cannot be read, or its architecture is unknown.
     """
-    place = files.base_path or files.path
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if place.suffix == ".gguf":
-        place, arguments["gguf_file"] = place.parent, place.name
+    source, arguments = _name_source(files, files.base_path or files.path)
     try:
-        settings = AutoConfig.from_pretrained(place, **arguments)
+        settings = AutoConfig.from_pretrained(source, **arguments)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                settings, trust_remote_code=config.trust_remote_code
+                settings, trust_remote_code=arguments["trust_remote_code"]
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
@@ -336,25 +367,23 @@ def read_model_limits(files: ModelFiles, config: ModelConfig) -> ModelLimits:
     Raises ModelError for an architecture that transformers does not have, or that comes with its own code.
     """
     place = files.base_path or files.path
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if place.suffix == ".gguf":
-        place, arguments["gguf_file"] = place.parent, place.name
+    source, arguments = _name_source(files, place)
     try:
-        settings = AutoConfig.from_pretrained(place, **arguments).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        custom_code = (
-            "auto_map" in (place / "config.json").read_text(encoding="utf-8") if place.is_dir() else False
-        )
-        remedy = (
-            "it brings code of its own: read it, then set trust_remote_code: true if you trust it"
-            if custom_code and not config.trust_remote_code
-            else "use a causal language model that the installed transformers knows"
-        )
+        settings = AutoConfig.from_pretrained(source, **arguments).get_text_config()
+    except Exception as error:  # transformers hardly checks a config, and what then fails may be anything
+        remedy = "use a causal language model that the installed transformers knows"
         raise ModelError(
-            f"{config.model}: its architecture is unknown ({get_first_error_line(error)}); {remedy}"
+            f"{config.model}: its config.json is of no known architecture ({get_first_error_line(error)}); "
+            + (_suggest_trust(files, config, place) or remedy)
         ) from error
     row_limit = find_row_limit(settings)
     limits = [read_setting(settings, "max_position_embeddings"), row_limit and row_limit.tokens]
-    positions = min((int(limit) for limit in limits if limit is not None), default=None)
+    # XLNet says -1 for no limit.
+    positions = min((int(limit) for limit in limits if limit is not None and limit != -1), default=None)
+    if positions is not None and positions < 1:
+        raise ModelError(
+            f"{config.model}: its config.json has {positions} positions (max_position_embeddings), which no "
+            "text fits into; correct it, or copy the model again"
+        )
     vocabulary = read_setting(settings, "vocab_size")
     return ModelLimits(positions, None if vocabulary is None else int(vocabulary))

@@ -1,9 +1,8 @@
 """Find a model's files: a local folder, a file, or the hub's cache; models that cannot work are refused."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,6 +15,13 @@ from huggingface_hub.errors import (
 )
 
 from models.config import ModelConfig, ModelError
+from models.weight_files import (
+    get_first_error_line,
+    list_weight_files,
+    read_settings_file,
+    read_shapes,
+    refuse_special_entries,
+)
 
 _ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model")
 _IGNORE_PATTERNS = ("onnx/*", "original/*", "*/*.safetensors")
@@ -30,12 +36,15 @@ class ModelFiles:
     base_path: for an adapter, the path of its base (a folder or .gguf file).
     kind:      which of the three `path` is.
     revision:  the commit of a hub model; pins it in the run's record.
+    trusted:   which of the two paths may run code of their own: with `trust_remote_code`, those that the user
+               has named. A base that an adapter names is its author's choice.
     """
 
     path: Path
     base_path: Path | None
     kind: Literal["folder", "gguf", "adapter"]
     revision: str | None
+    trusted: tuple[Path, ...]
 
 
 def locate_model(config: ModelConfig) -> ModelFiles:
@@ -45,26 +54,36 @@ def locate_model(config: ModelConfig) -> ModelFiles:
     reachable nor cached, a folder that holds no model, weights in a pickle only, or an architecture that is
     not a causal LM.
     """
+    return _locate(config, is_base=False)
+
+
+def _locate(config: ModelConfig, *, is_base: bool) -> ModelFiles:
     path, revision = _fetch_files(config)
-    if path.is_file():
+    trusted = (path,) if config.trust_remote_code else ()
+    if not path.is_dir():
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{config.model}: a single file must be a .gguf file; give the model's folder instead"
             )
-        return ModelFiles(path, None, "gguf", revision)
+        if not path.is_file():
+            raise ModelError(f"{config.model} is a pipe, a socket or a device; give a file")
+        return ModelFiles(path, None, "gguf", revision, trusted)
+    refuse_special_entries(path)
     if (path / "adapter_config.json").exists():
+        if is_base:
+            raise ModelError(f"{config.model} is an adapter itself; merge that one into its base first")
         return _locate_adapter(config, path, revision)
     gguf = _find_gguf(config, path)
     if gguf is not None:
-        return ModelFiles(gguf, None, "gguf", revision)
+        return ModelFiles(gguf, None, "gguf", revision, (gguf,) if trusted else ())
     _check_folder(config, path)
-    return ModelFiles(path, None, "folder", revision)
+    return ModelFiles(path, None, "folder", revision, trusted)
 
 
 def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
     """Return the local path of the model, downloaded if it is on the hub, and its hub commit."""
-    local = Path(config.model).expanduser()
-    if local.exists():
+    local = find_path(config.model)
+    if local is not None:
         return local.resolve(), None
     if _is_local_path(config.model):
         raise ModelError(
@@ -107,12 +126,21 @@ def _fetch_files(config: ModelConfig) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
+def find_path(name: str) -> Path | None:
+    """Return the path of that name; None if there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+        return None
+
+
 def _is_local_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
 def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> ModelFiles:
-    settings = _read_json(path / "adapter_config.json")
+    settings = read_settings_file(path / "adapter_config.json")
     if settings.get("peft_type") in _PROMPT_ADAPTERS:
         raise ModelError(
             f"{config.model}: {settings['peft_type']} adapters add virtual tokens and cannot be scored "
@@ -123,27 +151,27 @@ def _locate_adapter(config: ModelConfig, path: Path, revision: str | None) -> Mo
             f"{config.model}: the adapter has no adapter_model.safetensors; pickled weights (.bin) are not "
             "read: save it again with peft's save_pretrained"
         )
-    base = config.base or settings.get("base_model_name_or_path")
-    if not base:
+    base, base_revision = config.base, None
+    if base is None:
+        base, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(base, str) or not base.strip() or not isinstance(base_revision, str | None):
         raise ModelError(f"{config.model}: adapter_config.json names no base model; give it as base: <model>")
-    if config.base is None and (path / base).exists():
-        base = str(path / base)
+    if config.base is None and (beside := find_path(str(path / base))) is not None:
+        base = str(beside)
     try:
-        found = locate_model(
-            ModelConfig(
-                model=base, revision=settings.get("revision"), trust_remote_code=config.trust_remote_code
-            )
+        named = ModelConfig(
+            model=base,
+            revision=base_revision,
+            trust_remote_code=config.trust_remote_code and config.base is not None,
         )
+        found = _locate(named, is_base=True)
     except ModelError as error:
         raise ModelError(
             f"the base of adapter {config.model} cannot be loaded: {error}. Where the base has moved, give "
             "base: <model>"
         ) from error
-    if found.kind == "adapter":
-        raise ModelError(
-            f"{config.model}: its base {base} is an adapter itself; merge that one into its base first"
-        )
-    return ModelFiles(path, found.path, "adapter", revision)
+    trusted = (path,) if config.trust_remote_code else ()
+    return ModelFiles(path, found.path, "adapter", revision, trusted + found.trusted)
 
 
 def _find_gguf(config: ModelConfig, path: Path) -> Path | None:
@@ -168,7 +196,7 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
             f"{config.model} ({path}) is not a model folder: it has no config.json (nor adapter_config.json, "
             "nor a .gguf file); give the folder that save_pretrained wrote"
         )
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors*")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
         remedy = (
             "its weights are pickled (.bin), which can run code when read; convert them once with "
@@ -177,26 +205,10 @@ def _check_folder(config: ModelConfig, path: Path) -> None:
             else "copy them there"
         )
         raise ModelError(f"{config.model} ({path}) has no *.safetensors weights; {remedy}")
-    settings = _read_json(path / "config.json")
+    settings = read_settings_file(path / "config.json")
     if settings.get("is_encoder_decoder"):
         raise ModelError(
             f"{config.model} ({settings.get('model_type')}) is an encoder-decoder; use a decoder-only "
             "language model"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path} cannot be read as JSON ({get_first_error_line(error)}); copy the model again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object; copy the model again")
-    return content
-
-
-def get_first_error_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without the pages that some libraries add."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    read_shapes(list_weight_files(path))

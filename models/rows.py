@@ -7,7 +7,8 @@ shared  one row per prompt followed by its responses, each of which
         attends only to the prompt and itself, at positions that
         restart after the prompt:                                      P P P a a a b b
 
-The last token of a response predicts nothing, so it is a target and never an input.
+The last token of a response predicts nothing, so it is a target and never an input. A response may hold
+tokens that are read and not scored, such as a tool's answer between two turns: they are complements (`~id`).
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ Ids = Sequence[int] | np.ndarray
 
 
 class PromptWithResponses(NamedTuple):
-    """One prompt and its 1..n responses to score."""
+    """One prompt and its 1..n responses to score; a response's ids below 0 are complements, not scored."""
 
     prompt: Ids
     responses: Sequence[Ids]
@@ -33,7 +34,7 @@ class PromptWithResponses(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of width T that contain S response sequences with N response tokens in all.
+    """R rows of width T that contain S response sequences with N scored response tokens in all.
 
     input_ids:      (R, T) int64.
     position_ids:   (R, T) int64; 0 on padding.
@@ -41,7 +42,7 @@ class Rows:
     predictors:     (N,) int64; index into the flattened R * T positions of the state that predicts a token.
     targets:        (N,) int64; the predicted token.
     sequences:      (N,) int64; the sequence, 0..S-1, that the token belongs to.
-    lengths:        (S,) int64; response tokens per sequence.
+    lengths:        (S,) int64; scored response tokens per sequence.
     row_lengths:    R numbers on the host, each row's input tokens.
     shared:         whether a row may contain several responses.
     tokens:         input tokens that are not padding.
@@ -105,7 +106,7 @@ def build_rows(groups: Sequence[PromptWithResponses], *, shared: bool, pad_id: i
 
     Without groups the result is one row of padding and no sequence, so that a rank with nothing to do still
     takes part in collectives. Raises ModelError for an empty prompt (nothing would predict the first response
-    token: the tokenizer must add BOS) and for an empty response.
+    token: the tokenizer must add BOS) and for a response without a token to score.
     """
     layouts = [
         _Row(np.asarray(group.prompt, dtype=np.int64), [np.asarray(r, dtype=np.int64) for r in part])
@@ -121,10 +122,12 @@ def build_rows(groups: Sequence[PromptWithResponses], *, shared: bool, pad_id: i
     for number, row in enumerate(layouts):
         for start, segment, tokens, first_position in row.split_segments():
             span = slice(start, start + len(tokens))
-            ids[number, span], segments[number, span] = tokens, segment
+            ids[number, span], segments[number, span] = np.where(tokens < 0, ~tokens, tokens), segment
             positions[number, span] = np.arange(first_position, first_position + len(tokens))
-        predictors += [number * width + p for p in row.find_predictors()]
-        targets += row.responses
+        for columns, response in zip(row.find_predictors(), row.responses, strict=True):
+            is_scored = response >= 0
+            predictors.append(number * width + columns[is_scored])
+            targets.append(response[is_scored])
     lengths = np.array([len(t) for t in targets], dtype=np.int64)
     return Rows(
         input_ids=torch.from_numpy(ids),
@@ -181,10 +184,10 @@ def _split_into_rows(number: int, group: PromptWithResponses, shared: bool) -> l
             f"prompt {number} of the batch has no tokens, so nothing predicts its responses' first token; "
             "give it text, or use a tokenizer that puts a BOS token in front"
         )
-    if not len(group.responses) or any(len(r) == 0 for r in group.responses):
+    if not len(group.responses) or not all((np.asarray(r) >= 0).any() for r in group.responses):
         raise ModelError(
-            f"prompt {number} of the batch has an empty response; append the end-of-turn token or drop the "
-            "row"
+            f"prompt {number} of the batch has a response without a token to score; append the end-of-turn "
+            "token or drop the row"
         )
     return [list(group.responses)] if shared else [[r] for r in group.responses]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from transformers import T5Config
 from models import locate as locating
 from models.adapters import find_adapter, silence_known_warnings
 from models.config import LoraSettings, ModelConfig, ModelError, PolicyConfig
-from models.load import export_model, load_model, load_tokenizer, locate_model
+from models.load import (
+    build_empty_model,
+    export_model,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    read_model_limits,
+)
 from models.logprobs import Scorer
 from models.rows import build_rows
 from tests.support import tiny
@@ -119,6 +127,78 @@ def test_an_adapter_whose_base_moved(adapter_folder: Path, tiny_llama_folder: Pa
         locate_model(ModelConfig(model=str(adapter_folder)))
     moved = ModelConfig(model=str(adapter_folder), base=str(tiny_llama_folder))
     assert not torch.allclose(compute_scores(locate_and_load(moved)), compute_scores(tiny.llama()))
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({mark!r}).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def mark(adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The adapter names a base with code of its own, and this is the file that the code makes."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base, mark = tmp_path / "base", tmp_path / "mark"
+    settings = json.loads((adapter_folder / "adapter_config.json").read_text())
+    shutil.copytree(settings["base_model_name_or_path"], base)
+    (base / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (base / "config.json").write_text(json.dumps(config))
+    settings |= {"base_model_name_or_path": str(base), "revision": "refs/pr/1"}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(settings))
+    return mark
+
+
+def test_trust_in_an_adapter_is_none_in_the_base_that_it_names(adapter_folder: Path, mark: Path) -> None:
+    config = ModelConfig(model=str(adapter_folder), trust_remote_code=True)
+    files = locate_model(config)
+    assert files.trusted == (adapter_folder,)
+    for load in (read_model_limits, build_empty_model, partial(load_model, device="cpu", trainable=False)):
+        with pytest.raises(ModelError):
+            load(files, config)
+    with pytest.raises(ModelError, match=r"base brings code of its own.*read the code, then.*base: <model>"):
+        read_model_limits(files, config)
+    untrusting = ModelConfig(model=str(adapter_folder))
+    with pytest.raises(ModelError, match=r"then set base: <model> and trust_remote_code: true"):
+        read_model_limits(locate_model(untrusting), untrusting)
+    for file in adapter_folder.glob("tokenizer*"):
+        file.unlink()
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (mark.with_name("base") / "tokenizer_config.json").write_text(json.dumps(own))
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded.*base brings code of its own"):
+        load_tokenizer(files, config)
+    assert not mark.exists()
+
+
+def test_a_base_that_the_user_names_may_run_code(
+    adapter_folder: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = mark.with_name("base")
+    config = ModelConfig(model=str(adapter_folder), base=str(base), trust_remote_code=True)
+    load_model(locate_model(config), config, device="cpu", trainable=False)
+    assert mark.exists()
+    # On the hub it is not the revision that the adapter names, which may be anybody's pull request.
+    requested: list[dict[str, object]] = []
+
+    def download(_: str, **arguments: object) -> str:
+        requested.append(arguments)
+        return str(base)
+
+    monkeypatch.setattr(locating, "snapshot_download", download)
+    config = ModelConfig(model=str(adapter_folder), base="owner/base", trust_remote_code=True)
+    assert locate_model(config).trusted == (adapter_folder, base)
+    assert requested[0]["revision"] is None
 
 
 def test_an_adapter_without_a_weight_or_on_another_base(adapter_folder: Path, tiny_gpt2_folder: Path) -> None:
@@ -231,7 +311,7 @@ def test_missing_weights_are_refused(tiny_llama_folder: Path, tmp_path: Path) ->
     ):
         locate_and_load(ModelConfig(model=str(folder)))
     (folder / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ModelError, match=r"could not be loaded from"):
+    with pytest.raises(ModelError, match=r"model.safetensors cannot be read as safetensors"):
         locate_and_load(ModelConfig(model=str(folder)))
 
 

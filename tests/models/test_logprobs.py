@@ -1,6 +1,7 @@
 """Log-probs, entropies and gradients of rows against plain logits, one sequence at a time."""
 
 import logging
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,32 @@ def test_rows_equal_plain_logits(name: str, shared: bool, dtype: torch.dtype, to
     found, expected = gradients(model, weighted(scores.logps)), gradients(model, weighted(logps))
     # RMSNorm rounds to float32 whatever the model's dtype; GPT-2's layer norm does not.
     assert_equal_gradients(found, expected, tolerance if "gpt2" in name else max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [2, 1000])
+def test_only_what_is_not_a_complement_is_scored(shared: bool, chunk_tokens: int) -> None:
+    """The turns of an assistant around a tool's answer."""
+    model = tiny.llama().double()
+    prompt, response = [11, 12, 13], [21, 22, 31, 32, 33, 23, 24]
+    scored = [0, 1, 5, 6]
+    masked = [token if place in scored else ~token for place, token in enumerate(response)]
+    groups = [PromptWithResponses(prompt, [masked, [41, 42]])]
+    scores = Scorer(model, chunk_tokens=chunk_tokens)(
+        build_rows(groups, shared=shared, pad_id=0), entropy=True
+    )
+    every = (
+        model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    )
+    logps = every[range(len(response)), response][scored]
+    entropies = -(every.exp() * every).sum(-1)[scored]
+    torch.testing.assert_close(scores.logps[0], logps.sum(), rtol=1e-11, atol=0.0)
+    torch.testing.assert_close(
+        scores.entropy[0], entropies.mean() / math.log(every.shape[-1]), rtol=1e-11, atol=0.0
+    )
+    assert scores.lengths.tolist() == [4, 2]
+    found, expected = gradients(model, scores.logps[0]), gradients(model, logps.sum())
+    assert_equal_gradients(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 26, 1000])

@@ -39,6 +39,16 @@ def test_shared_rows_by_hand() -> None:
     assert rows.tokens == 10
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_complements_are_read_and_not_scored(shared: bool) -> None:
+    groups = [PromptWithResponses([1, 2], [[3, ~4, ~0, 5, ~6], [7]])]
+    rows = build_rows(groups, shared=shared, pad_id=9)
+    assert rows.input_ids[0, :6].tolist() == [1, 2, 3, 4, 0, 5]  # the last token is no input
+    assert rows.targets.tolist() == [3, 5, 7]
+    assert rows.input_ids.flatten()[rows.predictors].tolist() == [2, 0, 2]
+    assert rows.lengths.tolist() == [2, 1]
+
+
 @settings(max_examples=30, deadline=None)
 @given(groups)
 def test_both_layouts_score_the_same_tokens(some: list[PromptWithResponses]) -> None:
@@ -83,5 +93,7 @@ def test_no_groups_give_one_row_of_padding() -> None:
 def test_rows_that_cannot_be_scored_are_refused(shared: bool) -> None:
     with pytest.raises(ModelError, match=r"prompt 1 .* no tokens.*BOS"):
         build_rows([GROUPS[0], PromptWithResponses([], [[1]])], shared=shared, pad_id=0)
-    with pytest.raises(ModelError, match=r"prompt 0 .* empty response.*end-of-turn"):
+    with pytest.raises(ModelError, match=r"prompt 0 .* without a token to score.*end-of-turn"):
         build_rows([PromptWithResponses([1], [[2], []])], shared=shared, pad_id=0)
+    with pytest.raises(ModelError, match=r"prompt 0 .* without a token to score"):
+        build_rows([PromptWithResponses([1], [[2], [~3, ~4]])], shared=shared, pad_id=0)

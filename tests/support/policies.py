@@ -35,6 +35,7 @@ def lineage(base: str = "tiny/base@0123abc", accuracy: float = 0.75, **changes: 
         "primary": "base",
         "data_digest": "d" * 40,
         "eval_digest": "a" * 40,
+        "judged_set": "in_domain",
         "counts": {"train pairs": 900, "held-out pairs": 100, "skipped, too long": 3},
         "before": {"eval/accuracy": 0.5},
         "after": {"eval/accuracy": accuracy, "eval/label_nll": 0.61},

@@ -34,7 +34,7 @@ from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.step import run_evaluation_pass, run_training_step
 from preferences.split import TokenizedSplit
-from preferences.tokenize import RaggedArray, TokenTable
+from preferences.tokens.tables import RaggedArray, TokenTable
 from tests.support import tiny
 from tests.support.fake_cuda.device import fake_device
 
@@ -98,7 +98,10 @@ def build_split(names: tuple[str, ...], *, has_pairs: bool) -> TokenizedSplit:
     table = TokenTable(column(3, 9), column(2, 8), column(2, 8) if has_pairs else None)
     labels = np.linspace(0.5, 1, PAIRS)
     sources = tuple(f"f:{i}" for i in range(PAIRS))
-    return TokenizedSplit(table, dict.fromkeys(names, table), labels, sources, has_pairs, True)
+    references = dict.fromkeys(names, table)
+    return TokenizedSplit(
+        table, references, labels, sources, has_pairs, True, weights=np.linspace(0.5, 2, PAIRS)
+    )
 
 
 def build_policy(model: Any, device: torch.device) -> Policy:
@@ -177,7 +180,7 @@ def take_samples(policy: Policy) -> None:
     split = build_split(("r0",), has_pairs=True)
     config = SamplingConfig(prompts=4, max_new_tokens=3)
     client: Any = Client(("r0",))
-    sampler = Sampler(config, policy, split, client, ["r0"], [], None, 0, 1, seed=0)
+    sampler = Sampler(config, policy, split, np.arange(PAIRS), client, ["r0"], [], None, 0, 1, seed=0)
     with mock.patch("orchestrator.worker.sampling._fork_seed", return_value=nullcontext()):
         assert "eval/kl/r0" in sampler.measure_policy(0)
 
