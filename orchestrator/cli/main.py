@@ -1,24 +1,27 @@
 """The commands of `polyref`.
 
-Exit codes: 0 success; 2 wrong input (one message, no traceback); 130 interrupted; 1 everything else.
+Exit codes: 0 success; 2 wrong input (one message, no traceback); 130 interrupted; 143 stopped by
+SIGTERM after a checkpoint; 1 everything else.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from losses.settings import LossError
 from models.config import ModelError
+from orchestrator.cli import data as data_cli
+from orchestrator.cli import label as label_cli
 from orchestrator.cli import models as models_cli
+from orchestrator.cli.dispersion import dispersion_command
+from orchestrator.cli.interruption import Interrupted, turn_ctrl_c_into_interruption
 from orchestrator.cluster.job_secrets import load_secrets
 from orchestrator.config.run import build_run_schema, load_run
-from orchestrator.errors import RunFailed, UsageError
+from orchestrator.errors import RunFailed, RunStopped, UsageError
 from orchestrator.redaction import redact
 from preferences.pairs import DataError
 from tune_spaces.domains import SpaceError
@@ -30,6 +33,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models_cli.app, name="models")
+app.add_typer(data_cli.app, name="data")
+app.command("init")(data_cli.init_command)
+app.command("dispersion")(dispersion_command)
+app.command("label")(label_cli.label_command)
+
+_LONGEST_MESSAGE = 3000
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it
 
 RunFile = Annotated[str, typer.Argument(help="The run file (YAML).", metavar="RUN.YAML")]
 Overrides = Annotated[
@@ -59,7 +69,7 @@ def train_command(
     config = load_run(run, overrides or ())
     from orchestrator.driver.train import train_run
 
-    with _turn_ctrl_c_into_interruption():
+    with turn_ctrl_c_into_interruption():
         train_run(config, fresh=fresh)
 
 
@@ -93,7 +103,7 @@ def tune_command(
     from orchestrator.search.tune import dry_run as print_dry_run
     from orchestrator.search.tune import run_sweep
 
-    with _turn_ctrl_c_into_interruption():
+    with turn_ctrl_c_into_interruption():
         if dry_run:
             print_dry_run(config, samples=samples)
         else:
@@ -113,7 +123,7 @@ def score(
     config = load_run(run, overrides or ())
     from orchestrator.driver.train import score_run
 
-    with _turn_ctrl_c_into_interruption():
+    with turn_ctrl_c_into_interruption():
         score_run(config, audit=audit)
 
 
@@ -147,11 +157,24 @@ def submit(
             help="Send the polyref of this machine instead of using the one installed on the nodes."
         ),
     ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option(help="Send the cluster's token and secrets over plain HTTP to another machine too."),
+    ] = False,
 ) -> None:
     """Run a command as a job on a cluster: polyref submit -- train run.yaml loss.beta=0.2."""
     from orchestrator.jobs.submit import submit_job
 
-    sys.exit(submit_job(command, address=address, wait=wait, env=env or (), secret=secret or (), code=code))
+    code_of_job = submit_job(
+        command,
+        address=address,
+        wait=wait,
+        env=env or (),
+        secret=secret or (),
+        code=code,
+        insecure=insecure,
+    )
+    sys.exit(code_of_job)
 
 
 @app.command()
@@ -172,7 +195,7 @@ def demo(
     """Train a model on human ratings and register it, in some minutes on two CPU cores."""
     from orchestrator.demo.run import run_demo
 
-    with _turn_ctrl_c_into_interruption():
+    with turn_ctrl_c_into_interruption():
         run_demo(folder, fresh=fresh)
 
 
@@ -181,28 +204,34 @@ def run_command_line() -> None:
     _quiet_libraries()
     try:
         load_secrets()
-        app()
+        code = app(prog_name="polyref", standalone_mode=False)
+    except _CommandLineError as error:
+        _exit_with_message(_explain_command_line_error(error), code=2)
+    except typer.Abort:
+        _exit_with_message("interrupted", code=130)
     except (UsageError, DataError, ModelError, LossError, SpaceError) as error:
         _exit_with_message(str(error), code=2)
+    except RunStopped as error:
+        _exit_with_message(str(error), code=143)
     except RunFailed as error:
         _exit_with_message(str(error), code=1)
-    except _Interrupted:
-        _exit_with_message("interrupted; the same command resumes from the last checkpoint", code=130)
+    except Interrupted:
+        _exit_with_message("interrupted; the same command resumes", code=130)
+    sys.exit(code)
 
 
-class _Interrupted(Exception):
-    """Ctrl-C, under a name that the command-line library does not swallow."""
-
-
-@contextmanager
-def _turn_ctrl_c_into_interruption() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise _Interrupted from None
+def _explain_command_line_error(error: Any) -> str:
+    """Explain a command, option or argument that does not exist or is missing, and name the help."""
+    command = error.ctx.command_path if error.ctx else "polyref"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return f"{command} needs a command, which {command} --help lists"
+    return f"{error.format_message().rstrip('.')}; {command} --help lists what there is"
 
 
 def _exit_with_message(message: str, *, code: int) -> NoReturn:
+    if len(message) > _LONGEST_MESSAGE:
+        # It repeats a long input: its beginning has the place, its end the remedy.
+        message = f"{message[: _LONGEST_MESSAGE // 2]} [...] {message[-_LONGEST_MESSAGE // 2 :]}"
     print(f"polyref: {redact(message)}", file=sys.stderr)
     sys.exit(code)
 

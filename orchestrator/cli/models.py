@@ -29,7 +29,13 @@ from orchestrator.registry.download import (
     resolve_version,
 )
 from orchestrator.registry.versions import find_version, list_model_names, list_versions, parse_model_ref
-from orchestrator.tracking.mlflow import URI_VARIABLE, connect_to_mlflow, resolve_tracking_uri
+from orchestrator.tracking.mlflow import (
+    URI_VARIABLE,
+    check_name,
+    connect_to_mlflow,
+    find_absent_database,
+    resolve_tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,8 +68,8 @@ class _Registry:
     def open(cls, uri: str | None, storage: str) -> "_Registry":
         """Connect to the registry at `uri`, or in the storage path; a missing database is not created."""
         address = resolve_tracking_uri(uri, storage)
-        database = Path(address.removeprefix("sqlite:///"))
-        if address.startswith("sqlite:///") and not database.is_file():
+        database = find_absent_database(address)
+        if database is not None:
             raise UsageError(
                 f"there is no MLflow database at {database}: give --storage-path as in the run file, "
                 f"or --tracking-uri (or {URI_VARIABLE}) for a server"
@@ -187,6 +193,7 @@ def promote(
     storage: _Storage = "runs",
 ) -> None:
     """Give a version an alias, unless the version that has it is better."""
+    check_name("alias", alias, field="--alias")
     registry = _Registry.open(uri, storage)
     candidate = find_version(registry.client, ref)
     try:

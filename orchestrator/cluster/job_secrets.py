@@ -12,7 +12,7 @@ import os
 import secrets as random
 from collections.abc import Mapping
 
-from orchestrator.errors import RunFailed
+from orchestrator.errors import RunFailed, UsageError
 
 SECRETS_LOCATION = "POLYREF_MAILBOX"
 """Set for a job with secrets: the name that they are stored under."""
@@ -50,6 +50,7 @@ def load_secrets() -> None:
     """Move a job's secrets into the environment, once. Does nothing where the job has none.
 
     Raises:
+        UsageError: the variable is set outside a job.
         RunFailed: the secrets are gone.
     """
     name = os.environ.pop(SECRETS_LOCATION, None)
@@ -57,6 +58,11 @@ def load_secrets() -> None:
         return
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+    if "RAY_ADDRESS" not in os.environ:
+        raise UsageError(
+            f"{SECRETS_LOCATION} is set, which only a job of `polyref submit` has, and RAY_ADDRESS is not: "
+            "unset it"
+        )
     head = GcsClient(address=os.environ["RAY_ADDRESS"])
     content = head.internal_kv_get(name.encode(), None)
     head.internal_kv_del(name.encode(), False, None)

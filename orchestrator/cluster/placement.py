@@ -113,7 +113,7 @@ def refuse_impossible(config: RunConfig, nodes: Sequence[Node]) -> None:
     stages = [references + workers] if config.references.mode == "live" else [references, workers]
     for stage in stages:
         _refuse_if_short(stage, nodes)
-        _refuse_if_scattered(stage, nodes)
+        refuse_if_scattered(stage, nodes)
 
 
 def list_trial_bundles(config: RunConfig, profile: ClusterProfile) -> list[dict[str, float]]:
@@ -172,8 +172,8 @@ def _refuse_if_short(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
             )
 
 
-def _refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
-    """Refuse needs that fit in total, but have a bundle that fits on no single node.
+def refuse_if_scattered(needs: Sequence[Need], nodes: Sequence[Node]) -> None:
+    """Refuse needs of which a bundle fits on no single node, even if all fit in total.
 
     The scarcest bundles are placed first: those with GPUs or custom resources before those with cores alone,
     which are placed on the nodes with the fewest GPUs.

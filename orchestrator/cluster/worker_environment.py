@@ -1,8 +1,10 @@
 """Environment variables that workers and replicas get from the driver."""
 
 import json
+import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from orchestrator.cluster.job_secrets import SECRET_NAMES
 
@@ -92,6 +94,39 @@ def build_worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _read_job_runtime_env(environment: Mapping[str, str]) -> dict[str, Any]:
     return json.loads(environment.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+
+
+@dataclass(frozen=True)
+class SealedSecrets:
+    """Secrets as an object in Ray's store: an actor's own arguments lie in the cluster's control service.
+
+    The object lives as long as the process that sealed them. Its reference is pickled by hand: Ray warns of
+    references among the arguments of actors that may restart, since others' objects may be gone by then.
+    """
+
+    _reference: bytes = field(repr=False)
+
+    @classmethod
+    def seal(cls, environment: Mapping[str, str]) -> Self:
+        """Seal the secrets in an environment."""
+        import ray
+
+        return cls(ray.cloudpickle.dumps(ray.put(collect_secrets(environment))))
+
+    def export_to_environment(self) -> None:
+        """Set them as environment variables of this process."""
+        import ray
+
+        os.environ.update(ray.get(self._unpickle_reference()))
+
+    async def export_from_event_loop(self) -> None:
+        """Set them as `export_to_environment` does, in an async actor, which must not wait otherwise."""
+        os.environ.update(await self._unpickle_reference())
+
+    def _unpickle_reference(self) -> Any:
+        import ray
+
+        return ray.cloudpickle.loads(self._reference)
 
 
 def collect_secrets(environment: Mapping[str, str]) -> dict[str, str]:

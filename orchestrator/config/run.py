@@ -4,6 +4,7 @@ This module imports neither torch nor Ray, so that a wrong file is refused in a 
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,24 +15,34 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from losses.config import LossConfig
-from losses.presets import PRESETS, loss_config_from_settings
+from losses.presets import (
+    ALIASES,
+    PRESETS,
+    explain_preset_name,
+    loss_config_from_settings,
+    resolve_preset_name,
+)
 from models.config import PolicyConfig
-from orchestrator.config.problems import explain_validation_error
+from orchestrator.config.eval_sets import refuse_set_names
+from orchestrator.config.problems import explain_validation_error, refuse_booleans
 from orchestrator.config.sections import (
     EvaluationConfig,
     ParallelConfig,
     PlacementConfig,
     ReferencesConfig,
+    RunName,
     Section,
     TrackingConfig,
     TrainingConfig,
 )
 from orchestrator.config.yaml import apply_overrides, read_yaml
-from orchestrator.errors import UsageError
+from orchestrator.errors import UsageError, did_you_mean
+from orchestrator.redaction import redact
 from preferences.config import DataConfig
 
 
@@ -45,7 +56,7 @@ def _parse_loss(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: RunName
     policy: PolicyConfig
     references: ReferencesConfig = ReferencesConfig()
     data: DataConfig
@@ -55,8 +66,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     placement: PlacementConfig = PlacementConfig()
-    storage_path: str = "./runs"
-    _preset: str = PrivateAttr(default="custom")
+    storage_path: str = Field(default="./runs", min_length=1)
+    _written_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -64,8 +75,8 @@ class RunConfig(Section):
         """Keep the preset's name, because the settings it expands to no longer contain it."""
         config = handler(values)
         loss = values.get("loss") if isinstance(values, Mapping) else None
-        if isinstance(loss, Mapping):
-            config._preset = loss.get("preset", "custom")
+        if isinstance(loss, Mapping) and "preset" in loss:
+            config._written_preset = str(loss["preset"])
         return config
 
     @model_validator(mode="before")
@@ -84,17 +95,40 @@ class RunConfig(Section):
             and isinstance(references, Mapping)
         ):
             return values
-        use = references.get("use")
+        use, models = references.get("use"), references.get("models") or {}
+        use = [use] if isinstance(use, str) else use
+        if not isinstance(models, Mapping) or not isinstance(use, list | tuple | None):
+            return values  # refused where references are parsed
         primary = references.get("primary")
-        names = [name for name in references.get("models") or {} if use is None or name in use]
+        names = [name for name in models if use is None or name in use]
         if set(weights) != set(names):
             raise ValueError(
-                f"loss.references.weights names {sorted(weights)}, references.models {sorted(names)}: "
+                f"loss.references.weights names {sorted(map(str, weights))}, references.models "
+                f"{sorted(map(str, names))}: "
                 "give every reference one weight"
             )
         ordered = sorted(names, key=lambda name: name != primary)
         combination = {**combination, "weights": [weights[name] for name in ordered]}
         return {**values, "loss": {**loss, "references": combination}}
+
+    @field_validator("storage_path")
+    @classmethod
+    def _refuse_unknown_store(cls, value: str) -> str:
+        """Refuse the URI of a store that runs cannot be kept at, and one that lacks a slash."""
+        scheme, mark, rest = value.partition(":/")
+        if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+            return value
+        from preferences.buckets import SCHEMES
+
+        if not rest.startswith("/") and scheme.lower() in SCHEMES:
+            raise ValueError(f"{redact(value)} lacks a slash; write {scheme.lower()}://{redact(rest)}")
+        if scheme not in SCHEMES:
+            stores = ", ".join(f"{known}://" for known in SCHEMES)
+            raise ValueError(
+                f"{redact(value)} is a URI that runs cannot be kept at; give a folder that all nodes share, "
+                f"or one of {stores}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "RunConfig":
@@ -102,6 +136,8 @@ class RunConfig(Section):
         self._refuse_unsuitable_references()
         self._refuse_unscored_samples()
         self._refuse_unsuitable_policy()
+        self._refuse_unsuitable_sets()
+        self._refuse_best_of_nothing()
         return self
 
     def _refuse_unsuitable_references(self) -> None:
@@ -168,10 +204,45 @@ class RunConfig(Section):
                 "references.mode: precompute ends them before training; set mode: live, or model: policy"
             )
 
+    def _refuse_unsuitable_sets(self) -> None:
+        """Refuse set names that metrics cannot carry, and a judged set that `data.eval` does not have."""
+        sets, judged = self.data.eval if isinstance(self.data.eval, dict) else {}, self.evaluation.set
+        refuse_set_names(sets)
+        if judged is None or judged in sets:
+            return
+        if not sets:
+            raise ValueError(
+                f"evaluation.set names {judged!r}, but data.eval has no named sets: name them "
+                f"(data.eval: {{{judged}: held-out.jsonl}}), or leave evaluation.set out"
+            )
+        raise ValueError(
+            f"evaluation.set names {judged!r}, which is no set of data.eval{did_you_mean(judged, sets)}"
+        )
+
+    def _refuse_best_of_nothing(self) -> None:
+        """Refuse to keep the best weights where nothing is held out that says which they are."""
+        data = self.data
+        if self.evaluation.keep == "best" and not (data.eval or data.eval_fraction or data.eval_split):
+            raise ValueError(
+                "evaluation.keep: best needs held-out pairs that say which weights are best: set data.eval "
+                "or data.eval_fraction, or keep: last"
+            )
+
+    @property
+    def judged_set(self) -> str | None:
+        """The named held-out set that the run is judged by; None if the held-out pairs have no named sets."""
+        sets = self.data.eval
+        return (self.evaluation.set or next(iter(sets))) if isinstance(sets, dict) else None
+
     @property
     def preset(self) -> str:
-        """The named loss that the file starts from, or "custom"."""
-        return self._preset
+        """The named loss that the file starts from, under the name it has here, or "custom"."""
+        return "custom" if self._written_preset is None else resolve_preset_name(self._written_preset)
+
+    @property
+    def loss_notice(self) -> str | None:
+        """A sentence about the preset's name, if users of TRL know another loss by it."""
+        return self._written_preset and explain_preset_name(self._written_preset, self.loss)
 
     @property
     def policy_model(self) -> PolicyConfig:
@@ -202,12 +273,18 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(explain_validation_error(error, source=source, model=RunConfig)) from None
+    refuse_booleans(content, config, source=source)
     return config
 
 
 def build_run_schema() -> dict[str, Any]:
     """Build the JSON Schema of the run file for editors, with `loss.preset`."""
     schema = RunConfig.model_json_schema()
-    preset = {"enum": sorted(PRESETS), "description": "a named loss; other fields override it"}
+    aliases = ", ".join(f"{theirs} is {ours}" for theirs, ours in ALIASES.items())
+    preset = {
+        "enum": sorted([*PRESETS, *ALIASES]),
+        "description": "a named loss; other fields override it. Of TRL's names, "
+        f"{aliases}, and its ipo is ipo_length_normalized",
+    }
     schema["$defs"]["LossConfig"]["properties"]["preset"] = preset
     return schema

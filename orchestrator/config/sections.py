@@ -1,21 +1,44 @@
 """The sections of a run file."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from models.config import ModelConfig
 from orchestrator.errors import did_you_mean
 
+_LEAST_OF_RESOURCE = 0.0001
+_YEAR = 525_600
+"""Minutes; more is not meant, and no timer takes it."""
 POLICY = "policy"
 """The reference model name that means the initial policy, scored in process with the adapter off."""
+
+
+_TAKEN_NAMES = ("scores", "mlartifacts", "mlflow.db")
+"""What lies under `storage_path` beside the folders of runs and searches."""
+
+
+def _refuse_taken_name(name: str) -> str:
+    if name.lower().startswith("mlflow.db") or name.lower() in _TAKEN_NAMES:
+        raise ValueError(
+            f"{name} under storage_path is of polyref itself; give another name, such as {name}-run"
+        )
+    return name
 
 
 class Section(BaseModel):
     """Base of the run file's sections: frozen, and a field that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+RunName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100), AfterValidator(_refuse_taken_name)
+]
+"""A run's or a search's name, which is that of its folder under `storage_path`."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed that NumPy, torch and Python take alike."""
 
 
 class Resources(Section):
@@ -23,7 +46,22 @@ class Resources(Section):
 
     cpu: float | None = Field(default=None, ge=0)
     gpu: float | None = Field(default=None, ge=0)
-    custom: dict[str, float] = Field(default_factory=dict)
+    custom: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _refuse_what_ray_cannot_give(self) -> "Resources":
+        """Refuse amounts and names that Ray refuses, before Ray is started."""
+        for name in {"", "CPU", "GPU", "memory", "object_store_memory"} & set(self.custom):
+            raise ValueError(f"custom has {name!r}, which Ray counts itself; set cpu or gpu, or another name")
+        amounts = {"cpu": self.cpu or 0.0, "gpu": self.gpu or 0.0} | self.custom
+        for name, amount in amounts.items():
+            if 0 < amount < _LEAST_OF_RESOURCE:
+                raise ValueError(
+                    f"{name} {amount:g} is less than {_LEAST_OF_RESOURCE:g}, Ray's least; set more"
+                )
+        if self.gpu is not None and self.gpu > 1 and self.gpu % 1:
+            raise ValueError(f"gpu {self.gpu:g} is neither whole nor a part of one GPU; set 1, 2, ... or 0.5")
+        return self
 
 
 class ReferenceConfig(ModelConfig):
@@ -56,6 +94,15 @@ class ReferencesConfig(Section):
     mode: Literal["live", "precompute"] = "live"
     models: dict[str, ReferenceConfig] = Field(default_factory=dict)
     use: tuple[str, ...] | None = Field(default=None, description="those of models to use; default all")
+    load_minutes: float = Field(
+        default=60, gt=0, le=_YEAR, description="how long a replica may load its model before it is replaced"
+    )
+    answer_minutes: float = Field(
+        default=5,
+        gt=0,
+        le=_YEAR,
+        description="how long a replica may take for any batch before it is replaced; long batches get more",
+    )
     audit: int = Field(
         default=0, ge=0, description="stored responses per reference that are scored anew before training"
     )
@@ -67,10 +114,11 @@ class ReferencesConfig(Section):
         if not isinstance(values, Mapping) or not isinstance(values.get("models"), Mapping):
             return values
         use = values.get("use")
-        if use is None:
+        use = [use] if isinstance(use, str) else use
+        if not isinstance(use, list | tuple) or not all(isinstance(name, str) for name in use):
             return values
         models = values["models"]
-        for name in [use] if isinstance(use, str) else use:
+        for name in use:
             if name not in models:
                 raise ValueError(f"use names {name!r}{did_you_mean(str(name), models)}")
         return {**values, "models": {name: model for name, model in models.items() if name in use}}
@@ -101,16 +149,16 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(default=None, ge=1)
     pairs_per_step: int = Field(default=64, ge=1)
     tokens_per_microbatch: int = Field(default=8192, ge=1)
-    learning_rate: float = Field(default=5.0e-6, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=5.0e-6, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    clip_norm: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     save_every: int = Field(default=200, ge=1)
     keep_last: int = Field(default=2, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class ParallelConfig(Section):
@@ -126,7 +174,11 @@ class ParallelConfig(Section):
     )
     offload: bool = Field(default=False, description="keep what is sharded in main memory (fsdp, deepspeed)")
     resources: Resources = Resources()
-    max_failures: int = Field(default=3, ge=0, description="worker crashes before the run gives up")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="worker crashes without a new checkpoint in between before the run gives up",
+    )
 
     @model_validator(mode="after")
     def _refuse_unsuitable_settings(self) -> "ParallelConfig":
@@ -183,7 +235,7 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """Responses that the policy writes at every evaluation, for KL and reward."""
 
-    prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the file")
+    prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the judged set")
     max_new_tokens: int = Field(default=64, ge=1)
     kl_budget: float | None = Field(
         default=None, gt=0, description="nats per response to the primary, for the metrics at a KL budget"
@@ -214,6 +266,9 @@ class EvaluationConfig(Section):
         default="eval/accuracy",
         description="what the run is judged by; shown first at its end",
         json_schema_extra={"enum": list(METRICS)},
+    )
+    set: str | None = Field(
+        default=None, description="the named held-out set that the run is judged by; default: the first"
     )
     sampling: SamplingConfig | None = None
     keep: Literal["last", "best"] = Field(
@@ -259,4 +314,4 @@ class TrackingConfig(Section):
 class PlacementConfig(Section):
     """How long references and workers that fit the cluster may wait for other jobs to make room."""
 
-    wait_minutes: float = Field(default=10, gt=0)
+    wait_minutes: float = Field(default=10, gt=0, le=_YEAR)

@@ -17,11 +17,15 @@ from pydantic import (
 )
 
 from losses.config import LossConfig
-from orchestrator.config.problems import explain_validation_error
+from losses.presets import ALIASES
+from orchestrator.config.paths import resolve_path
+from orchestrator.config.problems import explain_validation_error, refuse_booleans
 from orchestrator.config.run import RunConfig, parse_run
-from orchestrator.config.sections import KL_PREFIX, METRICS, EvaluationConfig, Section
+from orchestrator.config.sections import KL_PREFIX, METRICS, EvaluationConfig, RunName, Section, Seed
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
+from tune_spaces.domains import Choice
+from tune_spaces.draft import PRESET_FIELD
 from tune_spaces.schedulers import FifoConfig, SchedulerConfig
 from tune_spaces.spaces import SPACES, Domain, apply_point, parse_domain
 
@@ -49,7 +53,7 @@ class SearchConfig(Section):
     controls: bool = Field(
         default=False, description="a DPO of matched beta for each soft or dispersed point"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _require_trials(self) -> "SearchConfig":
@@ -98,7 +102,7 @@ def _wrap_objective(value: Any) -> Any:
 class SweepFile(Section):
     """A sweep file as the user writes it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: RunName
     run: dict[str, Any] = Field(
         description="the run file that every trial starts from: its path, or its content"
     )
@@ -114,7 +118,7 @@ class SweepFile(Section):
     max_failures: int | None = Field(
         default=None, ge=0, description="failed trials that end the search when exceeded"
     )
-    time_budget: float | None = Field(default=None, gt=0, description="minutes of this call")
+    time_budget: float | None = Field(default=None, gt=0, le=525_600, description="minutes of this call")
     promote: Literal["best", "retrain"] | None = "best"
 
     @model_validator(mode="after")
@@ -159,7 +163,7 @@ def load_sweep(
     content = apply_overrides(content, run_overrides)
     run, run_source = content.get("run"), f"{name}: run"
     if isinstance(run, str):
-        run_file = folder / Path(run).expanduser()
+        run_file = resolve_path(run, field=f"{name}: run", base=folder)
         run_source = str(run_file)
         content["run"] = read_yaml(run_file)
     elif run is None:
@@ -174,12 +178,14 @@ def parse_sweep(content: Mapping[str, Any], *, source: str, run_source: str | No
         file = SweepFile.model_validate(content)
     except ValidationError as error:
         raise UsageError(explain_validation_error(error, source=source, model=SweepFile)) from None
+    refuse_booleans({**content, "run": {}}, file, source=source)
     base = parse_run(_set_evaluation_metric(file, file.run), source=run_source or f"{source}: run")
     domains = {}
     for field, value in file.space.items():
         _refuse_unsearchable(field, f"{source}: space.{field}")
         try:
             domains[field] = parse_domain(value)
+            _refuse_alias(field, domains[field])
         except ValueError as error:
             raise UsageError(f"{source}: space.{field}: {error}") from None
     fields = {name: getattr(file, name) for name in SweepFile.model_fields}
@@ -218,7 +224,10 @@ def build_sweep_schema() -> dict[str, Any]:
 def _set_evaluation_metric(sweep: SweepFile, run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the run file's content with the search's first objective as its evaluation metric."""
     metric = sweep.objective[0].metric
-    evaluation = dict(run.get("evaluation") or {})
+    evaluation = run.get("evaluation") or {}
+    if not isinstance(evaluation, Mapping):  # refused where the run is parsed
+        return dict(run)
+    evaluation = dict(evaluation)
     if metric in METRICS:
         evaluation["metric"] = metric
     if metric.endswith("_at_kl"):
@@ -244,6 +253,14 @@ def _refuse_unsearchable(field: str, where: str) -> None:
             f"{where}: cannot be searched; loss.*, training.*, references.use and policy.adapter.* can. "
             "Trials share data, models and placement, so that one reference service scores for all"
         )
+
+
+def _refuse_alias(field: str, domain: Domain) -> None:
+    """Refuse another trainer's name among searched presets, as a loss has one name in spaces and rankings."""
+    values = domain.values if isinstance(domain, Choice) else (getattr(domain, "value", None),)
+    for name in map(str, values) if field == PRESET_FIELD else ():
+        if name in ALIASES:
+            raise ValueError(f"preset {name} is {ALIASES[name]} here; write {ALIASES[name]}")
 
 
 def _find_model_classes(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.cluster.connection import connect_to_ray
+from orchestrator.config.paths import resolve_path
 from orchestrator.config.run import RunConfig, parse_run
 from orchestrator.demo.assets import AssetError, fetch_human_ratings, fetch_smollm2, load_lexicon
 from orchestrator.demo.ratings import build_preference_rows, read_movie_reviews, write_rows
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.train import train_run
 from orchestrator.errors import UsageError
+from orchestrator.storage.probe import find_write_problem
 from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.progress import make_plain_console
 
@@ -33,21 +35,31 @@ _TABLE_METRICS = (
 )
 
 
+MARKER_FILE = ".polyref-demo"
+"""A file that says that a folder was made by the demo, which may then delete it."""
+
+
 def run_demo(folder: str, *, fresh: bool) -> None:
     """Train a film-review reference, then a policy against it and the base model, and print what changed.
 
     All files are written to `folder`; existing ones are reused unless `fresh`.
 
     Raises:
-        UsageError: the model or the ratings are not in the cache and cannot be fetched.
+        UsageError: the model or the ratings are not in the cache and cannot be fetched; with `fresh`, the
+            folder was not made by the demo.
     """
-    console, root = make_plain_console(), Path(folder).resolve()
+    console, root = make_plain_console(), resolve_path(folder, field="--folder")
+    if (problem := find_write_problem(root)) is not None:
+        raise UsageError(f"--folder {folder} cannot be written ({problem}); name another")
     if fresh:
-        shutil.rmtree(root, ignore_errors=True)
+        _remove_demo(root)
     try:
         model, ratings, sentiment = fetch_smollm2(), fetch_human_ratings(), load_lexicon()
     except AssetError as error:
         raise UsageError(str(error)) from error
+    if not root.exists():
+        root.mkdir(parents=True)
+        (root / MARKER_FILE).touch()
     rows = build_preference_rows(read_movie_reviews(ratings))
     data = write_rows(rows, root / "data")
 
@@ -62,6 +74,16 @@ def run_demo(folder: str, *, fresh: bool) -> None:
     prompts = _pick_prompts(rows.eval)
     _print_continuations(model, policy.folder / "export" / "model", prompts, sentiment, console)
     _print_next_commands(root, policy, record, console)
+
+
+def _remove_demo(root: Path) -> None:
+    """Delete the folder of an earlier demo; refuse any other."""
+    if root.exists() and not (root / MARKER_FILE).exists():
+        raise UsageError(
+            f"{root}: --fresh deletes what a demo has made, and this folder has no {MARKER_FILE}; delete it "
+            "yourself, or name another folder with --folder"
+        )
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _load_run_config(name: str, root: Path, model: Path, data: dict[str, Path]) -> RunConfig:

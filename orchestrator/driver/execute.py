@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
 from orchestrator.cluster.nodes import list_node_resources
@@ -14,7 +13,7 @@ from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.scoring import prepare_references, report_scores
-from orchestrator.errors import RunFailed, UsageError
+from orchestrator.errors import RunFailed, RunStopped, UsageError
 from orchestrator.references.service import ReferenceService
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import run_location
@@ -24,6 +23,8 @@ from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.launch import run_workers
 from orchestrator.worker.rewards import RewardScorer
 from orchestrator.worker.setup import WorkerSetup, count_total_steps
+from orchestrator.worker.splits import send_split
+from orchestrator.worker.stopping import stop_on_sigterm
 
 
 def open_tracker(prepared: PreparedRun, record: RunRecord) -> Tracker:
@@ -78,8 +79,9 @@ def train_on_cluster(
             follow_steps(mirror.folder, total_steps, console),
             mirror.pull_periodically(METRICS_FILE),
             mirror.write_probe() as probe_path,
+            stop_on_sigterm(console) as stop_sign,
         ):
-            setup = _build_worker_setup(prepared, service, tracker, reward_scorer, probe_path)
+            setup = _build_worker_setup(prepared, service, tracker, reward_scorer, probe_path, stop_sign)
             try:
                 result = run_workers(setup)
             except RunFailed as error:
@@ -89,8 +91,15 @@ def train_on_cluster(
         counts = {name: asdict(stats) for name, stats in service.stats().items()}
         if result.status == "refused":
             raise UsageError(result.reason)
+        if result.status == "stopped":
+            raise RunStopped(
+                f"stopped by SIGTERM after step {result.step} of {total_steps}; the same command resumes"
+            )
         if result.status != "done":
-            raise RunFailed(f"{result.reason}. The last checkpoint is kept; a changed run needs --fresh")
+            remedy = (
+                "a changed run needs --fresh" if result.status == "diverged" else "the same command resumes"
+            )
+            raise RunFailed(f"{result.reason}. The last checkpoint is kept; {remedy}")
     record.result, record.reference_counts = result, counts
     record.write(mirror)
 
@@ -101,13 +110,14 @@ def _build_worker_setup(
     tracker: Tracker,
     reward_scorer: RewardScorer | None,
     probe_path: str,
+    stop_sign: str,
 ) -> WorkerSetup:
     """Build the setup that every worker gets, with the rows in Ray's object store for all nodes."""
     return WorkerSetup(
         config=prepared.config,
         policy=prepared.policy.config,
-        train=ray.put(prepared.train),
-        eval=ray.put(prepared.eval) if prepared.eval else None,
+        train=send_split(prepared.train),
+        eval=send_split(prepared.eval) if prepared.eval else None,
         routers={name: service.routers[name] for name in prepared.config.references.ordered},
         identity=prepared.identity,
         initial_policy_reference=prepared.initial_policy_reference,
@@ -121,6 +131,7 @@ def _build_worker_setup(
         tracking_run=tracker.run_id,
         reward_scorer=reward_scorer,
         vocabulary_sizes=prepared.vocabulary_sizes,
+        stop_sign=stop_sign,
     )
 
 
@@ -130,7 +141,7 @@ def _mark_failure(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, UsageError | RunFailed):
+        if isinstance(error, UsageError | RunFailed) and not isinstance(error, RunStopped):
             tracker.set_tags({"failure": str(error)})
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | RunStopped) else "FAILED")
         raise

@@ -12,7 +12,8 @@ from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import open_tracker
 from orchestrator.driver.prepare import PreparedRun
 from orchestrator.driver.record import RunRecord
-from orchestrator.errors import RunFailed
+from orchestrator.errors import RunFailed, UsageError
+from orchestrator.files import find_changed_file
 from orchestrator.registry.model_card import Lineage, PinnedReference
 from orchestrator.registry.register import register_model
 from orchestrator.storage.mirror import Mirror
@@ -27,14 +28,22 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
     """Draw plots, log artifacts and register the version; each step can be repeated after a kill.
 
     `search` are lineage tags of the search that chose the run, if one did.
+
+    Raises:
+        RunFailed: MLflow does not answer, or has not taken everything.
     """
-    config, mirror, tracker = (
-        prepared.config,
-        Mirror(run_location(prepared.config)),
-        open_tracker(prepared, record),
+    config, mirror = prepared.config, Mirror(run_location(prepared.config))
+    kept = (
+        f"The trained model is kept in {mirror.describe_path(EXPORT_FOLDER, 'model')}, and the same command "
+        "sends what is missing"
     )
     folder = mirror.folder
     mirror.pull(*METRIC_FILES)
+    try:
+        tracker = open_tracker(prepared, record)
+    except UsageError as error:
+        raise RunFailed(f"{error}. {kept}") from error
+    tracker.catch_up()  # what the workers could not send while the server was away
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(record.config, sort_keys=False))
     tracker.log_files([run_file], under="config")
@@ -48,6 +57,13 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
                 f"{mirror.describe_path(EXPORT_FOLDER)} is gone, so there is nothing to register: "
                 "train again with --fresh"
             )
+        if (changed := find_changed_file(export)) is not None:
+            record.result = None
+            record.write(mirror)
+            raise RunFailed(
+                f"{mirror.describe_path(EXPORT_FOLDER, changed)} is not what training wrote: a disk or a "
+                "program has changed it. The same command exports the model again, from the last checkpoint"
+            )
         version = register_model(
             prepared.tracking_uri,
             name=config.tracking.registered_model,
@@ -59,7 +75,9 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
             alias=config.tracking.alias,
         )
         record.registered = version.uri_pinned
-    tracker.finish()
+    if not tracker.finish():
+        record.write(mirror)
+        raise RunFailed(f"MLflow has not taken all of run {config.name!r}. {kept}")
     record.finished = True
     mirror.push(run_file.name, PLOTS_FOLDER)
     record.write(mirror)
@@ -74,6 +92,8 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
         values = [line[metric] for line in evaluations if line.get(metric) is not None]
         if values:
             console.print(f"{metric}: {values[0]:.4f} before, {values[-1]:.4f} after")
+    if by_set := _list_set_accuracies(record.training_result.metrics):
+        console.print(f"accuracy by set: {', '.join(by_set)}")
     if reason := record.training_result.plain_rows_reason:
         console.print(f"prompts were computed once per response: {reason}")
     for finding in record.training_result.findings.values():
@@ -85,6 +105,12 @@ def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
         resolve_tracking_uri(config.tracking.uri, config.storage_path), record.mlflow_run
     ):
         console.print(f"MLflow run: {page}")
+
+
+def _list_set_accuracies(metrics: Mapping[str, float]) -> list[str]:
+    """List `name 0.71` for every held-out set that has an accuracy."""
+    names = {name: name.removeprefix("eval/").removesuffix("/accuracy") for name in metrics}
+    return [f"{names[n]} {v:.2f}" for n, v in metrics.items() if n == f"eval/{names[n]}/accuracy"]
 
 
 def _build_result_tags(record: RunRecord) -> dict[str, str]:
@@ -133,6 +159,7 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         primary=config.references.primary,
         data_digest=prepared.digests["train"],
         eval_digest=prepared.digests.get("eval"),
+        judged_set=config.judged_set,
         counts=counts,
         before=evaluations[0] if evaluations else {},
         after=evaluations[-1] if evaluations else {},

@@ -1,62 +1,28 @@
 """Check a run before it takes a device: find and pin its models, read and tokenise its data."""
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from models.config import ModelConfig, ModelError
-from models.fingerprint import Fingerprint, compute_fingerprint
-from models.load import ModelFiles, load_tokenizer, locate_model, read_model_limits
+from models.config import ModelConfig
+from models.load import read_model_limits
 from orchestrator.config.functions import check_functions
+from orchestrator.config.paths import resolve_if_present, resolve_path
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.record import RunRecord, find_pin
 from orchestrator.errors import UsageError
-from orchestrator.registry.download import resolve_model
+from orchestrator.files import cache_folder
+from orchestrator.registry.find import PreparedModel, find_model
 from orchestrator.storage.probe import refuse_unwritable
 from orchestrator.tracking.code_version import read_code_tags
-from orchestrator.tracking.mlflow import resolve_tracking_uri
-from preferences.load import LoadedPairs, load_splits
+from orchestrator.tracking.mlflow import check_tracking, resolve_tracking_uri
+from orchestrator.worker.rewards import check_reward_model
+from preferences.load import LoadedSource, load_splits
 from preferences.split import TokenizedSplit
-from preferences.tokenize import Rendering, tokenize_pairs
-
-_POLICY_RENDERING = "the policy"
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model whose files and tokenizer have been found.
-
-    Attributes:
-        config: its settings, with registry names resolved to a folder and hub revisions to a commit.
-        located: its files.
-        tokenizer: its own tokenizer, with the configured chat template.
-        pin: the exact version that its name meant when the run began.
-        template_kwargs: arguments of the chat template.
-        device_type: "cuda" or "cpu", which decides `dtype: auto`.
-    """
-
-    config: ModelConfig
-    located: ModelFiles
-    tokenizer: Any
-    pin: str
-    template_kwargs: Mapping[str, Any]
-    device_type: str = "cpu"
-
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """The fingerprint that identifies its scores."""
-        return compute_fingerprint(
-            self.located,
-            self.config,
-            self.tokenizer,
-            template_kwargs=self.template_kwargs,
-            device_type=self.device_type,
-        )
+from preferences.tokens.fitting import Readers
+from preferences.tokens.rendering import Rendering
 
 
 @dataclass(frozen=True)
@@ -75,6 +41,7 @@ class PreparedRun:
         function_digests: digests of the sources of functions that the loss depends on, by field.
         token_digests: digests of the token ids that each model reads, by split and model.
         notices: lines about the data that someone should read before training.
+        sources: what was read of each source, per split.
     """
 
     config: RunConfig
@@ -88,6 +55,7 @@ class PreparedRun:
     function_digests: Mapping[str, str] = field(default_factory=dict)
     token_digests: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    sources: Mapping[str, Sequence[LoadedSource]] = field(default_factory=dict)
 
     def for_device(self, device_type: str) -> "PreparedRun":
         """Return the same run with every `dtype: auto` decided for "cuda" or "cpu"."""
@@ -133,52 +101,68 @@ class PreparedRun:
         }
 
 
-def prepare_run(config: RunConfig, previous: RunRecord | None = None) -> PreparedRun:
+def prepare_run(
+    config: RunConfig,
+    previous: RunRecord | None = None,
+    *,
+    progress: Callable[[str, int], None] | None = None,
+) -> PreparedRun:
     """Find and pin the models of a run file whose paths are resolved, read and tokenise the data.
 
     A run that resumes from a `previous` record keeps the model versions pinned there, even if a name means
-    another version by now.
+    another version by now. `progress` is called with the name of a source and the rows read of it.
 
     Raises:
         UsageError, ModelError, DataError: one message naming the field or the row, and the remedy.
     """
     function_digests = check_functions(config, str(Path.cwd()))
     uri = check_storage(config)
-    policy = _find_model("policy", _strip_to_model_config(config.policy_model), config, uri, previous)
+    _check_reward_model(config)
+    policy = _find_model("policy", config.policy_model, config, uri, previous)
     references = {
         name: policy
         if reference.scored_by_workers
-        else _find_model(
-            f"references.models.{name}", _strip_to_model_config(reference), config, uri, previous
-        )
+        else _find_model(f"references.models.{name}", reference, config, uri, previous)
         for name, reference in config.references.models.items()
     }
-    train, evaluation = load_splits(
-        config.data, completions_only=config.loss.completions_only, seed=config.training.seed
-    )
     config = _pin_template_date(config, previous, [policy, *references.values()])
-    splits, counts = {}, {}
-    tokens: dict[str, str] = {}
-    notices: list[str] = []
-    for name, loaded in (("train", train), ("eval", evaluation)):
-        if loaded is not None:
-            splits[name], counts[name], lines = _tokenize_split(loaded, policy, references, config)
-            tokens |= {f"{name}, {model}": d for model, d in splits[name].digest_tokens().items()}
-            notices += [f"{name}: {line}" for line in lines]
-    digests = {"train": train.digest} | ({"eval": evaluation.digest} if evaluation else {})
+    readers = Readers(
+        config.data,
+        _make_rendering(policy, config),
+        {name: _make_rendering(model, config) for name, model in references.items()},
+    )
+    train, evaluation = load_splits(
+        readers,
+        completions_only=config.loss.completions_only,
+        seed=config.training.seed,
+        folder=cache_folder("data"),
+        progress=progress,
+    )
+    splits = {"train": train} | ({"eval": evaluation} if evaluation else {})
     return PreparedRun(
         config,
         policy,
         references,
-        splits["train"],
-        splits.get("eval"),
-        digests,
-        counts,
+        train.split,
+        evaluation.split if evaluation else None,
+        {name: loaded.digest for name, loaded in splits.items()},
+        {name: loaded.counts for name, loaded in splits.items()},
         uri,
         function_digests,
-        tokens,
-        notices,
+        {
+            f"{name}, {model}": digest
+            for name, loaded in splits.items()
+            for model, digest in loaded.token_digests.items()
+        },
+        [f"{name}: {line}" for name, loaded in splits.items() for line in loaded.notices],
+        {name: loaded.sources for name, loaded in splits.items()},
     )
+
+
+def _check_reward_model(config: RunConfig) -> None:
+    sampling = config.evaluation.sampling
+    if sampling is not None and sampling.reward is not None and sampling.reward.model is not None:
+        check_reward_model(sampling.reward)
 
 
 def refuse_hard_labels(config: RunConfig, train: TokenizedSplit) -> None:
@@ -208,38 +192,22 @@ def check_storage(config: RunConfig) -> str:
     """
     uri = resolve_tracking_uri(config.tracking.uri, config.storage_path)
     refuse_unwritable(config.storage_path)
+    check_tracking(config.tracking, uri)
     return uri
-
-
-def _strip_to_model_config(config: ModelConfig) -> ModelConfig:
-    """Keep the settings that identify the model, and drop those of its training or serving."""
-    return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
 def _find_model(
     field: str, requested: ModelConfig, config: RunConfig, uri: str, previous: RunRecord | None
 ) -> PreparedModel:
-    """Resolve a registry name, find the files and read the tokenizer."""
-    pin, settings = find_pin(previous, field, requested.model), requested
-    if requested.model.startswith("models:/"):
-        try:
-            resolved = resolve_model(pin or requested.model, uri)
-        except UsageError as error:
-            raise UsageError(f"{field}: {error}") from error
-        pin, settings = resolved.uri_pinned, requested.model_copy(update={"model": str(resolved.folder)})
-    elif pin is not None and pin.startswith(f"{requested.model}@"):
-        settings = requested.model_copy(update={"revision": pin.removeprefix(f"{requested.model}@")})
-    try:
-        located = locate_model(settings)
-        tokenizer = load_tokenizer(located, settings)
-    except ModelError as error:
-        raise ModelError(f"{field}: {error}") from error
-    if located.revision:
-        settings = settings.model_copy(update={"revision": located.revision})
-    if not requested.model.startswith("models:/"):
-        pin = f"{requested.model}@{located.revision}" if located.revision else str(located.path)
-    assert pin is not None
-    return PreparedModel(settings, located, tokenizer, pin, config.data.chat_template_kwargs)
+    """Find a model of the run, without the settings of its training or serving."""
+    settings = ModelConfig(**{name: getattr(requested, name) for name in ModelConfig.model_fields})
+    return find_model(
+        field,
+        settings,
+        tracking_uri=uri,
+        pin=find_pin(previous, field, settings.model),
+        template_kwargs=config.data.chat_template_kwargs,
+    )
 
 
 def _pin_template_date(
@@ -260,82 +228,48 @@ def _read_date() -> datetime.date:
     return datetime.datetime.now().astimezone().date()
 
 
-def _tokenize_split(
-    loaded: LoadedPairs, policy: PreparedModel, references: Mapping[str, PreparedModel], config: RunConfig
-) -> tuple[TokenizedSplit, dict[str, Any], list[str]]:
-    """Tokenise a split for every model.
-
-    Returns:
-        The split; its counts of kept, swapped and skipped rows; and lines about tokens at the boundary of
-        prompt and response.
-    """
-    models = {_POLICY_RENDERING: policy} | {f"reference {name}": model for name, model in references.items()}
-    renderings = {}
-    for name, model in models.items():
-        limits = read_model_limits(model.located, model.config)
-        renderings[name] = Rendering(
-            tokenizer=model.tokenizer,
-            template_kwargs=config.data.chat_template_kwargs,
-            max_positions=limits.positions,
-            vocabulary=limits.vocabulary,
-            date=config.data.template_date,
-        )
-    tokenized = tokenize_pairs(loaded.pairs, renderings, config.data)
-    kept_pairs = [loaded.pairs[int(index)] for index in tokenized.kept_indices]
-    split = TokenizedSplit(
-        policy=tokenized.tables[_POLICY_RENDERING],
-        references={name: tokenized.tables[f"reference {name}"] for name in references},
-        soft_labels=np.array([pair.soft_label for pair in kept_pairs]),
-        sources=tuple(pair.source for pair in kept_pairs),
-        has_pairs=not config.loss.completions_only,
-        has_soft_labels=loaded.has_soft_labels,
+def _make_rendering(model: PreparedModel, config: RunConfig) -> Rendering:
+    """Make the rendering with which a model reads the run's pairs."""
+    limits = read_model_limits(model.located, model.config)
+    return Rendering(
+        tokenizer=model.tokenizer,
+        template_kwargs=config.data.chat_template_kwargs,
+        max_positions=limits.positions,
+        vocabulary=limits.vocabulary,
+        date=config.data.template_date,
     )
-    merged = {index for indices in tokenized.boundary_merges.values() for index in indices}
-    counts = {
-        "pairs": len(kept_pairs),
-        "swapped": loaded.swapped,
-        "truncated": tokenized.truncated,
-        "boundary_examined": tokenized.examined,
-        "boundary_merged": len(merged),
-        "skipped": dict(loaded.skipped + tokenized.skipped),
-    }
-    lines = [
-        f"{len(indices)} of {tokenized.examined} examined pairs, such as {loaded.pairs[indices[0]].source}, "
-        f"have a token of {name} that reaches from the prompt into the response when both are one text; they "
-        "are tokenised apart: end prompts without a blank, and begin responses with it"
-        for name, indices in tokenized.boundary_merges.items()
-        if indices
-    ]
-    return split, counts, lines
 
 
 def resolve_paths(config: RunConfig, *, base: Path) -> RunConfig:
     """Resolve the run file's relative paths against `base`; names on a hub or in a registry are kept."""
 
-    def resolve_path(name: str | None) -> str | None:
+    def resolve_name(field: str, name: str | None) -> str | None:
         if name is None or "://" in name or "{" in name or name.startswith("models:/"):
             return name
-        path = (base / Path(name).expanduser()).resolve()
-        return str(path) if path.exists() else name
+        return resolve_if_present(name, field=field, base=base)
 
-    def resolve_model_paths(settings: Any) -> Any:
+    def resolve_source(source: str) -> str:
+        return resolve_name("data.train, data.eval", source) or source
+
+    def resolve_model_paths(field: str, settings: Any) -> Any:
         names = ("model", "base", "chat_template")
-        return settings.model_copy(update={name: resolve_path(getattr(settings, name)) for name in names})
+        paths = {name: resolve_name(f"{field}.{name}", getattr(settings, name)) for name in names}
+        return settings.model_copy(update=paths)
 
     references = {
-        name: reference if reference.scored_by_workers else resolve_model_paths(reference)
+        name: reference
+        if reference.scored_by_workers
+        else resolve_model_paths(f"references.models.{name}", reference)
         for name, reference in config.references.models.items()
     }
     storage = config.storage_path
     return config.model_copy(
         update={
-            "policy": resolve_model_paths(config.policy),
+            "policy": resolve_model_paths("policy", config.policy),
             "references": config.references.model_copy(update={"models": references}),
-            "data": config.data.model_copy(
-                update={"train": resolve_path(config.data.train), "eval": resolve_path(config.data.eval)}
-            ),
+            "data": config.data.map_sources(resolve_source),
             "storage_path": storage
             if "://" in storage
-            else str((base / Path(storage).expanduser()).resolve()),
+            else str(resolve_path(storage, field="storage_path", base=base)),
         }
     )

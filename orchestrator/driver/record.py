@@ -4,21 +4,24 @@ Running the same command again reads the record and resumes the run; a run whose
 have changed is refused, because its checkpoint would silently mean something else.
 """
 
+import datetime
 import json
+import os
 import uuid
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.errors import UsageError
-from orchestrator.files import RecordError, dump_record, load_record, replace_text
+from orchestrator.files import RecordError, dump_record, load_record, read_regular_file, replace_text
 from orchestrator.storage.mirror import Mirror
 from orchestrator.worker.result import WorkerResult
 
 RunFolder = Path | Mirror
 """A run's folder, or the mirror of a run that is on an object store."""
+RunKind = Literal["run", "search"]
 RECORD_FILE = "run.json"
 VERSION = 3
 """Version of the record's fields. In version 1 `result` was a dictionary with the references' counts; until
@@ -28,15 +31,27 @@ MAY_CHANGE = (
     "storage_path",
     "placement",
     "tracking",
-    "evaluation",
+    "evaluation.every_steps",
+    "evaluation.metric",
+    "evaluation.sampling",
+    "evaluation.keep",
     "data.allow_hard_labels",
     "references.mode",
     "references.audit",
+    "references.load_minutes",
+    "references.answer_minutes",
     "training.tokens_per_microbatch",
     "training.save_every",
     "training.keep_last",
     "parallel",
 )
+_OWN_FOLDERS = ("checkpoints", "export", ".export.part", "plots", "trials", ".tune")
+_OWN_FILES = (
+    *("best.safetensors", "metrics.jsonl", "dispersion.json", "run.yaml", "sweep.yaml", "trials.csv"),
+    RECORD_FILE,  # last: a removal that was killed can be repeated
+)
+"""What a run or a search writes to its folder."""
+_DAMAGED = "it is damaged or of another program"
 _MAY_CHANGE_PER_REFERENCE = ("replicas", "resources")
 # What a record from before tokens were pinned does not have: it is added when such a run is resumed.
 _PINNED_LATER = ("tokens", "data.template_date", "run.data.template_date")
@@ -78,6 +93,11 @@ class RunRecord:
     finished: bool = False
 
     @property
+    def kind(self) -> RunKind:
+        """Whether it is the record of a run or of a search."""
+        return "search" if "run" in self.config else "run"
+
+    @property
     def pins_tokens(self) -> bool:
         """Whether the record knows the tokens that the run began with."""
         return "tokens" in self.identity
@@ -104,21 +124,59 @@ def read_record(folder: RunFolder) -> RunRecord | None:
     """Read the record of a run that was started before; return None if there is none.
 
     Raises:
-        UsageError: the record is damaged, or a newer polyref wrote it.
+        UsageError: the record is damaged, or a newer polyref wrote it, or its folder has a folder where a run
+            has a file.
     """
     mirror = _open_mirror(folder)
+    _refuse_other_kinds(mirror.folder)
     mirror.pull(RECORD_FILE)
     path = mirror.folder / RECORD_FILE
     if not path.exists():
         return None
     try:
-        return load_record(RunRecord, path.read_text(), version=VERSION, convert=_convert_fields)
-    except RecordError as error:
+        record = load_record(RunRecord, read_regular_file(path), version=VERSION, convert=_convert_fields)
+        _check_config(record.config)
+        return record
+    except (RecordError, OSError) as error:
         place = mirror.describe_path(RECORD_FILE)
         raise UsageError(
-            f"{place}: is not a run's record that can be read: {error}. Give the run another name, or start "
-            "over with --fresh, which removes its checkpoints"
+            f"{place}: is not a run's record that can be read: {error}. Restore it from a copy, or move its "
+            "folder away, with the checkpoints in it, and start again"
         ) from None
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Refuse a run's folder that is none, or has folders, pipes or broken links where a run has files."""
+    expected = [(folder, Path.is_dir), *((folder / name, Path.is_dir) for name in _OWN_FOLDERS)]
+    expected += [(folder / name, Path.is_file) for name in _OWN_FILES]
+    for path, is_kind in expected:
+        if os.path.lexists(path) and not is_kind(path):
+            kind = "folder" if is_kind is Path.is_dir else "file"
+            raise UsageError(f"{path}: a run has a {kind} of this name, and this is none; move it away")
+
+
+def _check_config(config: Any) -> None:
+    """Refuse a record whose settings lack the sections that are read from it.
+
+    Raises:
+        RecordError: names the section.
+    """
+    run = config.get("run", config)
+    sections = {"config.run": run} if "run" in config else {}
+    if isinstance(run, dict):
+        sections |= {f"config.{name}": run.get(name) or {} for name in ("policy", "references", "data")}
+    if "run" in config:
+        sections["config.search"] = config.get("search")
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise RecordError(f"{_DAMAGED}: {name} is no section of settings")
+    models = (run.get("references") or {}).get("models") or {}
+    if not isinstance(models, dict) or not all(isinstance(model, dict) for model in models.values()):
+        raise RecordError(f"{_DAMAGED}: config.references.models has no models")
+    try:
+        datetime.date.fromisoformat((run.get("data") or {}).get("template_date") or "2000-01-01")
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{_DAMAGED}: config.data.template_date: {error}") from None
 
 
 def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +191,7 @@ def _convert_fields(version: int, fields: dict[str, Any]) -> dict[str, Any]:
             split: {{"turned_round": "swapped"}.get(name, name): count for name, count in counts.items()}
             for split, counts in fields["counts"].items()
         }
-    return fields | {"result": WorkerResult(**result) if result else None}
+    return fields | {"result": asdict(WorkerResult(**result)) if result else None}
 
 
 def open_record(
@@ -191,9 +249,36 @@ def lock_run(folder: RunFolder) -> AbstractContextManager[None]:
     return _open_mirror(folder).hold_lease()
 
 
-def remove_run(folder: RunFolder) -> None:
-    """Remove a run's record, checkpoints, metrics and plots; its scores are stored elsewhere and stay."""
-    _open_mirror(folder).remove_run()
+def refuse_foreign_folder(folder: RunFolder, *, kind: RunKind) -> None:
+    """Refuse to start over in a folder that no run of this kind has written.
+
+    Raises:
+        UsageError: the folder has files and no record, or the record of another kind, or a damaged one.
+    """
+    mirror = _open_mirror(folder)
+    record, entries = read_record(mirror), mirror.list_entries()
+    if record is None and entries:
+        raise UsageError(
+            f"{mirror}: --fresh removes what a {kind} of this name has written, and no {RECORD_FILE} is "
+            f"there, but {', '.join(entries[:3])}; move that away, or give the {kind} another name"
+        )
+    if record is not None and record.kind != kind:
+        raise UsageError(
+            f"{mirror}: is the folder of a {record.kind}, which --fresh does not remove for a {kind}; give "
+            f"the {kind} another name"
+        )
+
+
+def remove_run(folder: RunFolder, *, kind: RunKind) -> None:
+    """Remove what a run or search has written: record, checkpoints, metrics, plots, trials; nothing else.
+
+    Its scores are stored elsewhere and stay, as do files of others in its folder.
+
+    Raises:
+        UsageError: as `refuse_foreign_folder`.
+    """
+    refuse_foreign_folder(folder, kind=kind)
+    _open_mirror(folder).remove_entries((*_OWN_FOLDERS, *_OWN_FILES))
 
 
 def _open_mirror(folder: RunFolder) -> Mirror:

@@ -1,6 +1,5 @@
 """Start a run's references and reward scorer, fill the references' stores, and report what they computed."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,21 +7,17 @@ from rich.console import Console
 
 from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, build_replica_bundle
-from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import PreparedRun
 from orchestrator.errors import RunFailed
 from orchestrator.references.audit import audit_scores
-from orchestrator.references.messages import ReferenceSpec
-from orchestrator.references.service import ReferenceService, start_references
+from orchestrator.references.service import ReferenceService, build_reference_spec, start_references
 from orchestrator.references.tolerance import choose_tolerance
 from orchestrator.tracking.progress import ProgressMeter
 from orchestrator.worker.rewards import RewardScorer, start_reward_scorer
 from preferences.split import TokenizedSplit
-from preferences.tokenize import TokenTable
+from preferences.tokens.tables import TokenTable
 
-GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
-"""Most tokens per batch of a replica: enough to fill the device, and a CPU answers within seconds."""
 AUDIT_LINES = 5
 """Differences of a reference and split that are shown; all are counted."""
 
@@ -33,22 +28,17 @@ def start_services(prepared: PreparedRun) -> ReferenceService:
     specs, cluster = [], ClusterProfile.from_nodes(list_node_resources())
     for name in config.references.ordered:
         settings, model = config.references.models[name], prepared.references[name]
-        bundle = build_replica_bundle(settings.resources, cluster)
-        num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
         specs.append(
-            ReferenceSpec(
-                name=name,
-                config=model.config.model_copy(
-                    update={"dtype": model.config.resolve_dtype(model.device_type)}
-                ),
-                fingerprint=model.fingerprint.digest,
+            build_reference_spec(
+                name,
+                model.config,
+                model.fingerprint.digest,
+                device_type=model.device_type,
+                bundle=build_replica_bundle(settings.resources, cluster),
                 replicas=0 if settings.scored_by_workers else settings.replicas,
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                resources=bundle,
-                max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
-                environment=collect_secrets(os.environ),
                 start_timeout_s=60 * config.placement.wait_minutes,
+                load_timeout_s=60 * config.references.load_minutes,
+                answer_timeout_s=60 * config.references.answer_minutes,
             )
         )
     return start_references(specs, config.storage_path)
@@ -111,7 +101,7 @@ def refuse_wrong_scores(
             audited += audit.responses
             differing += len(audit.differences)
             for difference in audit.differences[:AUDIT_LINES]:
-                console.print(f"audit: reference {name!r}, {split.sources[difference.row]}, {difference}")
+                console.print(f"audit: reference {name!r}, {split.places[difference.row]}, {difference}")
         console.print(f"audit: reference {name!r}: {differing} of {audited} stored scores differ")
         if differing:
             wrong.append(f"{name!r} ({differing} of {audited}, scores/{model.fingerprint.digest})")

@@ -23,7 +23,14 @@ from orchestrator.driver.prepare import (
     refuse_hard_labels,
     resolve_paths,
 )
-from orchestrator.driver.record import RunRecord, lock_run, open_record, read_record, remove_run
+from orchestrator.driver.record import (
+    RunRecord,
+    lock_run,
+    open_record,
+    read_record,
+    refuse_foreign_folder,
+    remove_run,
+)
 from orchestrator.driver.scoring import (
     open_reward_scorer,
     refuse_wrong_scores,
@@ -35,8 +42,8 @@ from orchestrator.errors import UsageError
 from orchestrator.redaction import hide_secrets
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import is_uri, run_location
-from orchestrator.tracking.mlflow import connect_to_mlflow
-from orchestrator.tracking.progress import make_plain_console
+from orchestrator.tracking.mlflow import connect_to_mlflow, refuse_unshared_default
+from orchestrator.tracking.progress import RowCounter, make_plain_console
 
 
 def check_run(config: RunConfig) -> None:
@@ -44,11 +51,11 @@ def check_run(config: RunConfig) -> None:
     console = make_plain_console()
     prepared = prepare_and_report(config, console, _read_previous(config))
     refuse_hard_labels(prepared.config, prepared.train)
-    connect_to_mlflow(prepared.tracking_uri)
     located = {name: model.located for name, model in prepared.references.items()}
     console.print(format_memory_table(size_run(prepared.config, prepared.policy.located, located)))
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
-        _place_on_cluster(prepared)
+        place_on_cluster(prepared)
+        refuse_unshared_default(config.tracking.uri, len(list_node_resources()))
     console.print(f"{config.name}: nothing to refuse")
 
 
@@ -63,7 +70,7 @@ def score_run(config: RunConfig, *, audit: int = 0) -> None:
     console = make_plain_console()
     prepared = prepare_and_report(config, console, _read_previous(config))
     with connect_to_ray(wait_minutes=config.placement.wait_minutes):
-        prepared = _place_on_cluster(prepared)
+        prepared = place_on_cluster(prepared)
         with start_services(prepared) as service:
             if audit:
                 refuse_wrong_scores(service, prepared, audit, console)
@@ -85,6 +92,8 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
     resolved = _resolve_config(config)
     check_storage(resolved)
     mirror = Mirror(run_location(resolved))
+    if fresh:
+        refuse_foreign_folder(mirror, kind="run")
     previous = None if fresh else read_record(mirror)
     prepared = prepare_and_report(config, console, previous)
     refuse_hard_labels(prepared.config, prepared.train)
@@ -94,7 +103,8 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
             record = _open_record(prepared)
         else:
             with connect_to_ray(wait_minutes=config.placement.wait_minutes):
-                prepared = _place_on_cluster(prepared)
+                prepared = place_on_cluster(prepared)
+                refuse_unshared_default(config.tracking.uri, len(list_node_resources()))
                 record = _open_record(prepared, fresh=fresh)
                 with (
                     start_services(prepared) as service,
@@ -110,9 +120,13 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> RunRecord:
 
 def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord | None = None) -> PreparedRun:
     """Prepare a run with all checks that need no cluster, and print a line on each split's rows."""
-    prepared = prepare_run(_resolve_config(config), previous)
+    if config.loss_notice:
+        console.print(f"loss: {config.loss_notice}")
+    prepared = prepare_run(_resolve_config(config), previous, progress=RowCounter(console).update)
     for split, counts in prepared.counts.items():
         text = f"{split}: {counts['pairs']} pairs"
+        if "sources" in counts:
+            text += f" ({', '.join(f'{source} {pairs}' for source, pairs in counts['sources'].items())})"
         if counts["truncated"]:
             text += f", {counts['truncated']} truncated"
         if counts["swapped"]:
@@ -120,6 +134,9 @@ def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord 
         for reason, count in counts["skipped"].items():
             text += f", {count} skipped ({reason})"
         console.print(text)
+        for source in prepared.sources.get(split, ()):
+            if source.understood:
+                console.print(f"{split}: {source.source.name} is read as\n{source.understood}")
     for line in prepared.notices:
         console.print(line)
     if previous is not None and not previous.pins_tokens:
@@ -142,7 +159,7 @@ def _read_previous(config: RunConfig) -> RunRecord | None:
 def _resolve_config(config: RunConfig) -> RunConfig:
     """Resolve the run file's paths against the current folder; refuse a storage that ends with the job."""
     storage = config.storage_path
-    if JOB_CONFIG in os.environ and not is_uri(storage) and not Path(storage).expanduser().is_absolute():
+    if JOB_CONFIG in os.environ and not is_uri(storage) and not storage.startswith(("/", "~")):
         raise UsageError(
             f"storage_path {storage} is relative, and a submitted job's working folder is thrown away "
             "with the job; give an absolute path that all nodes share, or the URI of an object store"
@@ -150,7 +167,7 @@ def _resolve_config(config: RunConfig) -> RunConfig:
     return resolve_paths(config, base=Path.cwd())
 
 
-def _place_on_cluster(prepared: PreparedRun) -> PreparedRun:
+def place_on_cluster(prepared: PreparedRun) -> PreparedRun:
     """Return the run for the connected cluster's devices; refuse one that cannot fit, with the arithmetic."""
     cluster = list_node_resources()
     refuse_impossible(prepared.config, cluster)
@@ -164,7 +181,7 @@ def _open_record(prepared: PreparedRun, *, fresh: bool = False) -> RunRecord:
     connect_to_mlflow(prepared.tracking_uri)
     mirror = Mirror(run_location(config))
     if fresh:
-        remove_run(mirror)
+        remove_run(mirror, kind="run")
     return open_record(
         mirror,
         RunRecord(

@@ -21,7 +21,6 @@ from orchestrator.redaction import redact
 
 MAX_SIZE_MB = 50
 _RUN_COMMANDS, _SWEEP_COMMANDS, _REGISTRY_COMMANDS = ("train", "score", "check"), ("tune",), ("models",)
-_DATA_FIELDS = ("data.train", "data.eval")
 _DATA_NAME = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv)(\.(gz|bz2|xz|zst))?$")
 _BUCKET_CREDENTIALS = re.compile(
     r"\b(s3|gs|gcs|abfss?)://[^@\s]*:[^@\s]*@", re.I
@@ -70,6 +69,11 @@ def build_bundle(command: Sequence[str], *, code: bool = False) -> JobBundle:
     """
     verb, arguments = (command[0], list(command[1:])) if command else ("", [])
     known = (*_RUN_COMMANDS, *_SWEEP_COMMANDS, *_REGISTRY_COMMANDS)
+    if verb == "label":
+        raise UsageError(
+            "label cannot be submitted: its output would be deleted with the job's folder; run it on a "
+            "node of the cluster with RAY_ADDRESS=auto, and its judges run on all nodes"
+        )
     if verb not in known:
         raise UsageError(
             f"{verb or 'nothing'} cannot be submitted{did_you_mean(verb, known)}; "
@@ -185,8 +189,8 @@ def _refuse_lost_results(run: RunConfig, field: str) -> None:
 
 def _list_local_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the run file's relative paths on this machine, each with the field that names it."""
-    for field, source in zip(_DATA_FIELDS, (run.data.train, run.data.eval), strict=True):
-        if source is not None and _is_local(source):
+    for field, source in run.data.list_sources().items():
+        if _is_local(source):
             if Path(source).exists():
                 yield field, source
             elif _DATA_NAME.search(source):
@@ -238,17 +242,27 @@ def _make_relative(path: Path, what: str) -> Path:
 
 
 def _list_files(what: str, path: str) -> dict[str, Path]:
-    """List a file, or a folder's files that are not hidden, by path in the bundle."""
+    """List a file, or a folder's files that are not hidden, by path in the bundle.
+
+    A link that is named is followed anywhere; one inside a folder, perhaps made by another, only to where the
+    folder or the working folder is.
+    """
     root = _make_relative(Path(path), what)
     if not root.is_dir():
         return {root.as_posix(): Path(path).expanduser()}
     files = {
-        file.as_posix(): file for file in _walk_files(root, hidden="._" if what in _DATA_FIELDS else ".")
+        file.as_posix(): file for file in _walk_files(root, hidden="._" if what.startswith("data.") else ".")
     }
     for name, file in files.items():
         if not file.is_file():
             raise UsageError(
                 f"{what}: {name} is not a file, or is a broken link, so it cannot be sent; remove it"
+            )
+        real = file.resolve()
+        if not any(real.is_relative_to(place.resolve()) for place in (root, Path())):
+            raise UsageError(
+                f"{what}: {name} leads by a link to {real}, out of the folder you submit from; copy the file "
+                "there, or remove the link"
             )
     return files
 

@@ -5,6 +5,7 @@ installed on the nodes. Its log is streamed here, and its exit code is this comm
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from orchestrator.cluster.worker_environment import collect_secrets
 from orchestrator.environment import set_environment
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.jobs.bundle import PACKAGES, JobBundle, build_bundle, format_megabytes, has_credentials
-from orchestrator.redaction import summarize_error
+from orchestrator.redaction import redact, summarize_error
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_TIMEOUT_S = 300.0
@@ -46,6 +47,7 @@ def submit_job(
     env: Sequence[str] = (),
     secret: Sequence[str] = (),
     code: bool = False,
+    insecure: bool = False,
 ) -> int:
     """Submit a command, follow it, and return the exit code for this process.
 
@@ -56,6 +58,7 @@ def submit_job(
         env: names of environment variables to send with their values here. The cluster shows them.
         secret: names of variables to send that must not be shown or logged.
         code: send polyref's own packages too.
+        insecure: send the cluster's token and secrets over plain HTTP to another machine too.
 
     Raises:
         UsageError: the command, an option or the address is wrong; nothing was submitted.
@@ -65,7 +68,7 @@ def submit_job(
     variables, hidden = _read_variables(env, "env"), _read_variables(secret, "secret")
     _refuse_shown_secrets(variables)
     print_status = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
-    client, headers = connect_to_job_server(address)
+    client, headers = connect_to_job_server(address, insecure=insecure, secrets=bool(hidden))
     server = client.get_address()
     if hidden:
         variables[SECRETS_LOCATION] = upload_secrets(hidden, server=server, headers=headers)
@@ -85,12 +88,21 @@ def submit_job(
     return _convert_exit_code(job, details, print_status)
 
 
-def connect_to_job_server(address: str | None) -> tuple[Any, dict[str, str]]:
+def connect_to_job_server(
+    address: str | None, *, insecure: bool = False, secrets: bool = False
+) -> tuple[Any, dict[str, str]]:
     """Return a client of the cluster's job server, and the HTTP headers with its token.
 
+    Args:
+        address: as for `submit_job`.
+        insecure: also connect where others on the network could read what is sent.
+        secrets: whether secrets will be sent, which others must not read, as they must not the token.
+
     Raises:
-        UsageError: nothing answers there, or the token is missing or wrong.
+        UsageError: nothing answers there, the token is missing or wrong, or others on the network could read
+            the token or secrets and `insecure` is not set.
     """
+    from ray.dashboard.utils import get_address_for_submission_client
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -101,9 +113,17 @@ def connect_to_job_server(address: str | None) -> tuple[Any, dict[str, str]]:
     token = _read_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        os.environ.update(_exclude_from_proxies(server))
         with set_environment(RAY_API_SERVER_ADDRESS=server):  # Ray prefers its variables to its arguments
+            server = get_address_for_submission_client(server)  # of `auto` and `ray://` too
+        if token and not insecure:
+            _refuse_plain_http(server, "the cluster's token", "run code on the cluster")
+        elif secrets and not insecure:
+            _refuse_plain_http(server, "the values of --secret", "use them")
+        os.environ.update(_exclude_from_proxies(server))
+        with set_environment(RAY_API_SERVER_ADDRESS=server):
             return JobSubmissionClient(server, headers=dict(headers)), headers
+    except UsageError:
+        raise
     except AuthenticationError as error:
         problem = "the token here is another" if token else "there is no token here"
         raise UsageError(
@@ -131,12 +151,32 @@ def _read_token() -> str | None:
         return None
 
 
+def _refuse_plain_http(server: str, what: str, harm: str) -> None:
+    """Refuse to send the token or secrets where they leave this machine without encryption."""
+    parts = urlsplit(server)
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
+        raise UsageError(
+            f"{redact(server)} would get {what} unencrypted, and whoever reads that on the way can {harm}; "
+            "go through a tunnel (ray dashboard cluster.yaml, or ssh -L 8265:127.0.0.1:8265 HEAD) with "
+            f"--address {DEFAULT_ADDRESS}, or through https://, or give --insecure if you trust everything "
+            "in between"
+        )
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:  # another name
+        return False
+
+
 def _exclude_from_proxies(address: str) -> dict[str, str]:
     """Return variables that exclude this machine from proxies, which cannot reach ports forwarded to it."""
-    if urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+    host = urlsplit(address).hostname
+    if not _is_loopback(host):
         return {}
     return {
-        name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost,::1"]))
+        name: ",".join(filter(None, [os.environ.get(name), f"127.0.0.1,localhost,::1,{host}"]))
         for name in ("NO_PROXY", "no_proxy")
     }
 

@@ -65,7 +65,7 @@ def audit_scores(
     if not stored:
         return Audit(0, [])
     request = ScoreRequest.pack([response.group for response in stored])
-    scores = wait_for_answer(name, service.routers[name].rescore.remote(request))
+    scores = wait_for_answer(name, service.routers[name], service.routers[name].rescore.remote(request))
     differences = [
         ScoreDifference(response.row, response.side, response.score, scores[index])
         for index, response in enumerate(stored)
@@ -89,11 +89,12 @@ def _draw_stored_responses(
     """Draw different responses that the store has, until there are enough."""
     order = np.random.default_rng(SEED).permutation(len(table))
     drawn: dict[bytes, _StoredResponse] = {}
+    router = service.routers[name]
     for start in range(0, len(order), ROWS_PER_LOOKUP):
         rows = order[start : start + ROWS_PER_LOOKUP]
         groups = group_pairs(table, rows)
         keys = ScoreRequest.pack(groups).keys
-        found = iter(wait_for_answer(name, service.routers[name].lookup.remote(keys)))
+        found = iter(wait_for_answer(name, router, router.lookup.remote(keys)))
         for row, group in zip(rows.tolist(), groups, strict=True):
             for side, response, key in zip(("chosen", "rejected"), group.responses, group.keys, strict=False):
                 score = next(found)

@@ -9,10 +9,19 @@ from orchestrator.references.messages import Ids, PromptGroup
 
 @dataclass
 class Batch:
-    """Groups for one call of a replica; `attempts` counts the replicas that died while scoring it."""
+    """Groups for one call of a replica.
+
+    Attributes:
+        groups: the prompts and responses.
+        attempts: replicas that died, or gave impossible scores, while scoring it.
+        copies: replicas that are scoring it now.
+        is_done: whether a replica has answered.
+    """
 
     groups: list[PromptGroup]
     attempts: int = 0
+    copies: int = 0
+    is_done: bool = False
 
     @property
     def tokens(self) -> int:
@@ -23,6 +32,11 @@ class Batch:
     def keys(self) -> list[bytes]:
         """Keys in the order of the scores that the replica returns."""
         return [key for group in self.groups for key in group.keys]
+
+    @property
+    def scored_lengths(self) -> list[int]:
+        """Number of scored tokens of each response, in the order of the scores."""
+        return [length for group in self.groups for length in group.scored_lengths]
 
 
 class WaitingGroups:
@@ -52,7 +66,7 @@ class WaitingGroups:
         group.responses.append(response)
         group.keys.append(key)
 
-    def drain(self, tokens: int) -> list[PromptGroup]:
+    def drain(self, tokens: float) -> list[PromptGroup]:
         """Remove and return the oldest groups, at least one, until they have `tokens` tokens."""
         drained: list[PromptGroup] = []
         total = 0

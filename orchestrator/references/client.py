@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.references.messages import (
@@ -23,6 +23,11 @@ from orchestrator.references.messages import (
 from orchestrator.references.pool import explain_actor_error
 from orchestrator.references.store import digest_response
 
+PING_EVERY_S, PING_TIMEOUT_S = 60.0, 60.0
+"""How often a router that one waits for is pinged, and how long it may take to answer that."""
+MAX_HANGS = 3
+"""How often a router that has hung is restarted for one request."""
+
 
 class TokenPairLike(Protocol):
     """Token ids of one row; `rejected` is None where the data has only completions."""
@@ -36,7 +41,7 @@ class TokenPairLike(Protocol):
 
 
 class TokenTableLike(Protocol):
-    """The part of `preferences.tokenize.TokenTable` that is needed here."""
+    """The part of `preferences.tokens.tokenize.TokenTable` that is needed here."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> TokenPairLike: ...
@@ -130,7 +135,10 @@ class ReferenceClient:
         requests = self._pending.pop(ticket)
         began = time.perf_counter()
         try:
-            answers = {name: wait_for_answer(name, request.answer) for name, request in requests.items()}
+            answers = {
+                name: wait_for_answer(name, self._routers[name], request.answer)
+                for name, request in requests.items()
+            }
         finally:
             self.stall_seconds += time.perf_counter() - began
         return {name: _pick_arrays(answers[name], request) for name, request in requests.items()}
@@ -160,7 +168,8 @@ class ReferenceClient:
             ModelError: a reference could not be loaded.
         """
         return {
-            name: wait_for_answer(name, answer) for name, answer in self._pending_samples.pop(ticket).items()
+            name: wait_for_answer(name, self._routers[name], answer)
+            for name, answer in self._pending_samples.pop(ticket).items()
         }
 
     def store_scores(
@@ -179,11 +188,13 @@ class ReferenceClient:
         columns = Scores(*(np.array(column) for column in zip(*scores, strict=True)))
         request = ScoreRequest.pack(groups)
         self._pending_stores.append((name, self._routers[name].put.remote(request.keys, columns)))
-        self._wait_for_stores(timeout=0)
+        self._check_stores()
 
     def close(self) -> None:
         """Wait until the routers have all scores from `store_scores`."""
-        self._wait_for_stores(timeout=None)
+        for name, answer in self._pending_stores:
+            wait_for_answer(name, self._routers[name], answer)
+        self._pending_stores = []
 
     def _send_request(self, name: str, indices: Sequence[int] | NDArray[np.integer]) -> _PendingRequest:
         groups = group_pairs(self._tables[name], indices)
@@ -195,15 +206,14 @@ class ReferenceClient:
         paired = np.diff(request.group_offsets) == 2
         return _PendingRequest(answer, chosen_at=starts, rejected_at=np.where(paired, starts + 1, -1))
 
-    def _wait_for_stores(self, timeout: float | None) -> None:
+    def _check_stores(self) -> None:
+        """Raise the error of a store that failed; forget those that are done."""
         waiting = [answer for _, answer in self._pending_stores]
-        if not waiting:
-            return
-        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
+        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         arrived = [(name, answer) for name, answer in self._pending_stores if answer in done]
         self._pending_stores = [(name, answer) for name, answer in self._pending_stores if answer not in done]
         for name, answer in arrived:
-            wait_for_answer(name, answer)
+            wait_for_answer(name, self._routers[name], answer)
 
 
 def connect_to_routers(addresses: Mapping[str, str]) -> dict[str, Any]:
@@ -243,13 +253,39 @@ def _pick_arrays(scores: Scores, request: _PendingRequest) -> ReferenceArrays:
     return ReferenceArrays(*picked)
 
 
-def wait_for_answer(name: str, answer: Any) -> Any:
-    """Return a router's answer, or raise its error with a message that names the reference and the reason."""
+def wait_for_answer(name: str, router: Any, answer: Any) -> Any:
+    """Return a router's answer, or raise its error with a message that names the reference and the reason.
+
+    A router that does not answer a ping meanwhile has hung: it is restarted, and its open requests with it.
+
+    Raises:
+        ScoringError: the reference cannot score, or its router died or hung too often.
+        ModelError: the reference cannot be loaded.
+    """
+    hangs = 0
     try:
-        return ray.get(answer)
+        while True:
+            try:
+                return ray.get(answer, timeout=PING_EVERY_S)
+            except GetTimeoutError:
+                hangs += _restart_if_hung(router)
+            if hangs > MAX_HANGS:
+                raise ScoringError(
+                    f"reference {name!r}: its router hung {hangs} times, {PING_TIMEOUT_S:g} s each"
+                )
     except RayTaskError as error:
         raise explain_actor_error(name, error) from error
     except RayActorError as error:
         raise ScoringError(
             f"reference {name!r}: its router died and could not be restarted, or was shut down: {error}"
         ) from error
+
+
+def _restart_if_hung(router: Any) -> bool:
+    """Restart a router that answers no ping; return whether it did not."""
+    try:
+        ray.get(router.ping.remote(), timeout=PING_TIMEOUT_S)
+    except GetTimeoutError:
+        ray.kill(router, no_restart=False)
+        return True
+    return False

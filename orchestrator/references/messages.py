@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
+from orchestrator.cluster.worker_environment import SealedSecrets
 from orchestrator.errors import RunFailed
 
 Ids = NDArray[np.int32]
@@ -17,6 +18,11 @@ Keys = NDArray[np.uint8]
 """(S, 16): one digest per response, see `store.digest_response`."""
 
 KEY_BYTES = 16
+ROUNDING = 1e-3
+"""How far rounding may take a token's log-prob above 0 and an entropy out of [0, 1]."""
+
+
+ScoreKind = Literal["log-prob", "reward"]
 
 
 class ScoringError(RunFailed):
@@ -36,6 +42,8 @@ class ReferenceSpec:
     name: str
     config: ModelConfig
     fingerprint: str
+    kind: ScoreKind = "log-prob"
+    """What a score is: a reward model's reward is stored in place of a log-prob."""
     replicas: int = 1
     num_cpus: float = 0.5
     num_gpus: float = 0.0
@@ -43,10 +51,14 @@ class ReferenceSpec:
     max_tokens_per_batch: int = 16384
     max_retries: int = 5
     """How often in a row replicas, or the replicas of one batch, may die before open requests fail."""
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Variables for the replicas' processes; a hub's token is sent here, not in Ray's runtime environment."""
+    secrets: SealedSecrets | None = None
+    """Tokens of hubs and storage for the processes of router and replicas."""
     start_timeout_s: float = 600.0
     """How long a replica may wait for free resources; loading the model is not counted."""
+    load_timeout_s: float = 3600.0
+    """How long a replica may load its model; it is replaced after that."""
+    answer_timeout_s: float = 300.0
+    """How long a replica may take for any batch; one that should take long by the speed seen gets more."""
 
 
 class PromptGroup(NamedTuple):
@@ -60,6 +72,11 @@ class PromptGroup(NamedTuple):
     def tokens(self) -> int:
         """Tokens of the shared row: the prompt once, every response once."""
         return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def scored_lengths(self) -> list[int]:
+        """Number of scored tokens of each response; ids that are only read are stored as complements."""
+        return [int(np.count_nonzero(response >= 0)) for response in self.responses]
 
 
 class Score(NamedTuple):
@@ -96,6 +113,18 @@ class Scores:
     def missing(self) -> NDArray[np.bool_]:
         """(S,): whether each score is unknown."""
         return np.isnan(self.logps)
+
+    def find_possible(self, kind: ScoreKind) -> NDArray[np.bool_]:
+        """(S,): whether each score can be one of its kind.
+
+        A log-prob is at most 0 and its entropy in [0, 1], but for rounding; a reward is any finite number.
+        """
+        finite = np.isfinite(self.logps) & np.isfinite(self.entropies) & (self.lengths >= 0)
+        if kind == "reward":
+            return finite
+        highest = ROUNDING * np.maximum(self.lengths, 1)
+        is_entropy = (self.entropies >= -ROUNDING) & (self.entropies <= 1 + ROUNDING)
+        return finite & (self.logps <= highest) & is_entropy
 
 
 @dataclass(frozen=True)
@@ -155,6 +184,8 @@ class RouterStats:
     forwards: int = 0
     """Forward passes those batches took."""
     retries: int = 0
+    copies: int = 0
+    """Batches that a second replica got because the first took unusually long."""
     replicas_started: int = 0
 
 

@@ -149,7 +149,8 @@ class Replica:
         from models.locate import locate_model
 
         spec = self._spec
-        os.environ.update(spec.environment)
+        if spec.secrets is not None:
+            spec.secrets.export_to_environment()
         located = locate_model(spec.config)  # before the slow imports, so that a missing model fails early
 
         import torch

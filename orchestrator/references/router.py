@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
+import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from orchestrator.references.batching import Batch, WaitingGroups, split_into_batches
@@ -25,7 +26,13 @@ from orchestrator.references.messages import (
     Scores,
     ScoringError,
 )
-from orchestrator.references.pool import PoolMember, ReplicaPool, explain_actor_error
+from orchestrator.references.pool import (
+    PoolMember,
+    ReplicaHung,
+    ReplicaPool,
+    explain_actor_error,
+    explain_loss,
+)
 from orchestrator.references.replica import Replica
 from orchestrator.references.store import ScoreStore
 
@@ -39,6 +46,8 @@ WINDOW_BATCHES = 8
 """Batches formed from the waiting responses at once: enough to sort by length, few enough to be fair."""
 MAX_OPEN_REQUESTS = 256
 """Requests processed at the same time; further ones wait."""
+HEALTH_GROUP = "health"
+"""The concurrency group of `ping`, which no number of open requests holds back."""
 
 
 class Router:
@@ -63,7 +72,6 @@ class Router:
         flush_scores: int = FLUSH_SCORES,
         flush_s: float = FLUSH_INTERVAL_S,
     ) -> None:
-        os.environ.update(spec.environment)  # includes the storage's keys
         self._spec, self._storage_path = spec, storage_path
         self._linger_s, self._flush_scores, self._flush_s = linger_s, flush_scores, flush_s
         self._store: ScoreStore | None = None
@@ -79,15 +87,22 @@ class Router:
         self._flush_timer: asyncio.TimerHandle | None = None
         self._requested = self._from_store = self._coalesced = self._scored = 0
         self._sampled = self._audited = 0
-        self._batches = self._forwards = self._retries = 0
+        self._batches = self._forwards = self._retries = self._copies = 0
 
-    async def score(self, request: ScoreRequest, *, keep: bool = True) -> Scores:
+    @ray.method(concurrency_group=HEALTH_GROUP)
+    async def ping(self) -> int:
+        """Return the process id; an answer also shows that the event loop runs."""
+        return os.getpid()
+
+    async def score(self, request: ScoreRequest, *, keep: bool = True, as_batch: bool = False) -> Scores:
         """Return scores in the request's order; those that the store does not have are computed.
 
-        With `keep=False` they are not stored: a response that a policy has just sampled does not recur.
+        With `keep=False` they are not stored: a response that a policy has just sampled does not recur. With
+        `as_batch` a request of which the store lacks anything is one batch, as it is: its scores then depend
+        on it alone, to the last bit.
 
         Raises:
-            ScoringError: a replica cannot score, or gave a score that is not finite.
+            ScoringError: a replica cannot score, or gave a score that cannot be one.
             ModelError: the reference cannot be loaded.
         """
         store = await self._open_store()
@@ -100,7 +115,7 @@ class Router:
             else:
                 self._sampled += len(scores)
             if len(missing):
-                await self._compute_missing(request, scores, keep=keep)
+                await self._compute_missing(request, scores, keep=keep, as_batch=as_batch)
         return scores
 
     async def rescore(self, request: ScoreRequest) -> Scores:
@@ -123,8 +138,11 @@ class Router:
     async def put(self, keys: Keys, scores: Scores) -> None:
         """Store scores that a worker has computed."""
         store = await self._open_store()
+        possible = scores.find_possible(self._spec.kind)
         for index in range(len(scores)):
-            store.put(keys[index].tobytes(), self._refuse_non_finite(keys[index].tobytes(), scores[index]))
+            if not possible[index]:
+                raise self._describe_impossible(keys[index].tobytes(), scores[index])
+            store.put(keys[index].tobytes(), scores[index])
         self._scored += len(scores)
         self._schedule_flush(store)
 
@@ -175,6 +193,7 @@ class Router:
             batches=self._batches,
             forwards=self._forwards,
             retries=self._retries,
+            copies=self._copies,
             replicas_started=self._pool.started,
         )
 
@@ -185,30 +204,36 @@ class Router:
     async def _open_store(self) -> ScoreStore:
         async with self._open_lock:
             if self._store is None:
-                self._store = await asyncio.to_thread(ScoreStore, self._storage_path, self._spec.fingerprint)
+                if self._spec.secrets is not None:  # they include the storage's keys
+                    await self._spec.secrets.export_from_event_loop()
+                self._store = await asyncio.to_thread(
+                    ScoreStore, self._storage_path, self._spec.fingerprint, kind=self._spec.kind
+                )
             return self._store
 
-    async def _compute_missing(self, request: ScoreRequest, scores: Scores, *, keep: bool) -> None:
+    async def _compute_missing(
+        self, request: ScoreRequest, scores: Scores, *, keep: bool, as_batch: bool = False
+    ) -> None:
         """Have the replicas compute the unknown ones of a request's scores, and fill them in."""
         if not self._spec.replicas:
             raise ScoringError(f"reference {self._spec.name!r} is scored by the workers themselves")
         missing = np.flatnonzero(scores.missing)
-        futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep)
+        futures = self._enqueue_missing(request, set(missing.tolist()), keep=keep, as_batch=as_batch)
         # Not gather: if this request is cancelled, gather would cancel futures that others wait for.
         await asyncio.wait(set(futures.values()))
         for index, future in futures.items():
             scores[index] = future.result()
 
     def _enqueue_missing(
-        self, request: ScoreRequest, missing: set[int], *, keep: bool
+        self, request: ScoreRequest, missing: set[int], *, keep: bool, as_batch: bool
     ) -> dict[int, asyncio.Future[Score]]:
         """Return a future by index for every missing response; requests for the same response share one.
 
         A score is stored if any of its requests has `keep`.
         """
         futures: dict[int, asyncio.Future[Score]] = {}
-        index = 0
-        for group in request.unpack():
+        groups, index, is_new = request.unpack(), 0, False
+        for group in groups:
             for response, key in zip(group.responses, group.keys, strict=True):
                 if index in missing:
                     if keep:
@@ -217,9 +242,13 @@ class Router:
                         self._coalesced += keep
                     else:
                         self._in_flight[key] = asyncio.get_running_loop().create_future()
-                        self._waiting.add(group.prompt, response, key)
+                        is_new = True
+                        if not as_batch:
+                            self._waiting.add(group.prompt, response, key)
                     futures[index] = self._in_flight[key]
                 index += 1
+        if as_batch and is_new:
+            self._ready_batches.append(Batch(groups))
         self._pool.ensure_started()
         if self._linger_timer is None:
             self._linger_timer = asyncio.get_running_loop().call_later(self._linger_s, self._send_batches)
@@ -235,9 +264,7 @@ class Router:
         ) is not None:
             if not self._ready_batches:
                 self._ready_batches.extend(self._drain_window())
-            batch = self._ready_batches.popleft()
-            member.add_batch(batch.tokens)
-            self._spawn_task(self._run_batch(batch, member))
+            self._send_batch(self._ready_batches.popleft(), member)
         if self._ready_batches or len(self._waiting):
             self._pool.ensure_started()
 
@@ -249,31 +276,75 @@ class Router:
             for indices in split_into_batches([group.tokens for group in groups], budget)
         ]
 
+    def _send_batch(self, batch: Batch, member: PoolMember) -> None:
+        member.add_batch(batch.tokens)
+        batch.copies += 1
+        self._spawn_task(self._run_batch(batch, member))
+
     async def _run_batch(self, batch: Batch, member: PoolMember) -> None:
+        """Have a replica score a batch; the first answer counts if several have it."""
         try:
-            scores, forwards = await member.handle.score.remote(ScoreRequest.pack(batch.groups))
-        except (RayActorError, ObjectLostError) as error:
-            self._retry_batch(batch)
+            scores, forwards = await self._wait_for_scores(batch, member)
+        except (RayActorError, ObjectLostError, ReplicaHung) as error:
+            batch.copies -= 1
+            self._retry_batch(batch, error)
             self._pool.replace_dead_member(member, error)
         except Exception as error:
             # The state of a process after a failed kernel is unknown: the next batch gets a new replica.
+            batch.copies -= 1
             self._pool.drop_member(member)
-            self._fail_keys(batch.keys, explain_actor_error(self._spec.name, error))
+            if not batch.is_done and batch.copies == 0:
+                self._fail_keys(batch.keys, explain_actor_error(self._spec.name, error))
         else:
-            self._batches += 1
+            batch.copies -= 1
             self._forwards += forwards
             self._pool.record_answer(member, batch.tokens)
-            self._finish_batch(batch, scores)
+            if not batch.is_done:
+                self._batches += 1
+                self._finish_batch(batch, member, scores)
         self._send_batches()
 
-    def _finish_batch(self, batch: Batch, scores: Scores) -> None:
+    async def _wait_for_scores(self, batch: Batch, member: PoolMember) -> tuple[Scores, int]:
+        """Return a replica's answer; give the batch to an idle replica too if it takes unusually long.
+
+        Raises:
+            ReplicaHung: it did not answer in the time that its batches may take.
+        """
+        loop, copy_delay = asyncio.get_running_loop(), self._pool.compute_copy_delay(member)
+        ends = loop.time() + self._pool.compute_deadline(member)
+        request = ScoreRequest.pack(batch.groups)
+        answer = asyncio.ensure_future(_await_scores(member.handle.score.remote(request)))
+        while (remaining := ends - loop.time()) > 0:
+            may_copy = copy_delay is not None and batch.copies == 1 and not batch.is_done
+            done, _ = await asyncio.wait({answer}, timeout=min(remaining, copy_delay or remaining))
+            if done:
+                return await answer
+            if may_copy and (idle := self._pool.find_idle_member()) is not None:
+                self._copies += 1
+                self._send_batch(batch, idle)
+        answer.cancel()
+        raise ReplicaHung(
+            f"it did not answer a batch of {batch.tokens} tokens in time "
+            "(references.answer_minutes allows more)"
+        )
+
+    def _finish_batch(self, batch: Batch, member: PoolMember, scores: Scores) -> None:
         store = self._store
         assert store is not None  # opened by the first request
+        possible = scores.find_possible(self._spec.kind) & (scores.lengths == batch.scored_lengths)
+        if not possible.all() and batch.attempts == 0:
+            # A broken device gives such scores, and so does a broken model: another process tells which.
+            bad = int(np.flatnonzero(~possible)[0])
+            error = self._describe_impossible(batch.keys[bad], scores[bad])
+            logger.warning("%s; the batch is scored by a new replica", error)
+            self._pool.drop_member(member)
+            self._retry_batch(batch, error)
+            return
+        batch.is_done = True
         for index, key in enumerate(batch.keys):
-            try:
-                score = self._refuse_non_finite(key, scores[index])
-            except ScoringError as error:
-                self._fail_keys([key], error)
+            score = scores[index]
+            if not possible[index]:
+                self._fail_keys([key], self._describe_impossible(key, score))
                 continue
             if key in self._keys_to_store:
                 self._keys_to_store.remove(key)
@@ -284,24 +355,29 @@ class Router:
                 future.set_result(score)
         self._schedule_flush(store)
 
-    def _refuse_non_finite(self, key: bytes, score: Score) -> Score:
-        if np.isfinite(score.logp) and np.isfinite(score.entropy):
-            return score
-        raise ScoringError(
-            f"reference {self._spec.name!r} gave a score that is not finite for the response with digest "
-            f"{key.hex()}: log-prob {score.logp}, entropy {score.entropy}, {score.length} tokens; "
+    def _describe_impossible(self, key: bytes, score: Score) -> ScoringError:
+        finite = np.isfinite(score.logp) and np.isfinite(score.entropy)
+        problem = "cannot be one" if finite else "is not finite"
+        return ScoringError(
+            f"reference {self._spec.name!r} gave a score that {problem} for the response with digest "
+            f"{key.hex()}: {self._spec.kind} {score.logp}, entropy {score.entropy}, {score.length} tokens; "
             "try dtype float32 for it, and check that its weights are sound"
         )
 
-    def _retry_batch(self, batch: Batch) -> None:
-        """Put a batch whose replica died first in line, unless it failed too often or no request needs it."""
+    def _retry_batch(self, batch: Batch, error: Exception) -> None:
+        """Put a batch that lost its replica first in line.
+
+        Not if another replica has it or has answered, if it failed too often, or if no request needs it.
+        """
+        if batch.is_done or batch.copies:
+            return
         batch.attempts += 1
         if batch.attempts > self._spec.max_retries:
-            error = ScoringError(
+            failure = ScoringError(
                 f"reference {self._spec.name!r}: a batch of {batch.tokens} tokens lost its replica "
-                f"{batch.attempts} times; most often memory ran out"
+                f"{batch.attempts} times, {explain_loss(error)}"
             )
-            self._fail_keys(batch.keys, error)
+            self._fail_keys(batch.keys, failure)
         elif any(key in self._in_flight for key in batch.keys):
             self._retries += 1
             self._ready_batches.appendleft(batch)
@@ -349,3 +425,8 @@ class Router:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("router of reference %r: unexpected error", self._spec.name, exc_info=error)
             self._fail_all(ScoringError(f"reference {self._spec.name!r}: {type(error).__name__}: {error}"))
+
+
+async def _await_scores(answer: Any) -> tuple[Scores, int]:
+    scores, forwards = await answer
+    return scores, forwards

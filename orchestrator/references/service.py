@@ -10,27 +10,41 @@ from typing import Any, Self
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from models.config import ModelConfig
 from orchestrator.cluster.connection import NAMESPACE
-from orchestrator.references.client import TokenTableLike, group_pairs, wait_for_answer
-from orchestrator.references.messages import PromptGroup, ReferenceSpec, RouterStats, ScoreRequest
+from orchestrator.cluster.worker_environment import SealedSecrets
+from orchestrator.references.bulk import BulkPlan, digest_table
+from orchestrator.references.client import PING_EVERY_S, TokenTableLike, wait_for_answer
+from orchestrator.references.messages import (
+    ReferenceSpec,
+    RouterStats,
+    ScoreKind,
+    ScoreRequest,
+    ScoringError,
+)
 from orchestrator.references.pool import explain_actor_error
 from orchestrator.references.replica import Replica
-from orchestrator.references.router import Router
+from orchestrator.references.router import HEALTH_GROUP, Router
 from orchestrator.references.store import resolve_storage
 
 ROUTER_CPUS = 0.01
 """A router is idle most of the time: it must not be counted as a whole core on a small machine."""
-MAX_RESTARTS = 8
+MAX_REQUEST_RETRIES = 8
+"""How often one request is sent again to a router that died; deaths of a long run do not add up."""
+CLOSE_TIMEOUT_S = 600
+"""How long a router may take to save its scores at the end."""
 MAX_CONCURRENCY = 1000
 NAME_RELEASE_TIMEOUT_S = 10
-BULK_ROWS = 64
-BULK_REQUESTS = 32
-"""Requests have BULK_ROWS rows; at most BULK_REQUESTS of them per reference are open at the same time."""
+BULK_REQUESTS = 64
+"""Most batches per reference that are requested at the same time when tables are scored."""
+
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
+"""Most tokens per batch of a replica: enough to fill the device, and a CPU answers within seconds."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with a reference's name, rows done and rows in total."""
+"""Called with a reference's name, and its different responses that are done and in all."""
 
 
 class ReferenceService:
@@ -43,11 +57,17 @@ class ReferenceService:
         routers: actor handles by reference name.
         addresses: actor names by reference name.
         owned: the routers that this service started and ends.
+        specs: the references, whose secrets a router needs again when it is restarted.
     """
 
     def __init__(
-        self, routers: Mapping[str, Any], addresses: Mapping[str, str], owned: Mapping[str, Any]
+        self,
+        routers: Mapping[str, Any],
+        addresses: Mapping[str, str],
+        owned: Mapping[str, Any],
+        specs: Sequence[ReferenceSpec],
     ) -> None:
+        self._specs = {spec.name: spec for spec in specs}
         self.routers = dict(routers)
         """Actor handles by reference name."""
         self.addresses = dict(addresses)
@@ -72,48 +92,49 @@ class ReferenceService:
         routers = self.routers if names is None else {name: self.routers[name] for name in names}
         answers = {name: router.start.remote() for name, router in routers.items()}
         for name, answer in answers.items():
-            wait_for_answer(name, answer)
+            wait_for_answer(name, routers[name], answer)
 
     def count_missing(self, tables: Mapping[str, TokenTableLike]) -> dict[str, int]:
         """Return how many different responses of the tables have no stored score, by reference name."""
-        counts = dict.fromkeys(tables, 0)
+        counts = {}
         for name, table in tables.items():
-            chunks = [
-                ScoreRequest.pack(group_pairs(table, rows)).keys for rows in _split_into_chunks(len(table))
-            ]
-            if chunks:
-                counts[name] = wait_for_answer(
-                    name, self.routers[name].missing.remote(np.concatenate(chunks))
-                )
+            router = self.routers[name]
+            counts[name] = wait_for_answer(name, router, router.missing.remote(digest_table(table)))
         return counts
 
     def score_all(self, tables: Mapping[str, TokenTableLike], on_progress: Progress | None = None) -> None:
         """Score every response of the tables and save the scores, under all references at the same time.
 
-        Rows whose scores are known are skipped without sending their tokens.
+        The batches depend on the tables alone. Those whose scores are all known are not sent; of the others
+        the known scores stay.
         """
+        plans = {
+            name: BulkPlan(table, self._specs[name].max_tokens_per_batch) for name, table in tables.items()
+        }
         done = dict.fromkeys(tables, 0)
         open_requests: dict[Any, tuple[str, int]] = {}
 
-        def report_progress(name: str, rows: int) -> None:
-            done[name] += rows
+        def report_progress(name: str, responses: int) -> None:
+            done[name] += responses
             if on_progress is not None:
-                on_progress(name, done[name], len(tables[name]))
+                on_progress(name, done[name], len(plans[name]))
 
         def finish_request() -> None:
-            (answer, *_), _ = ray.wait(list(open_requests), num_returns=1)
-            name, rows = open_requests.pop(answer)
-            wait_for_answer(name, answer)
-            report_progress(name, rows)
+            done, waiting = ray.wait(list(open_requests), num_returns=1, timeout=PING_EVERY_S)
+            answer = (done or waiting)[0]
+            name, responses = open_requests.pop(answer)
+            wait_for_answer(name, self.routers[name], answer)
+            report_progress(name, responses)
 
-        for name, rows in _interleave_chunks({name: len(table) for name, table in tables.items()}):
-            unknown = self._find_unknown(name, tables[name], rows)
-            report_progress(name, len(rows) - len(unknown))
-            if unknown:
+        for name, batches in _take_turns(plans):
+            for batch, is_known in zip(batches, self._find_known(name, batches), strict=True):
+                if is_known:
+                    report_progress(name, len(batch))
+                    continue
                 if len(open_requests) >= BULK_REQUESTS * len(tables):
                     finish_request()
-                answer = self.routers[name].score.remote(ScoreRequest.pack(unknown))
-                open_requests[answer] = (name, len(unknown))
+                answer = self.routers[name].score.remote(batch, as_batch=True)
+                open_requests[answer] = (name, len(batch))
         while open_requests:
             finish_request()
         self.flush()
@@ -138,10 +159,14 @@ class ReferenceService:
         """
         owned, self._owned_routers = self._owned_routers, {}
         closing = {name: router.close.remote() for name, router in owned.items()}
-        failures = []
+        failures: list[Exception] = []
         for name, answer in closing.items():
             try:
-                ray.get(answer)
+                ray.get(answer, timeout=CLOSE_TIMEOUT_S)
+            except GetTimeoutError:
+                failures.append(
+                    ScoringError(f"reference {name!r}: its scores were not saved within {CLOSE_TIMEOUT_S} s")
+                )
             except RayActorError:
                 continue  # dead already, and its replicas with it
             except RayTaskError as error:
@@ -160,14 +185,48 @@ class ReferenceService:
 
     def _call_all_routers(self, method: str) -> dict[str, Any]:
         answers = {name: getattr(router, method).remote() for name, router in self.routers.items()}
-        return {name: wait_for_answer(name, answer) for name, answer in answers.items()}
+        return {name: wait_for_answer(name, self.routers[name], answer) for name, answer in answers.items()}
 
-    def _find_unknown(self, name: str, table: TokenTableLike, rows: range) -> list[PromptGroup]:
-        groups = group_pairs(table, rows)
-        request = ScoreRequest.pack(groups)
-        scores = wait_for_answer(name, self.routers[name].lookup.remote(request.keys))
-        unknown = np.add.reduceat(scores.missing, request.group_offsets[:-1]) > 0
-        return [group for group, is_unknown in zip(groups, unknown, strict=True) if is_unknown]
+    def _find_known(self, name: str, batches: Sequence[ScoreRequest]) -> list[bool]:
+        """Return whether the store has all scores of each batch."""
+        router = self.routers[name]
+        keys = np.concatenate([batch.keys for batch in batches])
+        missing = wait_for_answer(name, router, router.lookup.remote(keys)).missing
+        ends = np.cumsum([len(batch) for batch in batches])
+        return [not part.any() for part in np.split(missing, ends[:-1])]
+
+
+def build_reference_spec(
+    name: str,
+    config: ModelConfig,
+    fingerprint: str,
+    *,
+    device_type: str,
+    bundle: Mapping[str, float],
+    replicas: int,
+    start_timeout_s: float,
+    load_timeout_s: float = ReferenceSpec.load_timeout_s,
+    answer_timeout_s: float = ReferenceSpec.answer_timeout_s,
+    kind: ScoreKind = "log-prob",
+) -> ReferenceSpec:
+    """Describe a reference whose replicas each take the Ray resources in `bundle`."""
+    custom = dict(bundle)
+    num_cpus, num_gpus = custom.pop("CPU", 0), custom.pop("GPU", 0)
+    return ReferenceSpec(
+        name=name,
+        config=config.model_copy(update={"dtype": config.resolve_dtype(device_type)}),
+        fingerprint=fingerprint,
+        replicas=replicas,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        resources=custom,
+        max_tokens_per_batch=GPU_BATCH_TOKENS if num_gpus else CPU_BATCH_TOKENS,
+        secrets=SealedSecrets.seal(os.environ),
+        start_timeout_s=start_timeout_s,
+        load_timeout_s=load_timeout_s,
+        answer_timeout_s=answer_timeout_s,
+        kind=kind,
+    )
 
 
 def start_references(
@@ -195,19 +254,19 @@ def start_references(
     for spec in sorted(specs, key=lambda spec: -spec.replicas):
         address = _build_router_name(spec.fingerprint, storage)
         if address not in addresses.values() and not _is_running(address):
-            actor = ray.remote(Router).options(
+            actor = ray.remote(concurrency_groups={HEALTH_GROUP: 8})(Router).options(
                 name=address,
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=ROUTER_CPUS,
-                max_restarts=MAX_RESTARTS,
-                max_task_retries=MAX_RESTARTS,
+                max_restarts=-1,
+                max_task_retries=MAX_REQUEST_RETRIES,
                 max_concurrency=MAX_CONCURRENCY,
             )
             owned[spec.name] = actor.remote(spec, storage, replica_class=replica_class, **router_options)
         addresses[spec.name] = address
         routers[spec.name] = owned.get(spec.name) or ray.get_actor(address, namespace=NAMESPACE)
-    return ReferenceService(routers, addresses, owned)
+    return ReferenceService(routers, addresses, owned, specs)
 
 
 def _build_router_name(fingerprint: str, storage: str) -> str:
@@ -228,13 +287,9 @@ def _is_running(address: str) -> bool:
     return True
 
 
-def _split_into_chunks(count: int) -> list[range]:
-    return [range(start, min(start + BULK_ROWS, count)) for start in range(0, count, BULK_ROWS)]
-
-
-def _interleave_chunks(counts: Mapping[str, int]) -> Iterator[tuple[str, range]]:
-    """Yield chunks of all tables, one of each in turn, so that no reference waits for another to finish."""
-    for chunks in zip_longest(*(_split_into_chunks(count) for count in counts.values())):
-        for name, rows in zip(counts, chunks, strict=True):
-            if rows is not None:
-                yield name, rows
+def _take_turns(plans: Mapping[str, BulkPlan]) -> Iterator[tuple[str, list[ScoreRequest]]]:
+    """Yield the plans' batches, some of each in turn, so that no reference waits for another to finish."""
+    for parts in zip_longest(*plans.values()):
+        for name, batches in zip(plans, parts, strict=True):
+            if batches:
+                yield name, batches

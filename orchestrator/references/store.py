@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import threading
-import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
-from orchestrator.files import replace_file
-from orchestrator.references.messages import KEY_BYTES, Keys, Score, Scores, ScoringError
+from orchestrator.files import describe_free_space, is_disk_full, replace_file
+from orchestrator.references.messages import KEY_BYTES, Keys, Score, ScoreKind, Scores, ScoringError
 from preferences import buckets
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ _SCHEMA = pa.schema(
 _FINGERPRINT_KEY = b"polyref.fingerprint"
 _MERGE_THRESHOLD = 65536
 _READER_THREADS = 8
+_CHECKED_PREFIX = "scores-"
+"""A file with this prefix has the XXH3 of its bytes in its name; files from before that have random names."""
 
 
 def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
@@ -51,21 +53,24 @@ def digest_response(prompt_ids: ArrayLike, response_ids: ArrayLike) -> bytes:
 class ScoreStore:
     """Scores of one reference under `<uri>/scores/<fingerprint>/`.
 
-    Files are uniquely named and never changed, so any number of processes may write at the same time; a
-    response scored twice is kept once. A file that cannot be read (cut short, or of another fingerprint) is
-    skipped with a warning and its responses are scored again: recomputing scores is cheap, a stopped run is
-    not. For use in one thread, except that `flush` may run in another.
+    Files are named by a digest of their bytes and never changed, so any number of processes may write at the
+    same time; a response scored twice is kept once. A file that is not what was written (cut short, a bit
+    flipped) is set aside as `<file>.damaged` with a warning and its responses are scored again: recomputing
+    scores is cheap, a stopped run is not. For use in one thread, except that `flush` may run in another.
 
     Args:
         uri: a path or a pyarrow URI.
         fingerprint: the reference's fingerprint.
+        kind: what a score is.
 
     Raises:
         ScoringError: the store cannot be opened.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], fingerprint: str) -> None:
-        self._fingerprint = fingerprint.encode()
+    def __init__(
+        self, uri: str | os.PathLike[str], fingerprint: str, *, kind: ScoreKind = "log-prob"
+    ) -> None:
+        self._fingerprint, self._kind = fingerprint.encode(), kind
         try:
             self._filesystem, root = buckets.open_bucket(resolve_storage(uri))
             self.folder = f"{root.rstrip('/')}/scores/{fingerprint}"
@@ -115,10 +120,10 @@ class ScoreStore:
         """Add a score; one that is already known is not changed.
 
         Raises:
-            ScoringError: the score is not finite.
+            ScoringError: the score is not finite, or cannot be one of its kind.
         """
-        if not (np.isfinite(score.logp) and np.isfinite(score.entropy)):
-            raise ScoringError(f"a score that is not finite cannot be stored: {score}")
+        if not _build_columns({key: score})[1].find_possible(self._kind)[0]:
+            raise ScoringError(f"a score that cannot be a {self._kind} cannot be stored: {score}")
         if key not in self._recent and self.get(key) is None:
             with self._save_lock:
                 self._recent[key] = self._unsaved[key] = score
@@ -134,6 +139,12 @@ class ScoreStore:
         except (OSError, pa.ArrowException) as error:
             with self._save_lock:
                 self._unsaved = unsaved | self._unsaved
+            if is_disk_full(error):
+                free = describe_free_space(Path(self.folder).parents[1])
+                raise ScoringError(
+                    f"a disk is full: scores cannot be written to {self.folder}; {free}; make room there, "
+                    "and the same command resumes"
+                ) from error
             raise ScoringError(f"scores cannot be written to {self.folder}: {error}") from error
         return len(unsaved)
 
@@ -156,16 +167,18 @@ class ScoreStore:
             ],
             schema=_SCHEMA.with_metadata({_FINGERPRINT_KEY: self._fingerprint}),
         )
-        name = uuid.uuid4().hex
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        content = sink.getvalue()
+        name = f"{_CHECKED_PREFIX}{xxhash.xxh3_128_hexdigest(content)}.parquet"
         self._filesystem.create_dir(self.folder, recursive=True)
         if self._filesystem.type_name != "local":
             # An object appears whole or not at all when it is closed, and cannot be renamed.
-            pq.write_table(
-                table, f"{self.folder}/{name}.parquet", filesystem=self._filesystem, compression="zstd"
-            )
+            with self._filesystem.open_output_stream(f"{self.folder}/{name}") as file:
+                file.write(content)
             return
-        with replace_file(Path(self.folder, f"{name}.parquet")) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        with replace_file(Path(self.folder, name)) as temporary:
+            temporary.write_bytes(content)
 
     def _read_files(self) -> list[tuple[NDArray[np.bytes_], Scores]]:
         entries = self._filesystem.get_file_info(pafs.FileSelector(self.folder, allow_not_found=True))
@@ -174,25 +187,39 @@ class ScoreStore:
             return [part for part in readers.map(self._read_file, paths) if part is not None]
 
     def _read_file(self, path: str) -> tuple[NDArray[np.bytes_], Scores] | None:
-        try:
-            with self._filesystem.open_input_file(path) as file:
-                table = pq.ParquetFile(file).read()
-        except (OSError, pa.ArrowException) as error:
-            logger.warning("%s is skipped and its scores are made again: %s", path, error)
+        with self._filesystem.open_input_stream(path) as file:
+            content = file.read()
+        name = path.rpartition("/")[2]
+        if name.startswith(_CHECKED_PREFIX) and xxhash.xxh3_128_hexdigest(content) not in name:
+            self._set_aside(path, "its bytes are not those that were written")
             return None
-        if (
-            not table.schema.equals(_SCHEMA)
-            or table.schema.metadata.get(_FINGERPRINT_KEY) != self._fingerprint
-        ):
-            logger.warning("%s is skipped: it does not hold scores of reference %s", path, self._fingerprint)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(content)).read()
+        except (OSError, pa.ArrowException) as error:
+            self._set_aside(path, str(error))
+            return None
+        metadata = table.schema.metadata or {}
+        if not table.schema.equals(_SCHEMA) or metadata.get(_FINGERPRINT_KEY) != self._fingerprint:
+            logger.warning(
+                "%s is skipped: it does not hold scores of reference %s", path, self._fingerprint.decode()
+            )
             return None
         column = table["key"].combine_chunks()
         keys = np.frombuffer(column.buffers()[1], dtype=f"S{KEY_BYTES}")[column.offset :][: len(column)]
         logps, lengths, entropies = (table[name].to_numpy() for name in ("logp", "length", "entropy"))
-        finite = np.isfinite(logps) & np.isfinite(entropies)
-        if not finite.all():
-            logger.warning("%s: %d scores are not finite and are made again", path, np.sum(~finite))
-        return keys[finite], Scores(logps[finite], lengths[finite].astype(np.int64), entropies[finite])
+        scores = Scores(logps, lengths.astype(np.int64), entropies)
+        possible = scores.find_possible(self._kind)
+        if not possible.all():
+            logger.warning("%s: %d scores cannot be right and are made again", path, np.sum(~possible))
+        return keys[possible], Scores(*(column[possible] for column in _get_columns(scores)))
+
+    def _set_aside(self, path: str, reason: str) -> None:
+        """Rename a damaged file, so that it is read by nobody and can still be looked at."""
+        logger.warning("%s is set aside as .damaged and its scores are made again: %s", path, reason)
+        try:
+            self._filesystem.move(path, f"{path}.damaged")
+        except (OSError, pa.ArrowException) as error:  # another process did it, or the store is read-only
+            logger.warning("%s cannot be renamed: %s", path, error)
 
 
 def resolve_storage(uri: str | os.PathLike[str]) -> str:

@@ -1,5 +1,6 @@
 """Promotion: give a registered version an alias unless the version that has it is better."""
 
+import math
 from typing import TYPE_CHECKING
 
 from orchestrator.config.sections import METRICS
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 METRIC_PREFIX, REFERENCE_PREFIX, PIN_PREFIX = "metric.", "reference.", "pin."
 PRIMARY_TAG, EVAL_DIGEST_TAG = "references.primary", "data.eval_digest"
-EVALUATION_METRIC_TAG, LOSS_DIGEST_TAG = "evaluation.metric", "loss.digest"
+EVALUATION_METRIC_TAG, EVAL_SET_TAG, LOSS_DIGEST_TAG = "evaluation.metric", "evaluation.set", "loss.digest"
 SAMPLING_DIGEST_TAG = "evaluation.sampling_digest"
 ACCURACY, _LOSS = "eval/accuracy", "eval/loss"
 NO_PRIMARY = "none"
@@ -48,7 +49,7 @@ def assign_alias(
 def read_metrics_of_version(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]:
     """Return the metrics registered with a version; for another program's version, its run's last metrics."""
     registered = {
-        k.removeprefix(METRIC_PREFIX): float(v)
+        k.removeprefix(METRIC_PREFIX): _parse_number(v)
         for k, v in version.tags.items()
         if k.startswith(METRIC_PREFIX)
     }
@@ -60,6 +61,14 @@ def read_metrics_of_version(client: "MlflowClient", version: "ModelVersion") -> 
         return dict(client.get_run(version.run_id).data.metrics)
     except MlflowException:  # the run was deleted, the version was not
         return {}
+
+
+def _parse_number(text: str) -> float:
+    """Return the number in a tag; NaN, which nothing is worse than, where others wrote something else."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def explain_refusal(
@@ -120,7 +129,11 @@ def _explain_unknown_references(version: "ModelVersion") -> str | None:
 
 def _list_comparison_tags(metric: str) -> dict[str, str]:
     """Return the tags that must be equal for two versions' metric to be comparable, with descriptions."""
-    tags = {PRIMARY_TAG: "primary reference", EVAL_DIGEST_TAG: "held-out pairs"}
+    tags = {
+        PRIMARY_TAG: "primary reference",
+        EVAL_DIGEST_TAG: "held-out pairs",
+        EVAL_SET_TAG: "held-out sets",
+    }
     if metric in _LOSS_METRICS:
         tags[LOSS_DIGEST_TAG] = "loss or references"
     if metric in _SAMPLED_METRICS:

@@ -6,6 +6,7 @@ A copy is a folder that transformers, peft and vLLM load; it appears complete or
 import hashlib
 import json
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.config.paths import resolve_path
 from orchestrator.errors import UsageError
 from orchestrator.files import cache_folder, digest_folder, link_tree
 from orchestrator.redaction import redact, summarize_error
 from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, find_version, shorten_digest
-from orchestrator.tracking.mlflow import connect_to_mlflow
+from orchestrator.storage.probe import find_write_problem
+from orchestrator.tracking.mlflow import connect_to_mlflow, find_absent_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -55,6 +58,12 @@ def resolve_model(uri: str, tracking_uri: str, *, cache: Path | None = None) -> 
     Raises UsageError for a URI without alias or version, an unknown name, alias or version, a version that is
     still being registered, and a model that is not a complete causal language model.
     """
+    absent = find_absent_database(tracking_uri)
+    if absent is not None:
+        raise UsageError(
+            f"{uri!r} is not in the registry: the registry is empty, as there is no MLflow database at "
+            f"{absent}; set tracking.uri to the registry that has it"
+        )
     client = connect_to_mlflow(tracking_uri)
     return resolve_version(client, find_version(client, uri), tracking_uri, cache=cache)
 
@@ -170,6 +179,8 @@ def _find_transformers_folder(root: Path, version: "ModelVersion", cache: Path) 
     # MLflow's own layout has the tokenizer in another folder; transformers needs both in one.
     target = cache / hashlib.sha256(f"joined {root.resolve()}".encode()).hexdigest()[:24]
     if not target.is_dir():
+        for part in (model, tokenizer):
+            refuse_links_outside(part, f"models:/{version.name}/{version.version}")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             merged = Path(scratch) / "model"
@@ -211,6 +222,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def _copy_and_check(model: ResolvedModel, target: Path) -> None:
+    refuse_links_outside(model.folder, model.uri_pinned)
     shutil.copytree(model.folder, target, dirs_exist_ok=True)
     downloaded = model.folder.is_relative_to(cache_folder("registry"))
     remedy = f"remove {model.folder} and get it again" if downloaded else "register the model again"
@@ -238,24 +250,57 @@ def _read_dtype(base: Path) -> str:
 
 
 def resolve_free_folder(to: Path) -> Path:
-    """Return `to` with links followed; raise UsageError unless a new folder can be created there."""
-    resolved = to.resolve()
-    if resolved.exists() and (not resolved.is_dir() or any(resolved.iterdir())):
-        raise UsageError(f"{to} is not an empty folder: give --to a new one")
+    """Return `to` as an absolute path; raise UsageError unless a new folder can be created there.
+
+    Nothing that is kept may be in its place.
+    """
+    resolved = resolve_path(to, field="--to")
+    try:
+        is_link, exists = to.is_symlink(), resolved.exists()
+    except OSError:  # such as a name that is too long
+        is_link = exists = False
+    if is_link:
+        raise UsageError(f"--to {to} is a link: give --to a new folder, by its own name")
+    if exists and (not resolved.is_dir() or any(resolved.iterdir())):
+        raise UsageError(f"--to {to} is not an empty folder: give --to a new one")
+    if (problem := find_write_problem(resolved)) is not None:
+        raise UsageError(f"--to {to} cannot be written ({problem}); give it a folder that can")
     if resolved == Path.cwd().resolve() or resolved.is_mount():
-        raise UsageError(f"{to} is a folder in use: give --to a new one in it, e.g. --to {to / 'model'}")
+        raise UsageError(f"--to {to} is a folder in use: give --to a new one in it, e.g. --to {to / 'model'}")
     return resolved
 
 
 @contextmanager
 def _fill_new_folder(to: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `to`, which becomes `to` if the block ends without an error."""
+    """Yield a temporary folder beside `to`, which becomes `to` if the block ends without an error.
+
+    An empty folder that was there keeps its permissions. What a killed command leaves is named for polyref.
+    """
     to = resolve_free_folder(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.polyref-", dir=to.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(to)
+        temporary.chmod(stat.S_IMODE(to.stat().st_mode) if to.exists() else 0o755)
+        try:
+            temporary.replace(to)  # fails where something has appeared meanwhile
+        except OSError as error:
+            raise UsageError(
+                f"{to} was filled meanwhile and is left as it is: give --to a new one"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_links_outside(folder: Path, uri: str) -> None:
+    """Raise UsageError if a link below `folder` leads out of it, or to a folder, perhaps the link's own.
+
+    A copy would hold what it leads to: files of the user's, or copies without end.
+    """
+    root = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(root)):
+            raise UsageError(
+                f"the files of {uri} are not copied: {path} is a link that leads out of the version's folder "
+                "or to a folder; register the model from a folder without such links"
+            )

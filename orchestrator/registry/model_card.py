@@ -40,6 +40,8 @@ class Lineage:
     primary: str | None = None
     data_digest: str
     eval_digest: str | None = None
+    judged_set: str | None = None
+    """The named set of the held-out data that metrics such as `eval/accuracy` are of; None: all of it."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Numbers of pairs used and skipped: `{"train pairs": 900, "skipped, too long": 3}`."""
     before: Mapping[str, float | None] = field(default_factory=dict)
@@ -106,6 +108,8 @@ def _render_data(lineage: Lineage) -> str:
     rows = [["training data", f"`{lineage.data_digest[:16]}`"]]
     if lineage.eval_digest:
         rows.append(["held-out data", f"`{lineage.eval_digest[:16]}`"])
+    if lineage.judged_set:
+        rows.append(["judged by the set", lineage.judged_set])
     rows += [[label, str(count)] for label, count in lineage.counts.items()]
     return "## Data\n\n" + _render_table(["", "digest or count"], rows)
 

@@ -15,6 +15,7 @@ from orchestrator.files import digest_folder
 from orchestrator.redaction import hide_secrets, redact, summarize_error
 from orchestrator.registry.aliases import (
     EVAL_DIGEST_TAG,
+    EVAL_SET_TAG,
     EVALUATION_METRIC_TAG,
     LOSS_DIGEST_TAG,
     METRIC_PREFIX,
@@ -216,9 +217,11 @@ def _build_tags(lineage: Lineage) -> dict[str, str]:
 
 
 def _build_evaluation_tags(lineage: Lineage) -> dict[str, str]:
-    """Return the run's evaluation metric and a digest of how its responses were sampled and rewarded."""
+    """Return the run's evaluation metric and set, and a digest of how responses were sampled and rewarded."""
     evaluation = lineage.config.get("evaluation") or {}
     tags = {EVALUATION_METRIC_TAG: evaluation["metric"]} if evaluation.get("metric") else {}
+    if lineage.judged_set is not None:
+        tags[EVAL_SET_TAG] = lineage.judged_set
     if evaluation.get("sampling"):
         tags[SAMPLING_DIGEST_TAG] = _digest_settings(
             [evaluation["sampling"], lineage.config.get("training", {}).get("seed")]

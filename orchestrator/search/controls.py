@@ -25,7 +25,7 @@ def match_beta(
     """Compute the beta at which the control's mean gradient in h at h = 0 equals this loss's.
 
     For GDPO this is beta E[2p - 1], for MallowsPO-theta beta E[s]. The gradient of squared links grows as
-    beta shrinks, so their beta is divided by the same factor.
+    beta shrinks, so their beta is divided by the same factor. Pairs count alike, whatever their weights.
 
     Args:
         loss: any loss of pairs.

@@ -4,13 +4,14 @@ It is the whole state of a search. Ray Tune's own state is deleted at every star
 result are read back from here.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import UsageError
-from orchestrator.files import RecordError, dump_record, load_record, replace_text
+from orchestrator.files import RecordError, dump_record, load_record, read_regular_file, replace_text
 
 TRIAL_FILE = "trial.json"
 VERSION = 2
@@ -92,8 +93,12 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._records: dict[int, TrialRecord] = {}
-        for path in sorted(folder.glob(f"*/{TRIAL_FILE}")):
+        for path in sorted(trial / TRIAL_FILE for trial in folder.glob("*/")):
+            if not os.path.lexists(path):
+                continue
             record = read_trial(path.parent)
+            if record.name != path.parent.name:
+                raise UsageError(f"{path}: is the record of trial {record.name}; move the folder away")
             self._records[record.number] = record
 
     def __iter__(self) -> Iterator[TrialRecord]:
@@ -224,8 +229,8 @@ def read_trial(folder: Path) -> TrialRecord:
     """
     path = folder / TRIAL_FILE
     try:
-        return load_record(TrialRecord, path.read_text(), version=VERSION, convert=_convert_fields)
-    except RecordError as error:
+        return load_record(TrialRecord, read_regular_file(path), version=VERSION, convert=_convert_fields)
+    except (RecordError, OSError) as error:
         raise UsageError(
             f"{path}: is not a trial's record that can be read: {error}. Give the search another name, or "
             "start over with --fresh"

@@ -8,6 +8,9 @@ from ray.tune import Stopper
 from orchestrator.config.sweep import SweepConfig
 from orchestrator.search.journal import Journal
 
+LONGEST_PAUSE_S = 30.0
+"""Most of the time between two checks that counts as waiting for room."""
+
 
 class InterruptibleSearch(Protocol):
     """A searcher that can be interrupted: trials that end from then on have been cut off, not finished."""
@@ -36,7 +39,7 @@ class SearchLimits(Stopper):
         self._budget, self._max_failures = sweep.time_budget, sweep.max_failures
         self._journal, self._search, self._wait_minutes = journal, search, wait_minutes
         self._started_at = time.monotonic()
-        self._last_running_at = self._started_at
+        self._checked_at, self._waited_s = self._started_at, 0.0
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Return False: no trial is ended alone."""
@@ -44,7 +47,7 @@ class SearchLimits(Stopper):
 
     def note_running(self) -> None:
         """Note that some trial has room and runs now."""
-        self._last_running_at = time.monotonic()
+        self._waited_s = 0.0
 
     def stop_all(self) -> bool:
         """Return whether a limit is reached, and mark the search as interrupted if so."""
@@ -73,7 +76,12 @@ class SearchLimits(Stopper):
         return self.failure
 
     def _check_placement(self) -> str | None:
-        if time.monotonic() - self._last_running_at < 60 * self._wait_minutes:
+        # Tune asks several times a second. When it did not, a server kept it waiting, and no trial waited for
+        # room because of that.
+        now = time.monotonic()
+        self._waited_s += min(now - self._checked_at, LONGEST_PAUSE_S)
+        self._checked_at = now
+        if self._waited_s < 60 * self._wait_minutes:
             return None
         self.failure = (
             f"no trial found a place on the cluster within {self._wait_minutes:g} minutes, although one "

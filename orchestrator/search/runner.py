@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from mlflow.exceptions import MlflowException
 from ray import tune as ray_tune
 from ray.tune import PlacementGroupFactory
@@ -48,6 +47,7 @@ from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.rewards import RewardScorer
 from orchestrator.worker.setup import WorkerSetup, sample_calibration_rows
+from orchestrator.worker.splits import send_split
 
 log = logging.getLogger(__name__)
 
@@ -243,12 +243,13 @@ class SearchRunner:
     def _build_trial_setup(
         self, service: ReferenceService, reward_scorer: RewardScorer | None, trials_per_node: int
     ) -> TrialSetup:
-        """Build the setup that all trials share, with the rows in Ray's object store."""
+        """Build the setup that all trials share."""
+        assert self.prepared.eval is not None  # a sweep without held-out pairs is refused
         worker = WorkerSetup(
             config=self.base,
             policy=self.prepared.policy.config,
-            train=ray.put(self.prepared.train),
-            eval=ray.put(self.prepared.eval),
+            train=send_split(self.prepared.train),
+            eval=send_split(self.prepared.eval),
             routers=service.routers,
             identity=self.prepared.identity,
             initial_policy_reference=self.prepared.initial_policy_reference,

@@ -22,12 +22,25 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig
 from orchestrator.config.sweep import Point, SweepConfig
 from orchestrator.driver.prepare import PreparedRun, refuse_hard_labels, resolve_paths
-from orchestrator.driver.record import MAY_CHANGE, RunRecord, lock_run, open_record, read_record, remove_run
-from orchestrator.driver.scoring import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, start_services
+from orchestrator.driver.record import (
+    MAY_CHANGE,
+    RunRecord,
+    lock_run,
+    open_record,
+    read_record,
+    refuse_foreign_folder,
+    remove_run,
+)
+from orchestrator.driver.scoring import start_services
 from orchestrator.driver.train import prepare_and_report
 from orchestrator.errors import UsageError
 from orchestrator.redaction import hide_secrets
-from orchestrator.references.service import ROUTER_CPUS, ReferenceService
+from orchestrator.references.service import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    ROUTER_CPUS,
+    ReferenceService,
+)
 from orchestrator.search.context import SearchPlan
 from orchestrator.search.journal import Journal
 from orchestrator.search.report.labels import format_value
@@ -35,6 +48,7 @@ from orchestrator.search.runner import SearchRunner
 from orchestrator.search.searcher import sample_points
 from orchestrator.search.trial import build_trial_config, find_trials_folder
 from orchestrator.storage.paths import is_uri
+from orchestrator.tracking.mlflow import refuse_unshared_default
 from orchestrator.tracking.progress import make_plain_console
 from orchestrator.worker.setup import count_total_steps
 from preferences.buckets import redact_uri
@@ -43,8 +57,10 @@ from tune_spaces.spaces import Space
 
 CHECKED_POINTS = 100
 """Number of points that are drawn before anything starts; each must make a valid run."""
+_ENDLESS = 100_000
+"""More points of a grid are not counted."""
 _SWEEP_MAY_CHANGE = (
-    *(f"run.{field}" for field in MAY_CHANGE if field != "evaluation"),
+    *(f"run.{field}" for field in MAY_CHANGE if not field.startswith("evaluation.")),
     "search.trials",
     "max_concurrent",
     "max_failures",
@@ -64,10 +80,14 @@ def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = F
     base = _serve_all_references(sweep)
     folder = Path(base.storage_path) / sweep.name
     space = _build_space(sweep, base)
+    if fresh:
+        refuse_foreign_folder(folder, kind="search")
     existing = read_record(folder)
-    if existing is not None and "run" not in existing.config:
+    if existing is not None and existing.kind != "search":
         raise UsageError(f"{sweep.name}: {folder} is a training run's folder; give the search another name")
     previous = None if fresh else existing
+    if not fresh:
+        Journal(find_trials_folder(sweep, base))  # a damaged record is refused before Ray is started
     with lock_run(folder):
         previous_run = None if previous is None else replace(previous, config=previous.config["run"])
         plan = _plan_search(sweep, space, prepare_and_report(base, console, previous_run))
@@ -90,6 +110,7 @@ def run_sweep(sweep: SweepConfig, *, fresh: bool = False, retry_failed: bool = F
         with connect_to_ray(wait_minutes=base.placement.wait_minutes):
             slots = _count_slots(sweep, base)
             refuse_unshared(base.storage_path)
+            refuse_unshared_default(base.tracking.uri, len(list_node_resources()))
             runner = build_runner(ClusterProfile.from_nodes(list_node_resources()).device_type)
             if retry_failed:
                 _requeue_failed_trials(runner.journal)
@@ -185,7 +206,7 @@ def _check_points(sweep: SweepConfig, space: Space, prepared: PreparedRun) -> tu
         The trials' numbers of steps, and digests of the links' sources by function.
     """
     if sweep.search.algorithm == "grid":
-        next(space.iterate_grid())
+        _count_points(sweep, space)
     lengths: set[int] = set()
     link_digests: dict[str, str] = {}
     for point in sample_points(space, CHECKED_POINTS, seed=sweep.search.seed):
@@ -234,7 +255,14 @@ def _count_trials_per_node(sweep: SweepConfig, space: Space, slots: int) -> int:
 
 def _count_points(sweep: SweepConfig, space: Space) -> int:
     if sweep.search.algorithm == "grid":
-        return sum(1 for _ in islice(space.iterate_grid(), sweep.search.trials))
+        most = min(sweep.search.trials or _ENDLESS, _ENDLESS)
+        count = sum(1 for _ in islice(space.iterate_grid(), most))
+        if count == _ENDLESS:
+            raise UsageError(
+                f"{sweep.name}: the grid has {_ENDLESS:,} points or more, which no cluster tries; leave "
+                "fields or values out under space, or set search.trials and search.algorithm: random"
+            )
+        return count
     assert sweep.search.trials is not None  # only a grid is finite without it
     return sweep.search.trials
 
@@ -260,7 +288,7 @@ def _format_trial_request(base: RunConfig) -> str:
 def _is_extended(sweep: SweepConfig, previous: RunRecord) -> bool:
     """Return whether search or promotion settings have changed since the search was recorded."""
     current = sweep.model_dump(mode="json")
-    return any(previous.config[name] != current[name] for name in ("search", "promote"))
+    return any(previous.config.get(name) != current[name] for name in ("search", "promote"))
 
 
 def _open_record(
@@ -268,7 +296,7 @@ def _open_record(
 ) -> RunRecord:
     """Create the search's record or resume it, and write its settings to `sweep.yaml`."""
     if fresh:
-        remove_run(folder)
+        remove_run(folder, kind="search")
     run = prepared.config.model_dump(mode="json")
     settings = sweep.model_dump(mode="json") | {"run": run}
     record = open_record(

@@ -47,6 +47,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UsageError(_format_refusal(str(folder), "another process")) from None
+    except OSError as error:
+        raise UsageError(
+            f"{lock.lock_file} cannot be locked ({error.strerror}); move away what is there"
+        ) from None
     try:
         yield
     finally:

@@ -11,13 +11,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from orchestrator.storage.lease import LEASE_FILE, RunLease, lock_folder
-from orchestrator.storage.object_store import download_path, upload_path
+from orchestrator.storage.object_store import download_path, remove_path, upload_path
 from orchestrator.storage.paths import explain_storage_failures, find_working_folder, is_uri, redact_location
 from orchestrator.storage.probe import PROBE_PREFIX, write_probe
 from preferences import buckets
@@ -119,22 +119,28 @@ class Mirror:
                 download_path(self._store, f"{self._root}/{name}", copy)
             yield copy
 
-    def remove_run(self) -> None:
-        """Delete the run's stored files and the working copy, but not its lease."""
+    def list_entries(self) -> list[str]:
+        """Return the names of the files and folders that are stored, but for the lease and probes."""
+        if self._store is None:
+            names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        else:
+            with self.explain_failures():
+                names = [entry.base_name for entry in self._list_stored_entries()]
+        return sorted(name for name in names if name != LEASE_FILE and not name.startswith(PROBE_PREFIX))
+
+    def remove_entries(self, names: Sequence[str]) -> None:
+        """Delete files and folders, in this order, where they are stored and in the working copy."""
         with self.explain_failures():
-            if self._store is not None:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
-                    if entry.type == pafs.FileType.Directory:
-                        self._store.delete_dir(entry.path)
-                    elif entry.base_name != LEASE_FILE:
-                        self._store.delete_file(entry.path)
-            elif self.folder.exists():
-                removed = self.folder.with_name(f".{self.folder.name}.removed")
-                shutil.rmtree(removed, ignore_errors=True)
-                self.folder.rename(removed)
-                shutil.rmtree(removed)
+            stored = {} if self._store is None else {e.base_name: e for e in self._list_stored_entries()}
+            for name in names:
+                remove_path(self.folder / name)
+                if self._store is not None and name in stored:
+                    is_folder = stored[name].type == pafs.FileType.Directory
+                    (self._store.delete_dir if is_folder else self._store.delete_file)(stored[name].path)
+
+    def _list_stored_entries(self) -> list[pafs.FileInfo]:
+        assert self._store is not None
+        return self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
 
     @contextlib.contextmanager
     def write_probe(self) -> Iterator[str]:
@@ -144,7 +150,7 @@ class Mirror:
                 for old in self.folder.glob(f"{PROBE_PREFIX}*"):
                     old.unlink(missing_ok=True)
             else:
-                for entry in self._store.get_file_info(pafs.FileSelector(self._root, allow_not_found=True)):
+                for entry in self._list_stored_entries():
                     if entry.base_name.startswith(PROBE_PREFIX):
                         self._store.delete_file(entry.path)
         with contextlib.ExitStack() as stack:

@@ -38,7 +38,11 @@ def ray_storage_arguments(location: str) -> tuple[pafs.FileSystem | None, str]:
 
 
 def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
-    """Replace `target` with a copy of the file or folder stored at `path`; delete it if there is none."""
+    """Replace `target` with a copy of the file or folder stored at `path`; delete it if there is none.
+
+    Raises:
+        OSError: it cannot be read, or a name in the folder leads out of it.
+    """
     kind = store.get_file_info(path).type
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +51,7 @@ def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
             remove_path(target)
             return
         if kind == pafs.FileType.Directory:
+            _refuse_names_outside(store, path)
             part.mkdir()
         pafs.copy_files(
             path, str(part), source_filesystem=store, destination_filesystem=_LOCAL, chunk_size=_CHUNK_BYTES
@@ -56,6 +61,13 @@ def download_path(store: pafs.FileSystem, path: str, target: Path) -> None:
         part.replace(target)
     finally:
         remove_path(part)
+
+
+def _refuse_names_outside(store: pafs.FileSystem, path: str) -> None:
+    """Raise OSError if a name below `path` has `..` in it: object stores allow that, and Arrow follows it."""
+    for entry in store.get_file_info(pafs.FileSelector(path, recursive=True)):
+        if ".." in entry.path.removeprefix(path).split("/"):
+            raise OSError(f"{entry.path} is stored under a name that leads out of its folder")
 
 
 def upload_path(source: Path, store: pafs.FileSystem, path: str) -> None:
@@ -71,8 +83,8 @@ def upload_path(source: Path, store: pafs.FileSystem, path: str) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """Delete a file, if it exists, or a folder with its contents."""
-    if path.is_dir():
+    """Delete a file or a link, if it exists, or a folder with its contents."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Check that a storage can be written, and that other processes see what was written."""
 
 import contextlib
+import errno
+import os
 import tempfile
 import time
 import uuid
@@ -9,29 +11,31 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from orchestrator.config.paths import resolve_path
 from orchestrator.errors import UsageError
+from orchestrator.files import CACHE_VARIABLE, DEFAULT_CACHE
 from orchestrator.storage.paths import is_uri
 from preferences import buckets
 
 PROBE_PREFIX = ".seen-"
 _VISIBLE_WITHIN_S = 5.0
+_LONGEST_NAME = 255  # bytes, of every file system in use
 
 
 def refuse_unwritable(storage_path: str) -> None:
-    """Check that a storage can be written by writing a file and deleting it.
+    """Check that a storage can be written by writing a file and deleting it; a missing folder is not made.
 
     Raises:
-        UsageError: nothing can be written there; the message says why and what to do.
+        UsageError: nothing can be written there, or to this machine's cache; the message says why and what to
+            do.
     """
+    _refuse_unusable_cache()
     if not is_uri(storage_path):
-        folder = Path(storage_path)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
+        problem = find_write_problem(Path(storage_path))
+        if problem is not None:
             raise UsageError(
-                f"storage_path {storage_path} cannot be written ({error.strerror}); name a folder that can"
-            ) from None
+                f"storage_path {storage_path} cannot be written ({problem}); name a folder that can"
+            )
         return
     shown = buckets.redact_uri(storage_path)
     if not buckets.is_bucket(storage_path):
@@ -48,6 +52,40 @@ def refuse_unwritable(storage_path: str) -> None:
             f"storage_path {shown} cannot be written ({buckets.describe_error(error)}); "
             f"{buckets.suggest_remedy(storage_path)}"
         ) from None
+
+
+def _refuse_unusable_cache() -> None:
+    root = os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE
+    problem = find_write_problem(resolve_path(root, field=CACHE_VARIABLE))
+    if problem is not None:
+        raise UsageError(
+            f"{CACHE_VARIABLE} {root} cannot be written ({problem}); set the variable to a folder that "
+            f"can, or unset it for {DEFAULT_CACHE}"
+        )
+
+
+def find_write_problem(folder: Path) -> str | None:
+    """Say why a folder cannot be written, or made where it is missing; None if it can. Nothing is left."""
+    try:
+        present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        tempfile.TemporaryFile(dir=present).close()
+        too_long = [part for part in folder.parts if len(os.fsencode(part)) > _LONGEST_NAME]
+        return os.strerror(errno.ENAMETOOLONG) if too_long else None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
+def refuse_unwritable_file(path: Path, option: str) -> None:
+    """Check that a file can be written, or replaced; nothing is left.
+
+    Raises:
+        UsageError: it cannot; the message names the option and says why.
+    """
+    problem = find_write_problem(path.parent)
+    if problem is None and len(os.fsencode(path.name)) > _LONGEST_NAME - 10:  # of a temporary file beside it
+        problem = os.strerror(errno.ENAMETOOLONG)
+    if problem is not None:
+        raise UsageError(f"{option} {path}: cannot be written ({problem}); name a file in a folder that can")
 
 
 def why_invisible(place: str) -> str | None:

@@ -5,11 +5,15 @@ A line of `metrics.jsonl` is the metrics of a step, or a finding of the numerica
 
 import contextlib
 import json
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.files import replace_text
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE, SCALES_FILE = "metrics.jsonl", "dispersion.json"
 FINDING = "finding"
@@ -17,7 +21,7 @@ FINDING = "finding"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics of `metrics.jsonl` in order, without a last line that a crash left incomplete."""
+    """Return the metrics of `metrics.jsonl` in order, without lines that a crash left incomplete."""
     return [line for line in _read_lines(folder) if FINDING not in line]
 
 
@@ -30,8 +34,23 @@ def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    with path.open("rb") as file:
+        whole = [line for line in file if line.endswith(b"\n")]
+    lines = parse_lines(whole)
+    if len(lines) < len(whole):
+        log.warning("%s: %d damaged lines are passed over", path, len(whole) - len(lines))
+    return lines
+
+
+def parse_lines(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the lines that are of a metrics file; a full disk or a crash may have damaged others."""
+    parsed = []
+    for text in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                parsed.append(line)
+    return parsed
 
 
 def cut_metrics_after(path: Path, step: int) -> None:
@@ -61,8 +80,5 @@ def read_new_lines(path: Path, position: int) -> tuple[int, list[dict[str, Any]]
         return 0, []
     with path.open("rb") as file:
         file.seek(0 if path.stat().st_size < position else position)
-        lines = []
-        for line in iter(file.readline, b""):
-            with contextlib.suppress(ValueError):  # a crash left it incomplete
-                lines.append(json.loads(line))
+        lines = parse_lines(iter(file.readline, b""))
         return file.tell(), lines

@@ -59,6 +59,21 @@ class ProgressMeter:
             self.console.print(f"{task}: {done}/{total} {note}".rstrip())
 
 
+class RowCounter:
+    """Counts rows that are read, of sources whose number of rows is not known, in lines on `console`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_line = time.monotonic()
+
+    def update(self, source: str, rows: int) -> None:
+        """Print how many rows of a source are read, if the last line is some seconds old."""
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self._console.print(f"reading {source}: {rows:,} rows")
+
+
 @contextlib.contextmanager
 def follow_steps(folder: Path, total: int, console: Console) -> Iterator[None]:
     """Inside the block, show the steps and findings that a run's workers write to its metrics file.

@@ -27,6 +27,7 @@ from orchestrator.tracking.metrics_file import (
     SCALES_FILE,
     cut_metrics_after,
     drop_torn_line,
+    parse_lines,
     read_scales,
 )
 from orchestrator.tracking.mlflow import (
@@ -65,6 +66,7 @@ class Tracker:
         self._sender: _MetricSender | None = None
         self._scales: list[float] | None = None
         self._scales_written = 0
+        self._misses_something = False
         folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             cut_metrics_after(self._path, resume_step)
@@ -174,13 +176,23 @@ class Tracker:
         self._write_scales()
         if self._sender is not None and not self._sender.close(timeout):
             log.warning("MLflow at %s misses the last metrics; %s has them all", redact(self.uri), self._path)
+            self._misses_something = True
         self._sender = None
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Close, and set the MLflow run's final status: FINISHED, FAILED or KILLED."""
+    def finish(self, status: str = "FINISHED") -> bool:
+        """Close, and set the MLflow run's final status: FINISHED, FAILED or KILLED.
+
+        A run of which MLflow misses metrics, tags or files is not marked as FINISHED.
+
+        Returns:
+            Whether MLflow has all that this tracker was given.
+        """
         self.close()
+        if status == "FINISHED" and self._misses_something:
+            return False
         with self._warn_on_failure("the run's end"):
             connect_to_mlflow(self.uri).set_terminated(self.run_id, status)
+        return not self._misses_something
 
     @contextmanager
     def _warn_on_failure(self, content: str) -> Iterator[None]:
@@ -189,6 +201,7 @@ class Tracker:
         try:
             yield
         except (UsageError, MlflowException, OSError) as error:
+            self._misses_something = True
             log.warning("MLflow did not take %s of run %s: %s", content, self.run_id, summarize_error(error))
 
 
@@ -273,8 +286,8 @@ class _MetricSender:
         with self._path.open("rb") as file:
             file.seek(self._sent)
             while file.tell() < self._written and values < _METRICS_PER_BATCH:
-                lines.append(json.loads(file.readline()))
-                values += len(lines[-1])
+                lines += parse_lines([file.readline()])
+                values += len(lines[-1]) if lines else 0
             return lines, file.tell()
 
     def _list_unsent_points(self, lines: list[dict[str, Any]]) -> list[Any]:

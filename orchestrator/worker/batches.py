@@ -94,6 +94,7 @@ class BatchLoader:
     ) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches; `scores` has their rows in the same order."""
         slot_of_row = {int(row): slot for slot, row in enumerate(indices)}
+        weights = None if self.split.weights is None else _scale_to_mean_one(self.split.weights[indices])
         start = 0
         for rows in self._select_share(indices):
             stop = start + len(rows)
@@ -102,6 +103,7 @@ class BatchLoader:
                 rows,
                 torch.tensor(slots, dtype=torch.long, device=self._device),
                 {name: _slice_arrays(arrays, start, stop) for name, arrays in scores.items()},
+                weights=None if weights is None else torch.as_tensor(weights[slots], device=self._device),
             )
             start = stop
 
@@ -126,7 +128,12 @@ class BatchLoader:
         )[self._rank]
 
     def _build_microbatch(
-        self, indices: np.ndarray, slots: torch.Tensor, scores: dict[str, ReferenceArrays]
+        self,
+        indices: np.ndarray,
+        slots: torch.Tensor,
+        scores: dict[str, ReferenceArrays],
+        *,
+        weights: torch.Tensor | None,
     ) -> MicroBatch:
         rows, complete = self._build_rows(indices), self._fill_missing_scores(scores, indices)
         return MicroBatch(
@@ -136,6 +143,7 @@ class BatchLoader:
             references=tuple(_move_to_device(complete[name], self._device) for name in self._reference_names),
             paired=self.split.has_pairs,
             flops=self._count_flops(rows),
+            weights=weights,
         )
 
     def _fill_missing_scores(
@@ -177,6 +185,12 @@ class BatchLoader:
             for p in pairs
         ]
         return build_rows(groups, shared=self._shared_rows, pad_id=self._pad_id).to(self._device)
+
+
+def _scale_to_mean_one(weights: np.ndarray) -> np.ndarray:
+    """Scale the weights (B,) of a global batch to a mean of 1; if all are 0 they stay 0."""
+    total = weights.sum()
+    return weights * (len(weights) / total) if total > 0 else np.zeros_like(weights)
 
 
 def _slice_arrays(arrays: ReferenceArrays, start: int, stop: int) -> ReferenceArrays:

@@ -2,26 +2,38 @@
 
 The files contain whole weights and moments, also where training shards them: each rank writes every n-th of
 them. So a run can resume under another strategy and with another number of workers, and no rank ever has
-more than its share of a checkpoint in memory.
+more than its share of a checkpoint in memory. Beside each part lies the SHA-256 of what its rank wrote, in
+the format of `sha256sum`: a checkpoint that was cut short or in which a bit flipped is not resumed from.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.parallel import Parallel
 from orchestrator.errors import RunFailed
-from orchestrator.files import RecordError, dump_record, load_record, replace_file
-from orchestrator.storage.mirror import Mirror
+from orchestrator.files import (
+    RecordError,
+    digest_file,
+    dump_record,
+    load_record,
+    replace_file,
+    sync_to_disk,
+)
 
 PROGRESS_FILE = "progress.json"
+SUMS_SUFFIX = ".sha256"
+DAMAGED_FILE = "DAMAGED"
+"""A file in a checkpoint that was found damaged; it says why, and the checkpoint is not read again."""
+_DIGEST_KEY = "xxh3_128"
 VERSION = 1
 """The version of the fields in `progress.json`, and of the best evaluation beside its weights."""
 
@@ -59,9 +71,15 @@ def save_checkpoint(folder: str | Path, parallel: Parallel, progress: TrainingPr
         if index % parallel.world_size == parallel.rank:
             share |= {f"{name}/{kind}": tensor.cpu().contiguous() for kind, tensor in state.items()}
     folder = Path(folder)
-    save_file(share, folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors")
+    written = [folder / f"state-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors"]
+    save_file(share, written[0])
     if parallel.rank == 0:
-        (folder / PROGRESS_FILE).write_text(dump_record(progress, version=VERSION))
+        written.append(folder / PROGRESS_FILE)
+        written[1].write_text(dump_record(progress, version=VERSION))
+    sums = "".join(f"{digest_file(file)}  {file.name}\n" for file in written)
+    written[0].with_suffix(SUMS_SUFFIX).write_text(sums)
+    for file in (*written, written[0].with_suffix(SUMS_SUFFIX)):
+        sync_to_disk(file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +108,8 @@ def save_best_weights(file: Path, parallel: Parallel, best: BestEvaluation) -> N
     if parallel.rank != 0:
         return
     with replace_file(file) as part:
-        save_file(weights, part, {"best": dump_record(best, version=VERSION)})
+        digest = _digest_tensors(sorted(weights.items()))
+        save_file(weights, part, {"best": dump_record(best, version=VERSION), _DIGEST_KEY: digest})
 
 
 def read_best_metadata(file: Path, metric: str) -> BestEvaluation | None:
@@ -107,9 +126,30 @@ def read_best_metadata(file: Path, metric: str) -> BestEvaluation | None:
 
 
 def load_best_weights(file: Path, parallel: Parallel) -> None:
-    """Restore the weights that `save_best_weights` wrote, on every rank."""
+    """Restore the weights that `save_best_weights` wrote, on every rank.
+
+    Raises:
+        RunFailed: they are not those that were written.
+    """
     with safe_open(file, framework="pt") as weights:
+        digest = (weights.metadata() or {}).get(_DIGEST_KEY)  # none before there were digests
+        tensors = ((name, weights.get_tensor(name)) for name in sorted(weights.keys()))
+        is_changed = parallel.rank == 0 and digest is not None and digest != _digest_tensors(tensors)
+        if parallel.all_reduce_sum(torch.tensor([float(is_changed)], device=parallel.device)).item():
+            raise RunFailed(
+                f"{file} is not what was written: move it away, and the same command exports the weights of "
+                "the last step"
+            )
         parallel.restore_full_state(lambda name: {"weight": weights.get_tensor(name)}, weights.keys())
+
+
+def _digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the XXH3 of names and contents of tensors on the CPU, in their order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_checkpoint_step(folder: Path) -> int:
@@ -117,36 +157,37 @@ def read_checkpoint_step(folder: Path) -> int:
     return int(json.loads((folder / PROGRESS_FILE).read_text())["step"])
 
 
-def find_newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint among `checkpoint_*` folders, if there is one.
+def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
+    """Return why a checkpoint cannot be resumed from, or None if it is whole.
 
-    For local sessions, and for a run whose list of checkpoints, which Ray writes, was lost.
+    Of `world_size` ranks each compares its share of the files with their digests; that all parts are there is
+    checked by every rank. A checkpoint from before there were digests is checked for its parts alone.
     """
-    for candidate in sorted(folder.glob("checkpoint_*/"), reverse=True):
-        try:
-            json.loads((candidate / PROGRESS_FILE).read_text())
-            _StateFiles(candidate)
-        except (OSError, ValueError, SafetensorError):  # cut short when the run was killed
-            continue
-        return candidate
+    if (folder / DAMAGED_FILE).exists():
+        return "it was found damaged before"
+    try:
+        json.loads((folder / PROGRESS_FILE).read_text())
+        _StateFiles(folder)
+        sums = _read_sums(folder)
+        for file in sorted(sums)[rank::world_size]:
+            if digest_file(folder / file) != sums[file]:
+                return f"{file} is not what was written"
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error) or type(error).__name__
     return None
 
 
-@contextmanager
-def fetch_newest_checkpoint(mirror: Mirror, subfolder: str) -> Iterator[Path | None]:
-    """Yield the newest complete checkpoint in a subfolder of a run, for reading: a copy if storage is remote.
-
-    Yields None if there is no checkpoint.
-    """
-    if not mirror.remote:
-        yield find_newest_checkpoint(mirror.folder / subfolder)
-        return
-    for name in reversed(mirror.list_folders(subfolder)):
-        with mirror.fetch_folder(f"{subfolder}/{name}") as copy:
-            if find_newest_checkpoint(copy.parent) is not None:
-                yield copy
-                return
-    yield None
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Return the digests of a checkpoint's files by name, {} if it was written before there were any."""
+    sums: dict[str, str] = {}
+    for file in folder.glob(f"*{SUMS_SUFFIX}"):
+        for line in file.read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            sums[name] = digest
+    parts = {PROGRESS_FILE, *(part.name for part in folder.glob("state-*.safetensors"))}
+    if sums and (missing := parts - set(sums)):
+        raise FileNotFoundError(f"the digest of {', '.join(sorted(missing))} is missing")
+    return sums
 
 
 def quarantine_corrupt_index(folder: Path) -> None:

@@ -7,6 +7,7 @@ while the policy learns.
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
+from safetensors import SafetensorError
 from transformers import get_scheduler
 
 from losses.config import LossConfig
@@ -24,7 +25,9 @@ from models.config import ModelError
 from orchestrator.config.functions import add_to_path
 from orchestrator.config.sections import METRICS
 from orchestrator.errors import RunFailed
+from orchestrator.files import describe_free_space, is_disk_full
 from orchestrator.storage.mirror import Mirror
+from orchestrator.storage.scratch import remove_abandoned_scratch
 from orchestrator.tracking.metrics_file import read_findings
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.batches import BatchLoader
@@ -35,10 +38,10 @@ from orchestrator.worker.checkpoint import (
     save_best_weights,
     save_checkpoint,
 )
+from orchestrator.worker.eval_sets import EvaluationSets
 from orchestrator.worker.metrics import (
     MetricFlags,
     StepTable,
-    compute_eval_metrics,
     compute_perf_metrics,
     compute_training_metrics,
     find_best_within_kl_budget,
@@ -47,6 +50,7 @@ from orchestrator.worker.policy import Policy, export_policy, open_policy
 from orchestrator.worker.result import WorkerResult
 from orchestrator.worker.session import Session
 from orchestrator.worker.setup import BEST_FILE, EXPORT_FOLDER, METRIC_FILES, WorkerSetup, count_total_steps
+from orchestrator.worker.splits import receive_split
 from orchestrator.worker.start import (
     calibrate_loss,
     make_batch_loader,
@@ -59,6 +63,7 @@ from orchestrator.worker.start import (
     resume_training,
 )
 from orchestrator.worker.step import NonFiniteLoss, run_evaluation_pass, run_training_step
+from orchestrator.worker.stopping import StopListener
 from preferences.batches import BatchPlan
 
 BATCHES_AHEAD = 2
@@ -83,6 +88,7 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
     mirror = Mirror(setup.folder, worker=session.rank)
     writes_metrics = session.rank == 0
     mirror.pull(BEST_FILE, *(METRIC_FILES if writes_metrics else ()))
+    remove_abandoned_scratch()
     try:
         with mirror.push_periodically(*METRIC_FILES) if writes_metrics else nullcontext():
             return _run_training(setup, session, mirror)
@@ -92,6 +98,16 @@ def train_worker(setup: WorkerSetup, session: Session) -> WorkerResult:
         if session.world_size > 1:
             raise
         return WorkerResult(status="failed", reason=str(error))
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        free = describe_free_space(tempfile.gettempdir(), mirror.folder)
+        size = session.checkpoint_bytes * session.world_size / 2**20
+        needed = f", and a checkpoint takes {size:,.1f} MiB of each" if size else ""
+        reason = f"a disk is full ({error}): {free}{needed}; make room there"
+        if session.world_size > 1:
+            raise RunFailed(reason) from error
+        return WorkerResult(status="failed", reason=reason)
     finally:
         mirror.discard_copy()
 
@@ -101,11 +117,11 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
     config, rank, world_size = setup.config, session.rank, session.world_size
     workers_on_node = session.local_workers * setup.trials_per_node
     policy = open_policy(config, setup.policy, device=session.device, local_workers=workers_on_node)
-    splits = {"train": ray.get(setup.train), "eval": ray.get(setup.eval) if setup.eval else None}
+    splits = {"train": receive_split(setup.train)}
+    splits |= {"eval": receive_split(setup.eval)} if setup.eval else {}
     loaders = {
         name: make_batch_loader(setup, split, policy, rank=rank, world_size=world_size)
         for name, split in splits.items()
-        if split is not None
     }
     plan = BatchPlan(len(splits["train"]), config.training.pairs_per_step, config.training.seed)
     total_steps = count_total_steps(config, plan.count)
@@ -132,7 +148,7 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
             run.request_scores(step + BATCHES_AHEAD)
         torch.manual_seed(config.training.seed * 1_000_003 + step * world_size + rank)
         try:
-            run.train_step(step, learning_rate=schedule.get_last_lr()[0])
+            stop = run.train_step(step, learning_rate=schedule.get_last_lr()[0])
         except NonFiniteLoss as failure:
             run.close()
             return WorkerResult(status="diverged", reason=run.describe_failure(failure, step))
@@ -140,7 +156,8 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
 
         steps_taken, is_last = step + 1, step + 1 == total_steps
         evaluate = "eval" in loaders and (is_last or steps_taken % config.evaluation.every_steps == 0)
-        save = is_last or steps_taken % config.training.save_every == 0
+        is_preempted = session.is_preempted()
+        save = is_last or stop or is_preempted or steps_taken % config.training.save_every == 0
         if evaluate:
             progress = run.evaluate_policy(progress, steps_taken)
         if save or evaluate:
@@ -155,6 +172,11 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
             session.report(metrics, partial(save_checkpoint, parallel=policy.parallel, progress=progress))
         elif evaluate:
             session.report(metrics)
+        if stop and not is_last:
+            run.close()
+            return WorkerResult(status="stopped", step=steps_taken)
+        if is_preempted:
+            session.wait_for_preemption()
     run.close()
 
     if setup.export:
@@ -162,7 +184,7 @@ def _run_training(setup: WorkerSetup, session: Session, mirror: Mirror) -> Worke
             mirror.pull(BEST_FILE)
             load_best_weights(mirror.folder / BEST_FILE, policy.parallel)
         train = splits["train"]
-        probe_prompts = [train.policy[row].prompt for row in range(min(4, len(train)))]
+        probe_prompts = [train.policy[row].prompt.tolist() for row in range(min(4, len(train)))]
         export_policy(policy, mirror.folder / EXPORT_FOLDER, probes=probe_prompts)
         if rank == 0:
             mirror.push(EXPORT_FOLDER)
@@ -203,6 +225,7 @@ class _TrainingRun:
         self._setup, self._policy, self._loaders, self._plan = setup, policy, loaders, plan
         self._loss, self._tracker, self._mirror = loss, tracker, mirror
         self._watch = None if tracker is None else open_watch(setup, policy, tracker)
+        self._stop_listener = StopListener(setup.stop_sign if session.rank == 0 else None)
         self.best = best
         self._reference_names = setup.config.references.ordered
         self._sampler = make_sampler(setup, session, policy, loaders.get("eval"))
@@ -219,13 +242,15 @@ class _TrainingRun:
         """Request the reference scores of a coming step, without waiting for them."""
         self._loaders["train"].request_scores(("train", step), self._get_step_indices(step))
 
-    def train_step(self, step: int, *, learning_rate: float) -> None:
-        """Take one optimizer step and log its metrics."""
+    def train_step(self, step: int, *, learning_rate: float) -> bool:
+        """Take one optimizer step and log its metrics; return whether training shall stop after it."""
         started = time.perf_counter()
         training, indices = self._setup.config.training, self._get_step_indices(step)
         batches, waiting_cost = self._loaders["train"].collect_batches(("train", step), indices)
         table = self._make_table(len(indices))
         table.add_cost(waiting_cost)
+        if self._stop_listener.is_stop_requested():
+            table.request_stop()
         table, grad_norm = run_training_step(
             self._policy.parallel,
             list(batches),
@@ -234,7 +259,7 @@ class _TrainingRun:
             clip_norm=training.clip_norm,
         )
         if self._tracker is None or self._watch is None:
-            return
+            return table.stop_requested
         metrics = compute_training_metrics(table, self._flags)
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         metrics |= {"epoch": (step + 1) / self._plan.steps_per_epoch}
@@ -248,6 +273,7 @@ class _TrainingRun:
         if self._flags.has_dispersion:
             self._tracker.log_scales(table["scale"].tolist())
         self._watch.check_training_step(step + 1, table, metrics, self._name_pairs("train", indices))
+        return table.stop_requested
 
     def evaluate_policy(
         self, progress: TrainingProgress, step: int, *, equal_reference: str | None = None
@@ -273,7 +299,8 @@ class _TrainingRun:
             table=self._make_table(len(indices)),
             equal_reference=None if equal_reference is None else self._reference_names.index(equal_reference),
         )
-        metrics = compute_eval_metrics(table, self._flags)
+        sets = EvaluationSets.of_split(loader.split, self._setup.config.judged_set)
+        metrics = sets.compute_metrics(table, self._flags)
         if self._sampler is not None:
             metrics |= self._sampler.measure_policy(step)
             metrics |= find_best_within_kl_budget(
@@ -281,7 +308,8 @@ class _TrainingRun:
             )
         if self._tracker is not None and self._watch is not None:
             self._tracker.log(step, metrics)
-            self._watch.check_evaluation(step, table, metrics, self._name_pairs("eval", indices))
+            find_place = self._name_pairs("eval", indices)
+            self._watch.check_evaluation(step, table, metrics, find_place, judged=table.select(sets.judged))
         self._save_if_best(metrics, step)
         return replace(progress, metrics=metrics)
 
@@ -306,10 +334,10 @@ class _TrainingRun:
     def describe_failure(self, failure: NonFiniteLoss, step: int) -> str:
         """Say at which step and pairs the loss was not finite, and what to do about it."""
         find_place = self._name_pairs("train", self._get_step_indices(step))
-        sources = [find_place(slot) for slot in failure.slots[:5]]
+        places = [find_place(slot) for slot in failure.slots[:5]]
         more = f" and {len(failure.slots) - 5} more" if len(failure.slots) > 5 else ""
         return (
-            f"{failure} at step {step + 1}, pairs {', '.join(sources)}{more}; "
+            f"{failure} at step {step + 1}, pairs {', '.join(places)}{more}; "
             "lower training.learning_rate or loss.beta, or look at these rows"
         )
 
@@ -333,8 +361,8 @@ class _TrainingRun:
 
     def _name_pairs(self, split: str, indices: np.ndarray) -> Callable[[int], str]:
         """Return the function from a slot of a batch of these rows to the pair's file and line."""
-        sources = self._loaders[split].split.sources
-        return lambda slot: sources[int(indices[slot])]
+        places = self._loaders[split].split.places
+        return lambda slot: places[int(indices[slot])]
 
     def _make_table(self, pairs: int) -> StepTable:
         return StepTable(pairs, self._reference_names, self._policy.parallel.device)

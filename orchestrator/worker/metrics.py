@@ -27,8 +27,11 @@ PAIR_COLUMNS = (
     "soft_label",
     "chosen_length",
     "rejected_length",
+    "pair_weight",
 )
 COST_COLUMNS = ("tokens", "positions", "flops", "reference_stall")
+STOP_COLUMN = len(COST_COLUMNS)
+"""In the row of costs: how many ranks were asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class StepTable:
             *(f"entropy/{name}" for name in references),
         )
         self._column = {name: index for index, name in enumerate(names)}
-        width = max(len(names), len(COST_COLUMNS))
+        width = max(len(names), STOP_COLUMN + 1)
         self.values = torch.zeros(pairs + 1, width, dtype=torch.float64, device=device)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -91,8 +94,12 @@ class StepTable:
         *,
         entropy: Tensor,
         soft_labels: Tensor,
+        weights: Tensor | None = None,
     ) -> None:
-        """Write a micro-batch of pairs into their slots; all arguments are (B,) per pair."""
+        """Write a micro-batch of pairs into their slots; all arguments are (B,) per pair.
+
+        Without weights each pair has weight 1.
+        """
         columns = [
             output.losses,
             output.chosen_rewards,
@@ -105,6 +112,7 @@ class StepTable:
             soft_labels,
             policy.chosen_lengths,
             policy.rejected_lengths,
+            torch.ones_like(soft_labels) if weights is None else weights,
         ]
         columns += [
             (policy.chosen - reference.chosen + policy.rejected - reference.rejected) / 2
@@ -123,6 +131,21 @@ class StepTable:
             figures, dtype=torch.float64, device=self.values.device
         )
 
+    def request_stop(self) -> None:
+        """Tell all ranks, when the table is summed, that this one was asked to stop after the step."""
+        self.values[-1, STOP_COLUMN] = 1
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop, once the table is summed over them."""
+        return bool(self.values[-1, STOP_COLUMN])
+
+    def select(self, slots: Tensor) -> "StepTable":
+        """Return the table of some of the pairs, without costs."""
+        part = StepTable(len(slots), self.references, self.values.device)
+        part.values[:-1] = self.values[slots]
+        return part
+
     def sum_over_ranks(self, parallel: Parallel) -> None:
         """Replace the values by their sums over all ranks, and move them to main memory in one copy.
 
@@ -135,6 +158,15 @@ class StepTable:
         """The costs of all ranks, once the table is summed over them."""
         tokens, positions, flops, stall = self.values[-1, : len(COST_COLUMNS)].tolist()
         return StepCost(int(tokens), int(positions), flops, stall)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether any pair counts; where none does, there is no mean over pairs."""
+        return bool((self["pair_weight"] > 0).any())
+
+    def compute_mean(self, values: Tensor) -> Tensor:
+        """Compute the weighted mean of (pairs,) values; with equal weights it is the plain mean."""
+        return compute_weighted_mean(values, self["pair_weight"])
 
     def find_non_finite(self) -> list[int]:
         """Return the slots of the pairs whose loss is NaN or infinite."""
@@ -181,29 +213,36 @@ class MetricFlags:
 
 
 def compute_training_metrics(table: StepTable, flags: MetricFlags) -> dict[str, float]:
-    """Compute named means over a step's pairs; the table is summed over ranks."""
+    """Compute named means over a step's pairs; the table is summed over ranks.
+
+    The means are weighted by the pairs' weights, and there are none if all weights are 0. Percentiles count
+    pairs.
+    """
+    if not table.has_weight:
+        return {}
+    mean = table.compute_mean
     metrics = {
-        "loss": table["loss"].mean(),
-        "logps/chosen": table["chosen_logp"].mean(),
-        "entropy": table["entropy"].mean(),
+        "loss": mean(table["loss"]),
+        "logps/chosen": mean(table["chosen_logp"]),
+        "entropy": mean(table["entropy"]),
     }
     if flags.has_pairs:
         rewards = table["chosen_reward"] - table["rejected_reward"]
         metrics |= {
-            "rewards/chosen": table["chosen_reward"].mean(),
-            "rewards/rejected": table["rejected_reward"].mean(),
-            "rewards/margins": rewards.mean(),
-            "rewards/accuracies": (rewards > 0).double().mean(),
-            "logps/rejected": table["rejected_logp"].mean(),
+            "rewards/chosen": mean(table["chosen_reward"]),
+            "rewards/rejected": mean(table["rejected_reward"]),
+            "rewards/margins": mean(rewards),
+            "rewards/accuracies": mean((rewards > 0).double()),
+            "logps/rejected": mean(table["rejected_logp"]),
         }
     for name in table.references:
         # A supervised row has one response, whose value the mean over two responses has halved.
-        metrics[f"logratio/{name}"] = table[f"logratio/{name}"].mean() * (1 if flags.has_pairs else 2)
+        metrics[f"logratio/{name}"] = mean(table[f"logratio/{name}"]) * (1 if flags.has_pairs else 2)
         if flags.has_reference_weights:
-            metrics[f"weights/{name}"] = table[f"weight/{name}"].mean()
+            metrics[f"weights/{name}"] = mean(table[f"weight/{name}"])
     if flags.has_dispersion:
         scale = table["scale"]
-        metrics["dispersion/mean"] = scale.mean()
+        metrics["dispersion/mean"] = mean(scale)
         metrics["dispersion/p10"] = torch.quantile(scale, 0.1)
         metrics["dispersion/p90"] = torch.quantile(scale, 0.9)
     return {name: float(value) for name, value in metrics.items()}
@@ -240,21 +279,35 @@ def compute_eval_metrics(table: StepTable, flags: MetricFlags) -> dict[str, floa
     majority's label (h = 0 counts one half; pairs with p = 1/2 are left out), with the half-width of its
     95 % normal interval. `eval/margin` is the mean of the same h, signed by the majority, in nats and
     independent of beta. `eval/label_nll` and `eval/calibration_error` (10 equal bins of confidence) compare
-    sigma(beta h), beta h being the implied reward margin, with the soft labels.
+    sigma(beta h), beta h being the implied reward margin, with the soft labels. All are weighted by the
+    pairs' weights, and there are none if all weights are 0.
     """
     metrics = compute_training_metrics(table, flags)
     if flags.has_pairs:
-        agreement = compute_majority_agreement(table)
-        if len(agreement):
-            accuracy = agreement.mean()
-            metrics["accuracy"] = float(accuracy)
-            metrics["accuracy_interval"] = float(1.96 * (accuracy * (1 - accuracy) / len(agreement)).sqrt())
-            metrics["margin"] = float(compute_majority_gaps(table).mean())
-    if flags.has_soft_labels:
-        margin = table["chosen_reward"] - table["rejected_reward"]
-        metrics["label_nll"] = float(compute_label_nll(margin, table["soft_label"]))
-        metrics["calibration_error"] = float(compute_calibration_error(margin.sigmoid(), table["soft_label"]))
+        metrics |= _compute_agreement_metrics(table.select(torch.nonzero(table["soft_label"] != 0.5)[:, 0]))
+    if flags.has_soft_labels and table.has_weight:
+        margin, label = table["chosen_reward"] - table["rejected_reward"], table["soft_label"]
+        weights = table["pair_weight"]
+        metrics["label_nll"] = float(compute_label_nll(margin, label, weights))
+        metrics["calibration_error"] = float(compute_calibration_error(margin.sigmoid(), label, weights))
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _compute_agreement_metrics(table: StepTable) -> dict[str, float]:
+    """Compute accuracy, its interval and the margin of a table of pairs with p != 1/2.
+
+    The interval counts pairs of different weights as (sum w)^2 / sum w^2 pairs of equal ones (Kish's
+    effective sample size).
+    """
+    if not table.has_weight:
+        return {}
+    accuracy, weights = table.compute_mean(compute_majority_agreement(table)), table["pair_weight"]
+    effective_pairs = weights.sum().square() / weights.square().sum()
+    return {
+        "accuracy": float(accuracy),
+        "accuracy_interval": float(1.96 * (accuracy * (1 - accuracy) / effective_pairs).sqrt()),
+        "margin": float(table.compute_mean(compute_majority_gaps(table))),
+    }
 
 
 def compute_majority_gaps(table: StepTable) -> Tensor:
@@ -294,18 +347,32 @@ def find_best_within_kl_budget(
     return best
 
 
-def compute_label_nll(margins: Tensor, soft_labels: Tensor) -> Tensor:
-    """Compute the mean of -[p log sigma(m) + (1 - p) log sigma(-m)]: reward margins m against labels p."""
+def compute_weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Compute sum(w x) / sum(w) of (N,) values and weights."""
+    return (values * weights).sum() / weights.sum()
+
+
+def compute_label_nll(margins: Tensor, soft_labels: Tensor, weights: Tensor) -> Tensor:
+    """Compute the weighted mean of -[p log sigma(m) + (1 - p) log sigma(-m)].
+
+    Args:
+        margins: (N,) reward margins m.
+        soft_labels: (N,) labels p.
+        weights: (N,) of the pairs.
+    """
     log_sigmoid = torch.nn.functional.logsigmoid
-    return -(soft_labels * log_sigmoid(margins) + (1 - soft_labels) * log_sigmoid(-margins)).mean()
+    log_likelihoods = soft_labels * log_sigmoid(margins) + (1 - soft_labels) * log_sigmoid(-margins)
+    return -compute_weighted_mean(log_likelihoods, weights)
 
 
-def compute_calibration_error(predicted: Tensor, soft_labels: Tensor, bins: int = 10) -> Tensor:
-    """Compute |mean prediction - mean label| over equal-width bins, weighted by count.
+def compute_calibration_error(
+    predicted: Tensor, soft_labels: Tensor, weights: Tensor, bins: int = 10
+) -> Tensor:
+    """Compute |mean prediction - mean label| over equal-width bins, each weighted by its pairs' weights.
 
     This is the expected calibration error.
     """
     index = (predicted * bins).long().clamp(0, bins - 1)
     zeros = torch.zeros(bins, dtype=predicted.dtype, device=predicted.device)
-    gap = zeros.index_add(0, index, predicted - soft_labels)
-    return gap.abs().sum() / len(predicted)
+    gap = zeros.index_add(0, index, (predicted - soft_labels) * weights)
+    return gap.abs().sum() / weights.sum()

@@ -28,6 +28,7 @@ from models.parallel import (
 from models.probe import LogitProbe, build_probe_rows, compute_probe_logits
 from models.rows import Rows
 from orchestrator.config.run import RunConfig
+from orchestrator.files import write_digests
 
 # Nats per token between a policy's logits in half precision and in float32. On SmolLM2-135M they are 0.003 in
 # bfloat16, 0.005 with weights of 4 bits, 0.05 with activations of 8 bits; a misplaced matrix gives several.
@@ -148,6 +149,8 @@ def open_policy(
 def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int]]) -> None:
     """Write the trained policy, all or nothing: `model/`, with LoRA also `adapter/`, `probe.safetensors`.
 
+    `SHA256SUMS` beside them has the digests of all files.
+
     Every rank calls it, rank 0 writes.
 
     `model/` loads in transformers as it is (LoRA merged). The probe holds the logits of the trained and of
@@ -176,6 +179,7 @@ def export_policy(policy: Policy, folder: Path, *, probes: Sequence[Sequence[int
         probe = _replace_noisy_logits(probe, exact)
     probe.save(part / "probe.safetensors")
     export_model(merge_and_round(model, exact, probe, policy.precision), policy.tokenizer, part / "model")
+    write_digests(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

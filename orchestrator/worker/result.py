@@ -11,7 +11,7 @@ class WorkerResult:
     Attributes:
         status: "done"; or an end that another start would only repeat: "diverged" (a loss is not finite),
             "refused" (a model cannot be used as the run file says) or "failed" (samples cannot be scored, or
-            the checkpoint cannot be read).
+            the checkpoint cannot be read); or "stopped" (after a checkpoint, since SIGTERM asked for it).
         reason: why the status is not "done".
         step: optimizer steps taken.
         exported_step: the step whose weights were exported.
@@ -21,7 +21,7 @@ class WorkerResult:
         findings: messages of the numerical watch by name; of rank 0, the others have none.
     """
 
-    status: Literal["done", "diverged", "refused", "failed"]
+    status: Literal["done", "diverged", "refused", "failed", "stopped"]
     reason: str = ""
     step: int = 0
     exported_step: int = 0

@@ -13,14 +13,16 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from models.config import ModelConfig, ModelError
 from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, build_replica_bundle
-from orchestrator.cluster.worker_environment import collect_secrets
+from orchestrator.cluster.worker_environment import SealedSecrets
 from orchestrator.config.functions import REWARD_EXAMPLE, REWARD_FIELD, import_function
+from orchestrator.config.paths import resolve_if_present
 from orchestrator.config.sections import RewardConfig
 from orchestrator.errors import RunFailed, UsageError, did_you_mean
 
 REWARD_SECTION = "evaluation.sampling.reward"
 TEXTS_PER_BATCH = 16
 MAX_RESTARTS = 3
+LOAD_TIMEOUT_S, SCORE_TIMEOUT_S = 3600.0, 3600.0
 
 
 class RewardScorer(Protocol):
@@ -55,6 +57,7 @@ def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> Rewa
     bundle = build_replica_bundle(config.resources, ClusterProfile.from_nodes(list_node_resources()))
     needs = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
     num_cpus, num_gpus = bundle.pop("CPU", 0), bundle.pop("GPU", 0)
+    secrets = SealedSecrets.seal(os.environ)
     actor = (
         ray.remote(RewardModelActor)
         .options(
@@ -68,13 +71,13 @@ def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> Rewa
             _resolve_model_path(config),
             gpu=num_gpus > 0,
             cpus=num_cpus,
-            environment=collect_secrets(os.environ),
+            secrets=secrets,
         )
     )
-    scorer = RewardModelClient(actor, str(config.model))
+    scorer = RewardModelClient(actor, str(config.model), secrets)
     try:
         _wait_for_answer(scorer.name, actor.get_pid.remote(), start_timeout_s)
-        _wait_for_answer(scorer.name, actor.load_model.remote())
+        _wait_for_answer(scorer.name, actor.load_model.remote(), LOAD_TIMEOUT_S, "load its model")
     except GetTimeoutError:
         scorer.close()
         raise RunFailed(
@@ -85,6 +88,26 @@ def start_reward_scorer(config: RewardConfig, *, start_timeout_s: float) -> Rewa
         scorer.close()
         raise
     return scorer
+
+
+def check_reward_model(config: RewardConfig) -> None:
+    """Check a reward model's files and the class that it is to give, without loading its weights.
+
+    Raises:
+        UsageError: the model cannot be found or is no such classifier.
+    """
+    from models.load import load_tokenizer, locate_model
+    from models.verify import read_class_names, verify_weights
+
+    resolved = _resolve_model_path(config)
+    settings = ModelConfig(model=str(resolved.model), revision=resolved.revision)
+    try:
+        located = locate_model(settings)
+        verify_weights(located, settings, is_classifier=True)
+        load_tokenizer(located, settings)
+    except ModelError as error:
+        raise UsageError(f"{REWARD_SECTION}.model: {error}") from error
+    find_reward_class(read_class_names(located), config.label)
 
 
 def load_reward_function(path: str) -> RewardScorer:
@@ -135,10 +158,13 @@ class RewardModelClient:
 
     actor: Any
     name: str
+    secrets: SealedSecrets
+    """Kept for the actor, which reads them when it loads its model."""
 
     def score(self, prompts: list[str], responses: list[str]) -> list[float]:
         """Have the actor score the responses and check what it returns."""
-        rewards = _wait_for_answer(self.name, self.actor.score.remote(list(prompts), list(responses)))
+        answer = self.actor.score.remote(list(prompts), list(responses))
+        rewards = _wait_for_answer(self.name, answer, SCORE_TIMEOUT_S, f"score {len(responses)} responses")
         return _check_rewards(f"{REWARD_SECTION}.model {self.name}", rewards, responses)
 
     def close(self) -> None:
@@ -154,9 +180,9 @@ class RewardModelActor:
     """
 
     def __init__(
-        self, config: RewardConfig, *, gpu: bool, cpus: float, environment: Mapping[str, str]
+        self, config: RewardConfig, *, gpu: bool, cpus: float, secrets: SealedSecrets | None = None
     ) -> None:
-        self._config, self._gpu, self._cpus, self._environment = config, gpu, cpus, dict(environment)
+        self._config, self._gpu, self._cpus, self._secrets = config, gpu, cpus, secrets
         self._model: Any = None
 
     def get_pid(self) -> int:
@@ -167,20 +193,19 @@ class RewardModelActor:
         """Load the model; its weights are read from safetensors alone, and code in its repository is not run.
 
         Raises:
-            ModelError: the model cannot be found or loaded.
-            UsageError: it is no classifier, or has no class `label`.
+            ModelError: the model cannot be found or loaded, or is no classifier.
+            UsageError: it has no class `label`.
         """
-        from models.locate import get_first_error_line, locate_model
+        from models.locate import locate_model
 
-        os.environ.update(self._environment)
+        if self._secrets is not None:
+            self._secrets.export_to_environment()
         settings = ModelConfig(model=str(self._config.model), revision=self._config.revision)
         located = locate_model(settings)  # before the slow imports: a missing model is reported at once
-        if located.kind != "folder":
-            raise UsageError(f"{settings.model} is no whole model; merge the adapter, or give another model")
 
         import torch
-        from transformers import AutoModelForSequenceClassification
 
+        from models.classifier import load_classifier
         from models.load import load_tokenizer
 
         self._device = torch.device("cuda" if self._gpu else "cpu")
@@ -188,22 +213,7 @@ class RewardModelActor:
             torch.set_num_threads(max(1, int(self._cpus)))
         self._tokenizer = load_tokenizer(located, settings)
         self._tokenizer.truncation_side = "left"  # the response is on the right and must not be cut
-        try:
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                located.path,
-                use_safetensors=True,
-                dtype="auto" if self._gpu else torch.float32,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(
-                f"{settings.model} could not be loaded: {get_first_error_line(error)}"
-            ) from error
-        if loaded["missing_keys"]:
-            raise UsageError(
-                f"{settings.model} is no classifier: it has no weights {min(loaded['missing_keys'])}; give a "
-                "model that was trained for sequence classification"
-            )
+        model = load_classifier(located, settings, dtype="auto" if self._gpu else torch.float32)
         self._class = find_reward_class(model.config.id2label, self._config.label)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self._tokenizer.pad_token_id
@@ -292,14 +302,21 @@ def _check_rewards(source: str, rewards: Iterable[Any], responses: list[str]) ->
 
 def _resolve_model_path(config: RewardConfig) -> RewardConfig:
     """Make the path of a local model absolute in the command's process: actors have other working folders."""
-    path = Path(str(config.model)).expanduser()
-    return config.model_copy(update={"model": str(path.resolve())}) if path.exists() else config
+    model = resolve_if_present(str(config.model), field=f"{REWARD_SECTION}.model")
+    return config.model_copy(update={"model": model})
 
 
-def _wait_for_answer(name: str, answer: Any, timeout: float | None = None) -> Any:
-    """Return the actor's answer, or raise its error as one that names the model."""
+def _wait_for_answer(name: str, answer: Any, timeout: float, task: str = "") -> Any:
+    """Return the actor's answer, or raise its error as one that names the model.
+
+    Without a `task` to name in the message, GetTimeoutError is raised as it is.
+    """
     try:
         return ray.get(answer, timeout=timeout)
+    except GetTimeoutError:
+        if not task:
+            raise
+        raise RunFailed(f"{REWARD_SECTION}.model {name} did not {task} within {timeout:g} s") from None
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, UsageError | ModelError):

@@ -23,19 +23,20 @@ from orchestrator.references.store import digest_response
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.rewards import RewardScorer
 from preferences.split import TokenizedSplit
-from preferences.tokenize import RaggedArray, TokenTable
+from preferences.tokens.tables import RaggedArray, Rows
 
 PROMPTS_PER_CHUNK = 8
 """Prompts sampled in one batch, for any number of ranks: padding is then the same, and so are samples."""
 
 
 class Sampler:
-    """Measures the policy on responses that it generates to the first held-out prompts.
+    """Measures the policy on responses that it generates to the first held-out prompts of the judged set.
 
     Args:
         config: number of prompts and length of responses.
         policy: this rank's.
-        split: the held-out rows; a prompt that occurs in several of them counts once.
+        split: the held-out rows.
+        rows: those whose prompts may be sampled, the first first; a prompt in several of them counts once.
         client: requests the served references' scores.
         names: all references, the primary first. Those that read other token ids than the policy (another
             tokenizer or chat template) get no KL.
@@ -54,6 +55,7 @@ class Sampler:
         config: SamplingConfig,
         policy: Policy,
         split: TokenizedSplit,
+        rows: Rows,
         client: ReferenceClient,
         names: Sequence[str],
         scored_by_workers: Collection[str],
@@ -66,9 +68,9 @@ class Sampler:
         self.config = config
         self._policy, self._client, self._reward_scorer = policy, client, reward_scorer
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._prompts = _drop_repeats(split.policy.prompts)[: config.prompts]
+        self._prompts = _drop_repeats(split.policy.prompts.take(rows))[: config.prompts]
         self._new_tokens = config.max_new_tokens
-        self._names = [name for name in names if _has_same_ids(split.policy, split.references[name])]
+        self._names = [name for name in names if split.policy.has_same_ids(split.references[name])]
         self._served = [name for name in self._names if name not in scored_by_workers]
         self._scored_by_workers = [name for name in self._names if name in scored_by_workers]
         self._model = get_causal_model(policy.scorer.model)
@@ -218,19 +220,8 @@ class Sampler:
 
 
 def _drop_repeats(prompts: RaggedArray) -> list[Ids]:
-    """Return the prompts in the file's order, each once."""
-    rows = (prompts[index] for index in range(len(prompts)))
-    return list({row.tobytes(): row for row in rows}.values())
-
-
-def _has_same_ids(one: TokenTable, other: TokenTable) -> bool:
-    """Return whether two models read the rows as the same token ids, so that a sample is one text to both."""
-    if one is other:
-        return True
-    columns = [(one.prompts, other.prompts), (one.chosen, other.chosen)]
-    if one.rejected is not None and other.rejected is not None:
-        columns.append((one.rejected, other.rejected))
-    return all(np.array_equal(a.offsets, b.offsets) and np.array_equal(a.flat, b.flat) for a, b in columns)
+    """Return the prompts in their order, each once."""
+    return list({row.tobytes(): row for row in prompts}.values())
 
 
 def _find_end_tokens(model: PreTrainedModel, tokenizer: object) -> list[int]:

@@ -28,7 +28,7 @@ class WorkerSetup:
     Attributes:
         config: the run file.
         policy: the initial policy, pinned; every worker locates it on its own node.
-        train, eval: object references to `TokenizedSplit`s.
+        train, eval: object references to what `send_split` sends.
         routers: handles of the references' routers by name.
         identity: fingerprints and digests that a checkpoint must share to be resumed.
         initial_policy_reference: the name of the reference that equals the initial policy, if one does.
@@ -43,6 +43,7 @@ class WorkerSetup:
         export: whether the trained policy is exported; a search exports only the one it promotes.
         vocabulary_sizes: of the references' tokenizers, by name.
         trials_per_node: runs that train on a machine at the same time and share its cores.
+        stop_sign: name of the `StopSign` that asks training to stop, if anything can.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class WorkerSetup:
     export: bool = True
     vocabulary_sizes: Mapping[str, int] = field(default_factory=dict)
     trials_per_node: int = 1
+    stop_sign: str | None = None
 
 
 def count_total_steps(config: RunConfig, pairs: int) -> int:

@@ -1,5 +1,8 @@
 """What a worker needs before its loop: batches, tracker, sampler, the last checkpoint, a calibrated loss."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 
 from losses.config import LossConfig
 from losses.dispersion import calibrate_phi_star
+from models.parallel import Parallel
 from orchestrator.cluster.shared_storage import explain_unshared_storage
 from orchestrator.config.run import RunConfig
 from orchestrator.references.client import ReferenceClient
@@ -21,15 +25,19 @@ from orchestrator.worker.batches import BatchLoader
 from orchestrator.worker.checkpoint import (
     BestEvaluation,
     TrainingProgress,
+    find_damage,
     load_checkpoint,
     read_best_metadata,
 )
+from orchestrator.worker.eval_sets import EvaluationSets
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import Sampler
 from orchestrator.worker.session import Session
 from orchestrator.worker.setup import BEST_FILE, WorkerSetup, sample_calibration_rows
 from orchestrator.worker.watch import NumericalWatch
 from preferences.split import TokenizedSplit
+
+log = logging.getLogger(__name__)
 
 
 def read_best_evaluation(config: RunConfig, mirror: Mirror) -> BestEvaluation | None:
@@ -123,6 +131,7 @@ def make_sampler(
         sampling,
         policy,
         eval_loader.split,
+        EvaluationSets.of_split(eval_loader.split, setup.config.judged_set).judged.numpy(),
         eval_loader.client,
         names=references.ordered,
         scored_by_workers=[
@@ -135,12 +144,36 @@ def make_sampler(
     )
 
 
+@contextmanager
+def open_newest_checkpoint(session: Session, parallel: Parallel) -> Iterator[Path | None]:
+    """Yield the newest checkpoint that all ranks find whole, None if there is none.
+
+    Each rank checks its share of the files. A damaged checkpoint is set aside with its reason.
+    """
+    names = [session.list_checkpoints()]
+    if session.world_size > 1:
+        torch.distributed.broadcast_object_list(names, src=0, device=parallel.device)
+    for name in names[0]:
+        with session.fetch_checkpoint(name) as folder:
+            damage = find_damage(folder, rank=session.rank, world_size=session.world_size)
+            flag = torch.tensor([float(damage is not None)], device=parallel.device)
+            if not parallel.all_reduce_sum(flag).item():
+                yield folder
+                return
+        if damage is not None:
+            log.warning("checkpoint %s is set aside, and an older one is looked for: %s", name, damage)
+            session.set_checkpoint_aside(name, damage)
+    if names[0]:
+        log.warning("none of %d checkpoints is whole: training starts at step 0", len(names[0]))
+    yield None
+
+
 def resume_training(setup: WorkerSetup, session: Session, policy: Policy, schedule: Any) -> TrainingProgress:
     """Restore weights, optimizer and schedule from the last checkpoint, and return its progress.
 
     Without a checkpoint nothing is restored, and the progress is that of a new run.
     """
-    with session.open_checkpoint() as folder:
+    with open_newest_checkpoint(session, policy.parallel) as folder:
         if folder is None:
             return TrainingProgress(identity=setup.identity)
         progress = load_checkpoint(folder, policy.parallel, identity=setup.identity)
@@ -159,7 +192,8 @@ def calibrate_loss(
 ) -> tuple[LossConfig, TrainingProgress]:
     """Resolve `phi_star: auto` of the loss from the primary reference's scores of a seeded sample of pairs.
 
-    Every rank reads the whole sample, whose scores the routers compute once, so all get the same number.
+    Every rank reads the whole sample, whose scores the routers compute once, so all get the same number. Its
+    pairs count alike, whatever their weights.
     """
     loss = config.loss
     if not loss.needs_calibration:

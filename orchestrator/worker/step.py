@@ -39,6 +39,8 @@ class MicroBatch:
         references: scores of the same pairs under every reference, the primary first.
         paired: whether pairs have a rejected response (false for supervised rows).
         flops: FLOPs of the policy's forward and backward pass over the rows.
+        weights: (B,) of the pairs in the loss and in metrics, with mean 1 over the step's global batch; None
+            if all are 1.
     """
 
     rows: Rows
@@ -47,6 +49,7 @@ class MicroBatch:
     references: tuple[ReferenceScores, ...]
     paired: bool = True
     flops: float = 0.0
+    weights: Tensor | None = None
 
 
 def run_training_step(
@@ -59,8 +62,8 @@ def run_training_step(
 ) -> tuple[StepTable, float]:
     """Accumulate gradients over this rank's micro-batches and take one optimizer step.
 
-    Losses are divided by the number of pairs in the *global* batch, so the step does not depend on how
-    pairs are split over ranks and micro-batches.
+    Weighted losses are divided by the number of pairs in the *global* batch, so the step does not depend on
+    how pairs are split over ranks and micro-batches.
 
     Args:
         parallel: the policy and its optimizer.
@@ -140,7 +143,7 @@ def run_evaluation_pass(
 
 
 def _score_batch(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig, table: StepTable) -> Tensor:
-    """Compute the losses (B,) of a micro-batch's pairs, and record them and their cost in the table."""
+    """Compute the weighted losses (B,) of a micro-batch's pairs, and record them and their cost."""
     if not len(batch.slots):  # (0,), still connected to the weights for the backward pass
         return scores.logps
     table.add_cost(
@@ -153,12 +156,18 @@ def _score_batch(scores: SequenceScores, batch: MicroBatch, *, loss: LossConfig,
 def _record_losses(
     policy: PairScores, entropy: Tensor, batch: MicroBatch, *, loss: LossConfig, table: StepTable
 ) -> Tensor:
-    """Compute the losses (B,) from the scores, and record pairs and losses in the table."""
+    """Compute the weighted losses (B,) from the scores, and record pairs and losses in the table."""
     output = preference_loss(policy, batch.references, config=loss, soft_labels=batch.soft_labels)
     table.record_pairs(
-        batch.slots, policy, batch.references, output, entropy=entropy, soft_labels=batch.soft_labels
+        batch.slots,
+        policy,
+        batch.references,
+        output,
+        entropy=entropy,
+        soft_labels=batch.soft_labels,
+        weights=batch.weights,
     )
-    return output.losses
+    return output.losses if batch.weights is None else output.losses * batch.weights.to(output.losses)
 
 
 def to_pair_scores(scores: SequenceScores, *, paired: bool) -> tuple[PairScores, Tensor]:

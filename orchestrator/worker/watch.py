@@ -62,14 +62,24 @@ class NumericalWatch:
         self._report(step, "not_finite.train", find_non_finite(step, metrics, table, find_place))
 
     def check_evaluation(
-        self, step: int, table: StepTable, metrics: Mapping[str, float], find_place: FindPlace
+        self,
+        step: int,
+        table: StepTable,
+        metrics: Mapping[str, float],
+        find_place: FindPlace,
+        *,
+        judged: StepTable | None = None,
     ) -> None:
-        """Check an evaluation after `step` updates."""
+        """Check an evaluation after `step` updates.
+
+        `judged` is the table of the pairs that `eval/logps/chosen` is a mean of, if not of all.
+        """
         if step == 0:
             self._check_reference_tokens(step, table)
         if self.first_evaluation is None:
             self.first_evaluation = {**metrics, "step": step}
-        tokens = float(table["chosen_length"].mean())
+        judged = table if judged is None else judged
+        tokens = float(judged.compute_mean(judged["chosen_length"]))
         self._report(step, "displacement", find_displacement(self.first_evaluation, step, metrics, tokens))
         self._report(step, "not_finite.eval", find_non_finite(step, metrics, table, find_place))
 

@@ -64,6 +64,10 @@ def _cluster_file(address: str) -> dict[str, Any]:
     }
 
 
+TRACKING = {"uri": f"sqlite:///{RUN['storage_path']}/mlflow.db"}
+"""All nodes are on one machine, so that a file does."""
+
+
 @pytest.fixture(scope="module")
 def machine(new_host: Callable[[int, str], Host]) -> Host:
     """The head of a cluster that grows, of which all nodes are on one machine."""
@@ -73,7 +77,7 @@ def machine(new_host: Callable[[int, str], Host]) -> Host:
     # Ray's wheel lacks the file that this cloud takes its defaults from; a file on a host is nowhere else.
     machine.write(str(Path(ray.__file__).parent / DEFAULTS), "{}")
     machine.write("cluster.json", json.dumps(_cluster_file(machine.address)))
-    machine.write("run.yaml", yaml.safe_dump(RUN | {"name": "grown", "tracking": {}}))
+    machine.write("run.yaml", yaml.safe_dump(RUN | {"name": "grown", "tracking": TRACKING}))
     machine.environment |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     succeeds(machine.run("ray get-auth-token --generate"))
     names = f"RAY_CLOUD_INSTANCE_ID={HEAD} RAY_OVERRIDE_NODE_ID_FOR_TESTING={HEAD}"

@@ -195,7 +195,7 @@ def _versions(table: str) -> list[list[str]]:
 
 
 def test_the_registry_is_the_laptops_too(laptop: Host, site: Site, page: Page) -> None:
-    there = page.command("export MLFLOW_TRACKING_URI", site)
+    there = "; ".join(page.command(f"export MLFLOW_TRACKING_{name}", site) for name in ("USERNAME", "URI"))
     versions = [["sentiment", "1", ""], ["sentiment", "2", "best"]]
     job = _documented(laptop, "models", page.command("polyref submit -- models list", site))
     assert _versions(job) == versions

@@ -1,16 +1,15 @@
 """A run file over tiny models, and a small Ray that all runs of a module share."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
-from orchestrator.cluster.connection import NAMESPACE
-from orchestrator.cluster.worker_environment import build_worker_environment
+from orchestrator.cluster.connection import start_local_ray
 from orchestrator.config.run import RunConfig, parse_run
 
 WORDS = ["good", "bad", "fun", "dull", "nice", "weak", "warm", "cold", "sharp", "flat"]
@@ -76,18 +75,7 @@ def run_of(pairs_file: Path, tiny_llama_folder: Path, tiny_llama_b_folder: Path,
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A small Ray, as `orchestrator.cluster.connection` would start it."""
-    import os
-
-    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-    ray.init(
-        address="local",  # never a cluster that happens to run here
-        num_cpus=4,
-        namespace=NAMESPACE,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": build_worker_environment(os.environ)},
-    )
-    yield
-    ray.shutdown()
+    """A small Ray for this process, never a cluster that happens to run here."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    with start_local_ray(num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False):
+        yield

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_what_a_killed_cluster_left_behind_is_passed_over(
     left.write_text(f"127.0.0.1:{closed_port}\n")
     assert cluster._find_address() == "local"
     with socket.create_server(("127.0.0.1", 0)) as alive:
+        settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # the frame that every HTTP/2 server begins with
+        threading.Thread(target=lambda: alive.accept()[0].sendall(settings), daemon=True).start()
         left.write_text(f"127.0.0.1:{alive.getsockname()[1]}\n")
         assert cluster._find_address() == left.read_text().strip()
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orchestrator.config.run import RunConfig, build_run_schema, load_run, parse_run
+from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,12 @@ def test_weights_by_name_follow_the_references_with_the_primary_first() -> None:
             ["references.models.base.dtpe", "did you mean 'dtype'"],
         ),
         ({"loss": {"preset": "mallows_teta"}}, ["loss", "did you mean", "mallows_theta"]),
+        ({"loss": {"preset": "aot"}}, ["loss", "sorted log-ratios of a whole batch"]),
+        ({"loss": {"preset": "dpo", "label_smoothing": 0.1}}, ["'label_smoothing'", "robust_dpo", "cdpo"]),
+        ({"training": {"per_device_train_batch_size": 4}}, ["training", "set training.pairs_per_step"]),
+        ({"training": {"num_train_epochs": 4}}, ["set training.epochs"]),
+        ({"policy": {"model": "a/b", "lora_r": 4}}, ["set policy.adapter.r"]),
+        ({"output_dir": "x"}, ["set name and storage_path"]),
         ({"loss": {"preset": "dpo", "beta": -1}}, ["loss.beta", "must be > 0", "-1", "try 0.1"]),
         ({"loss": {"preset": "dpo", "bta": 1}}, ["loss", "bta", "beta"]),
         ({"training": {"epochs": 0}}, ["training.epochs", "greater than or equal to 1", "got 0"]),
@@ -120,6 +128,54 @@ def test_a_missing_file_and_a_folder_and_a_bad_override(tmp_path: Path) -> None:
         load_run(write(tmp_path, json.dumps(RUN)), ["loss.beta"])
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:A_SECRET}",
+        "run-${ oc.env :A_SECRET,none }",
+        "${oc.env:${variable}}",
+        "${${resolver}:A_SECRET}",
+        "${a.${oc.env:A_SECRET}}",
+        "\\${oc.env:A_SECRET}",
+        "\\\\${oc.env:A_SECRET}",
+        "${oc.decode:'1'}",
+        "${oc.create:{a:1}}",
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "override", "list", "mapping"])
+def test_values_are_not_taken_from_the_environment(
+    value: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    helpers = {"variable": "A_SECRET", "resolver": "oc.env"}
+    path = tmp_path / "run.yaml"
+    content: dict[str, object] = {"policy": {"model": "m"}, **helpers}
+    overrides = [f"policy.model={value}"] if place == "override" else []
+    content |= {"file": {"policy": {"model": value}}, "list": {"policy": [{"model": value}]}}.get(place, {})
+    path.write_text(yaml.safe_dump(content))
+    mapping = {"policy": {"model": value}, **helpers}
+    with pytest.raises(UsageError) as refused:
+        apply_overrides(mapping, ()) if place == "mapping" else read_yaml(path, overrides)
+    field = "policy[0].model: " if place == "list" else "policy.model: "
+    assert str(refused.value).removeprefix(f"{path}: ").removeprefix("override ").startswith(field)
+    assert "hunter2" not in str(refused.value)
+    if value == "${oc.env:A_SECRET}":
+        assert 'command line, policy.model="$A_SECRET"' in str(refused.value) or place == "list"
+        assert "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
+
+
+def test_values_name_other_fields(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: {b: [x, y]}\nname: '${a.b[1]}: ${.key}-{c: 1}'\nkey: b\nlink: https://x:1/$x\n")
+    assert read_yaml(path, ["other=${a.${key}}"]) == {
+        "a": {"b": ["x", "y"]},
+        "name": "y: b-{c: 1}",
+        "key": "b",
+        "link": "https://x:1/$x",
+        "other": ["x", "y"],
+    }
+
+
 def test_the_schema_accepts_what_the_parser_accepts() -> None:
     schema = build_run_schema()
     assert "mallows_theta" in schema["$defs"]["LossConfig"]["properties"]["preset"]["enum"]
@@ -156,3 +212,33 @@ def test_a_quantised_policy_is_not_cut() -> None:
 def test_a_strategy_takes_its_own_settings_alone(parallel: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_run(changed(parallel=parallel), source="run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"),
+    [
+        ("sigmoid", "dpo"),
+        ("sigmoid_norm", "dpo_length_normalized"),
+        ("robust", "robust_dpo"),
+        ("exo_pair", "exo"),
+        ("nca_pair", "nca"),
+        ("sppo_hard", "sppo"),
+    ],
+)
+def test_losses_under_trls_names_are_ours(written: str, ours: str) -> None:
+    run = load_run(changed(loss={"preset": written}))
+    assert run.preset == ours
+    assert run.loss == load_run(changed(loss={"preset": ours})).loss
+    assert run.loss_notice == f"preset {written} is {ours} here"
+    assert written in build_run_schema()["$defs"]["LossConfig"]["properties"]["preset"]["enum"]
+
+
+def test_ipo_is_said_to_be_on_sums() -> None:
+    notices = [
+        load_run(changed(loss={"preset": n})).loss_notice for n in ("ipo", "ipo_length_normalized", "dpo")
+    ]
+    assert notices == [
+        "ipo is on sums, as in the paper; TRL's divides by length: ipo_length_normalized",
+        None,
+        None,
+    ]

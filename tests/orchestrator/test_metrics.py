@@ -78,10 +78,59 @@ def test_accuracy_counts_ties_half_and_leaves_out_pairs_without_majority() -> No
     table = StepTable(5, [])
     table["primary_gap"][:] = torch.tensor([1.0, -1.0, 0.0, 5.0, -2.0], dtype=torch.float64)
     table["soft_label"][:] = torch.tensor([0.9, 0.9, 0.9, 0.5, 0.2], dtype=torch.float64)
+    table["pair_weight"][:] = 1
     assert compute_majority_agreement(table).tolist() == [1.0, 0.0, 0.5, 1.0]
     metrics = compute_eval_metrics(table, MetricFlags())
     assert metrics["eval/accuracy"] == 0.625
     assert metrics["eval/accuracy_interval"] == pytest.approx(1.96 * math.sqrt(0.625 * 0.375 / 4))
+
+
+def test_means_are_weighted_and_percentiles_count_pairs() -> None:
+    table, policy, references = table_of(7, parts=[[0, 1, 2, 3, 4, 5, 6]])
+    weights = np.array([0.5, 2.0, 0.0, 1.5, 1.0, 0.25, 1.75])
+    table["pair_weight"][:] = torch.as_tensor(weights)
+    metrics = compute_eval_metrics(
+        table, MetricFlags(has_soft_labels=True, has_dispersion=True, has_reference_weights=True)
+    )
+    columns = ("loss", "chosen_reward", "rejected_reward", "scale", "weight/movie", "soft_label")
+    loss, chosen, rejected, scale, alpha, label = (table[name].numpy() for name in columns)
+    margin, predicted = chosen - rejected, 1 / (1 + np.exp(rejected - chosen))
+    ratio = (policy.chosen - references[1].chosen + policy.rejected - references[1].rejected) / 2
+    h = (policy.chosen - policy.rejected - references[0].chosen + references[0].rejected).numpy()
+    has_majority = label != 0.5
+    gaps, counted = (h * np.sign(label - 0.5))[has_majority], weights[has_majority]
+    accuracy = np.average(gaps > 0, weights=counted)
+    nll = -(label * np.log(predicted) + (1 - label) * np.log(1 - predicted))
+    bins = [np.flatnonzero((predicted * 10).astype(int).clip(0, 9) == number) for number in range(10)]
+    error = sum(abs(np.dot(weights[b], predicted[b] - label[b])) for b in bins) / weights.sum()
+    effective = counted.sum() ** 2 / np.square(counted).sum()
+    expected = {
+        "loss": np.average(loss, weights=weights),
+        "logps/chosen": np.average(policy.chosen, weights=weights),
+        "logps/rejected": np.average(policy.rejected, weights=weights),
+        "entropy": 0.5,
+        "rewards/chosen": np.average(chosen, weights=weights),
+        "rewards/rejected": np.average(rejected, weights=weights),
+        "rewards/margins": np.average(margin, weights=weights),
+        "rewards/accuracies": np.average(margin > 0, weights=weights),
+        "logratio/movie": np.average(ratio, weights=weights),
+        "weights/movie": np.average(alpha, weights=weights),
+        "dispersion/mean": np.average(scale, weights=weights),
+        "dispersion/p10": np.percentile(scale, 10),
+        "dispersion/p90": np.percentile(scale, 90),
+        "accuracy": accuracy,
+        "accuracy_interval": 1.96 * math.sqrt(accuracy * (1 - accuracy) / effective),
+        "margin": np.average(gaps, weights=counted),
+        "label_nll": np.average(nll, weights=weights),
+        "calibration_error": error,
+    }
+    assert metrics.keys() - {f"eval/{name}" for name in expected} == {
+        "eval/logratio/base",
+        "eval/weights/base",
+    }
+    for name, value in expected.items():
+        assert metrics[f"eval/{name}"] == pytest.approx(value), name
+    assert 0 < accuracy < 1
 
 
 def test_label_nll_is_cross_entropy_with_the_votes() -> None:
@@ -89,7 +138,8 @@ def test_label_nll_is_cross_entropy_with_the_votes() -> None:
     labels = np.array([0.2, 0.5, 0.9])
     predicted = 1 / (1 + np.exp(-margins))
     expected = -np.mean(labels * np.log(predicted) + (1 - labels) * np.log(1 - predicted))
-    assert float(compute_label_nll(torch.tensor(margins), torch.tensor(labels))) == pytest.approx(expected)
+    nll = compute_label_nll(torch.tensor(margins), torch.tensor(labels), torch.ones(3))
+    assert float(nll) == pytest.approx(expected)
 
 
 def test_calibration_error_by_bins() -> None:
@@ -99,4 +149,5 @@ def test_calibration_error_by_bins() -> None:
     expected = sum(
         len(b) / 5 * abs(np.mean([predicted[i] for i in b]) - np.mean([labels[i] for i in b])) for b in bins
     )
-    assert float(compute_calibration_error(predicted, labels)) == pytest.approx(expected)
+    error = compute_calibration_error(predicted, labels, torch.ones(5, dtype=torch.float64))
+    assert float(error) == pytest.approx(expected)

@@ -11,6 +11,7 @@ from orchestrator.config.run import RunConfig, load_run
 from orchestrator.driver import prepare, train
 from orchestrator.driver.record import RunRecord, open_record, read_record
 from orchestrator.errors import UsageError
+from preferences.tokens import pair_files
 from tests.support import tiny
 
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML
@@ -90,7 +91,7 @@ def test_a_run_from_before_tokens_were_pinned_is_resumed_and_keeps_the_day_from_
     set_date(monkeypatch, FIRST_DAY)
     begin(config, None, tmp_path)
     old = json.loads((tmp_path / "run.json").read_text())
-    del old["identity"]["tokens"], old["config"]["data"]["template_date"]
+    del old["identity"]["tokens"], old["config"]["data"]["template_date"], old["sha256"]
     (tmp_path / "run.json").write_text(json.dumps(old))
 
     set_date(monkeypatch, NEXT_DAY)
@@ -106,7 +107,7 @@ def test_a_search_of_the_same_name_has_no_date_for_a_run(
 ) -> None:
     set_date(monkeypatch, FIRST_DAY)
     _, record = begin(config, None, tmp_path)
-    record.config = {"name": "dated", "run": record.config}
+    record.config = {"name": "dated", "run": record.config, "search": {}}
     record.write(tmp_path)
     with pytest.raises(UsageError, match="was started with other settings"):
         begin(config, read_record(tmp_path), tmp_path)
@@ -148,15 +149,16 @@ def test_other_tokens_under_an_equal_fingerprint_are_refused(
     """Texts and models are the same, and yet the policy reads other ids."""
     set_date(monkeypatch, FIRST_DAY)
     begin(config, None, tmp_path)
-    real: Any = prepare.tokenize_pairs
+    real: Any = pair_files.tokenize_pairs
 
     def shift_ids(*arguments: Any, **settings: Any) -> Any:
         found = real(*arguments, **settings)
-        for table in found.tables.values():
-            table.prompts.flat[0] += 1
+        for prompts, *_ in found.columns.values():
+            prompts[0][0] += 1
         return found
 
-    monkeypatch.setattr(prepare, "tokenize_pairs", shift_ids)
+    monkeypatch.setattr(pair_files, "tokenize_pairs", shift_ids)
+    monkeypatch.setenv("POLYREF_CACHE", str(tmp_path / "cache"))  # of which the tokens of before are gone
     with pytest.raises(UsageError, match=r"other settings: tokens\.train, policy: "):
         begin(config, read_record(tmp_path), tmp_path)
 

@@ -2,12 +2,20 @@
 
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.driver.record import RunRecord, find_pin, lock_run, open_record, read_record
+from orchestrator.driver.record import (
+    RunRecord,
+    find_pin,
+    lock_run,
+    open_record,
+    read_record,
+    remove_run,
+)
 from orchestrator.errors import UsageError
 from orchestrator.worker.result import WorkerResult
 
@@ -84,7 +92,7 @@ def test_a_record_without_a_version_is_read_with_its_old_names(tmp_path: Path) -
     now = record()
     now.write(tmp_path)
     old = json.loads((tmp_path / "run.json").read_text())
-    for name in ("version", "reference_counts", "best_trial"):
+    for name in ("version", "sha256", "reference_counts", "best_trial"):
         del old[name]
     old["counts"] = {"train": {"pairs": 3, "turned_round": 1, "skipped": {}}}
     old["result"] = {
@@ -112,7 +120,7 @@ def test_a_record_without_a_version_is_read_with_its_old_names(tmp_path: Path) -
 def test_a_search_that_is_on_its_way_has_no_result_in_an_old_record(tmp_path: Path) -> None:
     record().write(tmp_path)
     old = json.loads((tmp_path / "run.json").read_text())
-    del old["version"], old["reference_counts"], old["best_trial"]
+    del old["version"], old["sha256"], old["reference_counts"], old["best_trial"]
     old |= {"counts": {}, "result": {"scores": {"base": {"scored": 7}}, "best": 5}}
     (tmp_path / "run.json").write_text(json.dumps(old))
     found = read_record(tmp_path)
@@ -130,8 +138,32 @@ def test_a_record_of_a_newer_version_is_refused_in_one_sentence(tmp_path: Path) 
 
 def test_a_torn_record_is_not_mistaken_for_none(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UsageError, match=r"run.json: is not a run's record.*--fresh"):
-        read_record(tmp_path)
+    for action in (read_record, partial(remove_run, kind="run")):
+        with pytest.raises(UsageError, match=r"run.json: is not a run's record.*move its folder away"):
+            action(tmp_path)
+    assert (tmp_path / "run.json").exists()
+
+
+def test_starting_over_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    remove_run(folder, kind="run")  # nothing there: nothing to refuse
+    record().write(folder)
+    for name in ("checkpoints/checkpoint_1/progress.json", "export/model/config.json", "plots/learning.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    (folder / "metrics.jsonl").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (folder / "trials").symlink_to(elsewhere)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is the folder of a run, which --fresh does not remove"):
+        remove_run(folder, kind="search")
+    remove_run(folder, kind="run")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert (elsewhere / "kept").exists()
+    with pytest.raises(UsageError, match=r"no run.json is there, but notes.txt; move that away"):
+        remove_run(folder, kind="run")
 
 
 def _hold(folder: Path, held: Any, done: Any) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.cli.main import run_command_line
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.prepare import prepare_run
-from orchestrator.driver.record import RunRecord
+from orchestrator.driver.record import RunRecord, read_record
 from orchestrator.driver.train import train_run
 from orchestrator.errors import UsageError
 from orchestrator.registry.download import resolve_model
@@ -82,9 +82,10 @@ def logits(model: Any) -> torch.Tensor:
 
 def unfinished(folder: Path) -> None:
     """Put a run's record back to where a kill during training would have left it."""
-    record = json.loads((folder / "run.json").read_text())
-    record |= {"result": {}, "registered": None, "finished": False}
-    (folder / "run.json").write_text(json.dumps(record))
+    record = read_record(folder)
+    assert record is not None
+    record.result, record.registered, record.finished = None, None, False
+    record.write(folder)
 
 
 def test_a_registered_model_is_the_next_runs_reference(

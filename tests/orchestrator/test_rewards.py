@@ -120,7 +120,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory):
 
 
 def ready(folder: Path | str, **settings) -> RewardModelActor:
-    model = RewardModelActor(RewardConfig(model=str(folder), **settings), gpu=False, cpus=1, environment={})
+    model = RewardModelActor(RewardConfig(model=str(folder), **settings), gpu=False, cpus=1)
     model.load_model()
     return model
 
@@ -178,9 +178,9 @@ def test_labels_are_names_or_numbers_of_classes():
 
 
 def test_models_that_do_not_classify_are_refused(classifier, tiny_llama_folder, tiny_gguf_file, tmp_path):
-    with pytest.raises(UsageError, match=r"is no classifier: it has no weights score\.weight"):
+    with pytest.raises(ModelError, match=r"is no classifier: it has no weights score\.weight"):
         ready(tiny_llama_folder)
-    with pytest.raises(UsageError, match="is no whole model"):
+    with pytest.raises(ModelError, match="is no whole model"):
         ready(tiny_gguf_file)
     with pytest.raises(ModelError, match="no such file or folder"):
         ready(tmp_path / "nothing")

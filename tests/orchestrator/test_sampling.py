@@ -16,10 +16,11 @@ from models.parallel import Parallel, prepare_parallel
 from models.rows import PromptWithResponses
 from orchestrator.config.sections import SamplingConfig
 from orchestrator.references.messages import PromptGroup, Scores
+from orchestrator.worker.eval_sets import EvaluationSets
 from orchestrator.worker.policy import Policy
 from orchestrator.worker.sampling import PROMPTS_PER_CHUNK, Sampler
 from preferences.split import TokenizedSplit
-from preferences.tokenize import RaggedArray, TokenTable
+from preferences.tokens.tables import RaggedArray, TokenTable
 from tests.support import tiny
 from tests.support.plain_logits import plain_scores
 
@@ -109,7 +110,14 @@ class Length:
 def sampler(policy, part, client, **changes):
     arguments = {"names": ["a", "b"], "scored_by_workers": [], "reward_scorer": None}
     arguments |= {"rank": 0, "world_size": 1, "seed": 0}
-    return Sampler(changes.pop("config", SETTINGS), policy, part, client, **(arguments | changes))
+    return Sampler(
+        changes.pop("config", SETTINGS),
+        policy,
+        part,
+        changes.pop("rows", np.arange(len(part))),
+        client,
+        **(arguments | changes),
+    )
 
 
 def test_kl_is_the_mean_log_ratio_of_the_samples_under_plain_models():
@@ -160,6 +168,18 @@ def test_samples_follow_the_policys_distribution_whatever_its_own_sampling_setti
     observed = torch.bincount(rank, minlength=IDS)
     assert len(rank) > 1300
     assert (((observed - expected) ** 2) / expected).sum() < 31.8  # chi-squared, 8 degrees, p = 0.0001
+
+
+def test_only_prompts_of_the_judged_rows_are_sampled():
+    model, client, prompts = tiny.llama(seed=0, **SMALL), Client(a=tiny.llama(seed=1, **SMALL)), shuffled(8)
+    split = replace(
+        part_of(prompts + prompts[:1]),
+        source_names=("other", "judged"),
+        source_index=np.array([0, 1, 0, 0, 1, 0, 1, 0, 1], dtype=np.int16),
+    )
+    rows = EvaluationSets.of_split(split, "judged").judged.numpy()
+    sampler(policy_of(model), split, client, rows=rows, names=["a"]).measure_policy(0)
+    assert [group.prompt.tolist() for group in client.asked] == [prompts[row] for row in (1, 4, 6, 0)]
 
 
 class Recording(Parallel):

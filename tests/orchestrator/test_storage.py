@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import ray
 
@@ -100,6 +101,18 @@ def test_what_is_pushed_is_what_another_machine_pulls(bucket, tmp_path, monkeypa
     assert not there.folder.exists()
 
 
+@pytest.mark.parametrize("key", ["../../evil", "deep/../../../evil"])
+def test_a_name_on_a_store_does_not_lead_out_of_the_folder(bucket, tmp_path, key, monkeypatch):
+    """Names with `..` are ordinary on a store, and are listed; this client would not fetch them."""
+    here = Mirror(f"{bucket.uri}/runs/one")
+    bucket.put("runs/one/plots/a.png", b"A")
+    bucket.put(f"runs/one/plots/{key}", b"B")
+    monkeypatch.setattr(pafs, "copy_files", lambda *_, **__: pytest.fail("something was copied"))
+    with pytest.raises(RunFailed, match=r"evil is stored under a name that leads out of its folder"):
+        here.pull("plots")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_command_and_workers_of_a_run_work_apart(bucket):
     home = f"{bucket.uri}/one"
     folders = {Mirror(home).folder, Mirror(home, worker=0).folder, Mirror(home, worker=1).folder}
@@ -161,8 +174,11 @@ def test_a_record_is_kept_on_the_store(bucket, tmp_path, monkeypatch):
         open_record(Mirror(home), record(config={"name": "one", "loss": 1}))
     bucket.put("runs/one/checkpoints/checkpoint_1/progress.json", b"{}")
     bucket.put("runs/one2/run.json", b"{}")
-    remove_run(Mirror(home))
-    assert bucket.keys() == ["runs/one2/run.json"]
+    bucket.put("runs/one/notes.txt", b"mine")
+    remove_run(Mirror(home), kind="run")
+    assert bucket.keys() == ["runs/one/notes.txt", "runs/one2/run.json"]
+    with pytest.raises(UsageError, match=r"no run.json is there, but notes.txt"):
+        remove_run(Mirror(home), kind="run")
     assert read_record(Mirror(home)) is None
     bucket.put("runs/one/run.json", b"{")
     with pytest.raises(UsageError, match=rf"{home}/run.json: is not a run's record"):
@@ -202,9 +218,9 @@ def test_a_run_on_a_store_is_held_by_one_process(bucket, monkeypatch):
     monkeypatch.setattr(hold, "_EXPIRY_S", 3)
     with lock_run(Mirror(home)):  # nobody signs any more
         assert json.loads(bucket.get("one/.held.json"))["pid"] == os.getpid()
-        bucket.put("one/run.json", b"{}")
+        record().write(Mirror(home))
         bucket.put("one/checkpoints/checkpoint_1/progress.json", b"{}")
-        remove_run(Mirror(home))
+        remove_run(Mirror(home), kind="run")
         assert bucket.keys() == ["one/.held.json"], "a run that starts over stays held"
     assert bucket.keys() == []
 

@@ -92,6 +92,23 @@ def test_an_override_says_what_is_sent(folder: Path) -> None:
     assert "data/train.jsonl" not in build_bundle(["train", "run.yaml", "data.train=someone/pairs"]).files
 
 
+def test_every_source_of_a_mixture_and_every_set_is_sent(folder: Path) -> None:
+    for name in ("more", "safety"):
+        (folder / "data" / f"{name}.jsonl").write_text((folder / "data" / "train.jsonl").read_text())
+    train = ["data/train.jsonl", {"source": "data/more.jsonl", "cap": 5}]
+    write(folder / "run.yaml", data={"train": train, "eval": {"safety": "data/safety.jsonl"}})
+    files = build_bundle(["train", "run.yaml"]).files
+    assert {name for name in files if name.startswith("data/")} == {
+        "data/train.jsonl",
+        "data/more.jsonl",
+        "data/safety.jsonl",
+    }
+    with pytest.raises(
+        UsageError, match=r"data\.eval\.safety\.source: data/none\.jsonl: there is no such file"
+    ):
+        build_bundle(["train", "run.yaml", "data.eval.safety.source=data/none.jsonl"])
+
+
 def test_a_sweep_brings_its_run_file(folder: Path) -> None:
     parcel = build_bundle(["tune", "--samples", "3", "sweeps/sweep.yaml", "search.trials=3"])
     assert {"run.yaml", "sweeps/sweep.yaml", "data/train.jsonl"} <= set(parcel.files)
@@ -128,6 +145,24 @@ def test_a_broken_link_among_the_data_is_one_message(folder: Path) -> None:
         build_bundle(["train", "run.yaml", "data.train=data"])
 
 
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_link_among_the_data_sends_nothing_from_elsewhere(folder: Path, tmp_path: Path, link: str) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (folder / "data" / "more").symlink_to(tmp_path / "private" / ("key" if link == "file" else ""))
+    with pytest.raises(UsageError, match=r"data\.train: data/more\S* leads by a link to .*/private/key, out"):
+        build_bundle(["train", "run.yaml", "data.train=data"])
+
+
+def test_a_link_that_is_named_is_followed(folder: Path, tmp_path: Path) -> None:
+    """As somebody has it whose data lie on a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "big.jsonl").write_text("{}\n")
+    (folder / "big").symlink_to(tmp_path / "disk")
+    assert "big/big.jsonl" in build_bundle(["train", "run.yaml", "data.train=big"]).files
+    assert "big/big.jsonl" in build_bundle(["train", "run.yaml", "data.train=big/big.jsonl"]).files
+
+
 def test_a_package_with_the_reward_is_sent_whole(folder: Path) -> None:
     (folder / "judges").mkdir()
     for name in ("__init__.py", "_words.py", ".env"):
@@ -149,6 +184,7 @@ def test_code_is_sent_when_asked_for(folder: Path) -> None:
         ([], "e.g. polyref submit -- train run.yaml"),
         (["trian", "run.yaml"], "did you mean 'train'"),
         (["demo"], "demo cannot be submitted"),
+        (["label", "pairs.jsonl", "--to", "out.parquet"], "with RAY_ADDRESS=auto"),
         (["train"], "needs a run file"),
         (["train", "none.yaml"], "no such file"),
         (["train", "run.yaml", "loss.beta=-1"], "beta must be > 0"),
@@ -259,6 +295,85 @@ def test_nobody_at_the_address_is_one_message(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:7")  # an address that is given comes first
     with pytest.raises(UsageError, match=r"no job server answers at http://127\.0\.0\.1:9: .*ray dashboard"):
         connect_to_job_server("http://127.0.0.1:9")
+
+
+@pytest.fixture
+def contacted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """The servers to which requests are made, each with the `Authorization` header that it would get."""
+    requested: list[tuple[str, str | None]] = []
+
+    def note(method: str, url: str, *, headers: dict[str, str], **_: Any) -> None:
+        requested.append((url.removesuffix("/api/version"), headers.get("Authorization")))
+        raise requests.exceptions.ConnectionError
+
+    monkeypatch.setattr("requests.request", note)
+    return requested
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(
+    "address",
+    ["https://ray.example", "http://localhost:8265", "http://127.1.2.3:8265", "http://[::1]:8265"],
+)
+def test_the_token_is_sent_encrypted_or_to_this_machine(
+    address: str, contacted: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(UsageError, match="no job server answers"):
+        connect_to_job_server(address)
+    assert contacted == [(address, f"Bearer {TOKEN}")]
+
+
+@pytest.mark.usefixtures("folder", "token")
+@pytest.mark.parametrize(
+    "address",
+    ["http://10.0.0.5:8265", "http://127.0.0.1.example:8265", "http://localhost@ray.example", "module://x"],
+)
+def test_the_token_is_not_sent_where_others_can_read_it(
+    address: str, contacted: list[tuple[str, str | None]]
+) -> None:
+    with pytest.raises(UsageError, match=r"token unencrypted.*tunnel.*--insecure"):
+        submit_job(["check", "run.yaml"], address=address)
+    assert contacted == []
+
+
+@pytest.mark.usefixtures("token")
+def test_plain_http_is_for_those_without_a_token_or_who_insist(
+    contacted: list[tuple[str, str | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="no job server answers"):
+        connect_to_job_server("http://10.0.0.5:8265", insecure=True)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="no job server answers"):
+        connect_to_job_server("http://10.0.0.5:8265")
+    assert contacted == [("http://10.0.0.5:8265", f"Bearer {TOKEN}"), ("http://10.0.0.5:8265", None)]
+
+
+@pytest.mark.usefixtures("folder")
+def test_secrets_are_not_sent_where_others_can_read_them(
+    contacted: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to a cluster that asks for no token."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("HF_TOKEN", "of-a-hub")
+
+    def submit(address: str, **options: Any) -> None:
+        submit_job(["check", "run.yaml"], address=address, **options)
+
+    with pytest.raises(UsageError, match=r"values of --secret unencrypted.*tunnel.*--insecure"):
+        submit("http://10.0.0.5:8265", secret=["HF_TOKEN"])
+    assert contacted == []
+    for address, options in (
+        ("http://10.0.0.5:8265", {}),
+        ("http://10.0.0.5:8265", {"secret": ["HF_TOKEN"], "insecure": True}),
+        ("http://127.0.0.1:8265", {"secret": ["HF_TOKEN"]}),
+        ("https://ray.example", {"secret": ["HF_TOKEN"]}),
+    ):
+        with pytest.raises(UsageError, match="no job server answers"):
+            submit(address, **options)
+        assert contacted.pop() == (address, None)
 
 
 def test_a_job_that_is_not_taken_is_one_message(folder: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_typo_or_a_wrong_setting_is_refused(sections: dict[str, Any], words: l
         ("training.seed", {"choice": [0, 1]}, ["cannot be searched", "search.repeats"]),
         ("policy.adapter", None, ["cannot be searched", "policy.adapter.r"]),
         ("loss", {"preset": "dpo"}, ["cannot be searched", "loss.preset"]),
+        ("loss.preset", {"choice": ["gdpo", "sigmoid"]}, ["preset sigmoid is dpo here; write dpo"]),
         ("training", {}, ["cannot be searched", "training.learning_rate"]),
         ("policy.model", "a/model", ["cannot be searched", "one reference service scores for all"]),
         ("data.max_length", 64, ["cannot be searched", "loss.*, training.*, references.use"]),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import ray
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orchestrator.driver.record import RunRecord
+from orchestrator.driver.record import RunRecord, read_record
 from orchestrator.driver.train import train_run
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.tracking.metrics_file import read_metrics
@@ -93,9 +95,25 @@ def test_the_policy_itself_as_reference_starts_at_log_2_and_equals_the_served_on
     assert counts(record, "scored") == {"base": 0}, "what the worker scored itself is in the store"
 
 
-def test_full_training_without_references_exports_what_was_trained(run_of: Any) -> None:
-    run = run_of("full", policy={"adapter": None}, references={}, loss={"preset": "simpo"})
-    train_run(run)
+def test_full_training_without_references_exports_what_was_trained(
+    run_of: Any, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(
+        "full",
+        policy={"adapter": None},
+        references={},
+        loss={"preset": "simpo"},
+        data={
+            "eval": {"whole": str(pairs_file), "few": {"source": str(pairs_file), "count": 12}},
+            "eval_fraction": None,
+        },
+        evaluation={"set": "few"},
+    )
+    metrics = train_run(run).training_result.metrics
+    assert metrics["eval/few/accuracy"] == metrics["eval/accuracy"]
+    assert metrics["eval/whole/loss"] != metrics["eval/loss"] == metrics["eval/few/loss"]
+    by_set = [f"{name} {metrics[f'eval/{name}/accuracy']:.2f}" for name in ("whole", "few")]
+    assert f"accuracy by set: {', '.join(by_set)}" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export" / "model")
     start = AutoModelForCausalLM.from_pretrained(run.policy.model)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
@@ -118,6 +136,33 @@ def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(run_of
         train_run(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
     assert train_run(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result.step == 2
     assert (run.folder / "metrics.jsonl").read_text() != before
+
+
+def test_what_mlflow_missed_at_the_end_is_sent_by_the_same_command(
+    run_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes nothing from the last step on; the model is kept, and delivered later, once."""
+    run = run_of("late", training={"max_steps": 2}, tracking={"registered_model": "late"})
+
+    def away(*_: Any, **__: Any) -> None:
+        raise MlflowException("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", away)
+        with pytest.raises(RunFailed, match=r"has not taken all.*kept in .*late/export/model, and the same"):
+            train_run(run)
+    record = read_record(run.folder)
+    client = MlflowClient(f"sqlite:///{run.folder.parent / 'mlflow.db'}")
+    assert record is not None
+    assert (record.finished, client.get_run(record.mlflow_run).info.status) == (False, "RUNNING")
+    with sqlite3.connect(run.folder.parent / "mlflow.db") as database:  # as if the workers' never arrived
+        database.execute("DELETE FROM metrics WHERE step > 0")
+        database.execute("DELETE FROM latest_metrics WHERE step > 0")
+    record = train_run(run)
+    assert (record.finished, client.get_run(record.mlflow_run).info.status) == (True, "FINISHED")
+    assert [point.step for point in client.get_metric_history(record.mlflow_run, "loss")] == [1, 2]
+    assert client.list_artifacts(record.mlflow_run, "plots")
+    assert len(client.search_model_versions("name='late'")) == 1
 
 
 def test_a_diverging_run_stops_names_the_step_and_keeps_the_last_checkpoint(run_of: Any) -> None:

@@ -115,19 +115,19 @@ def test_bad_trials_are_stopped_or_fail_with_their_reason_and_leave_nothing_behi
     sweep = sweep_of(
         run,
         "asha",
-        {"training.learning_rate": {"grid": [1e-9, 1e-2, 1e30]}},
-        scheduler={"type": "asha", "grace_steps": 2, "reduction_factor": 2},
+        {"training.learning_rate": {"grid": [1e-2, 1e-9, 1e30]}},
+        scheduler={"type": "asha", "grace_steps": 4, "reduction_factor": 2},
         objective="eval/margin",
         max_concurrent=1,
     )
     run_sweep(sweep)
-    idle, worse, broken = trials_of(sweep)  # the second first takes a step in the wrong direction
-    assert (idle.status, idle.step) == ("finished", 8)
+    learning, idle, broken = trials_of(sweep)  # the second learns nothing, so its margin stays 0
+    assert (learning.status, learning.step) == ("finished", 8)
     assert broken.status == "failed"
     assert broken.reason is not None
     assert re.search(r"not finite at step \d, pairs .*pairs.jsonl:\d+", broken.reason)
-    assert (worse.status, worse.step) == ("stopped", 2)
+    assert (idle.status, idle.step) == ("stopped", 4)
     assert [
-        line["step"] for line in read_metrics(folder_of(sweep) / "trials" / idle.name) if "loss" in line
+        line["step"] for line in read_metrics(folder_of(sweep) / "trials" / learning.name) if "loss" in line
     ] == [*range(1, 9)]
     assert left_behind() == []

@@ -1,4 +1,4 @@
-"""Searches that are killed or stopped: the same command goes on, and no finished trial is repeated."""
+"""Searches that are killed or stopped: the same command resumes, and no finished trial is repeated."""
 
 import signal
 from collections.abc import Callable, Iterator

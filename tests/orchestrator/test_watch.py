@@ -191,6 +191,16 @@ def test_each_finding_is_reported_once_with_its_step() -> None:
     ]
 
 
+def test_displacement_is_per_token_of_the_judged_pairs() -> None:
+    heard: list[tuple[int, str, str]] = []
+    watch, table = watch_of(heard, first_evaluation=evaluation(-20.0, 0.0)), table_of([0, 0], [0, 0])
+    table["chosen_length"][:] = torch.tensor([4000, 10])
+    watch.check_evaluation(10, table, evaluation(-40.0, 1.0), place)
+    assert heard == []
+    watch.check_evaluation(20, table, evaluation(-40.0, 1.0), place, judged=table.select(torch.tensor([1])))
+    assert [name for _, name, _ in heard] == ["displacement"]
+
+
 def test_only_the_first_step_is_taken_before_an_update() -> None:
     heard: list[tuple[int, str, str]] = []
     watch_of(heard).check_training_step(2, table_of([4.0], [0]), {}, place)
@@ -228,11 +238,13 @@ def test_the_console_shows_a_finding_when_it_comes_and_not_again(
 
 
 def spoil_scores(folder: Path, nats: float) -> None:
-    """Change all stored log-probs of a reference."""
-    for path in folder.glob("*.parquet"):
+    """Change all stored log-probs of a reference, in files whose names are no digests."""
+    for number, path in enumerate(sorted(folder.glob("*.parquet"))):
         table = pq.read_table(path)
+        path.unlink()
         index = table.schema.get_field_index("logp")
-        pq.write_table(table.set_column(index, table.schema.field(index), pc.add(table["logp"], nats)), path)
+        changed = table.set_column(index, table.schema.field(index), pc.add(table["logp"], nats))
+        pq.write_table(changed, folder / f"{number}.parquet")
 
 
 @pytest.mark.usefixtures("cluster")

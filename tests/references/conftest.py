@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import ray
 import ray.cloudpickle
 
 from models.config import ModelConfig
+from orchestrator.cluster.connection import start_local_ray
 from orchestrator.references.client import ReferenceArrays
 from orchestrator.references.messages import ReferenceSpec, ScoreRequest, Scores
 from orchestrator.references.replica import Replica
@@ -38,16 +40,10 @@ class Table(list[TokenPair]):
 @pytest.fixture(scope="module")
 def ray_running() -> Iterator[None]:
     """A small Ray, gone with the module so that other tests may start theirs."""
-    ray.init(
-        address="local",  # never a cluster that happens to run here
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
+    with start_local_ray(
+        num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+    ):
+        yield
 
 
 @pytest.fixture
@@ -109,8 +105,10 @@ def expected(prompt: np.ndarray, response: np.ndarray) -> tuple[float, int, floa
 class SumReplica(Replica):
     """Scores from a digest of the ids; the folder in `spec.config.model` steers and records what happens.
 
-    `gate` in it holds every call back until it is gone; `die` kills the process at the next call (removing
-    one letter of it each time); every call appends its process id to `calls`.
+    `gate` in it holds every call back until it is gone; `freeze` stops the process
+    as SIGSTOP does, at the next call; `wrong once` names what is wrong with the next answer; `die` kills
+    the process at the next call (removing one letter of it each time); every call appends its process id to
+    `calls`.
     """
 
     def setup(self) -> None:
@@ -125,6 +123,8 @@ class SumReplica(Replica):
         if die.exists() and (left := die.read_text()):
             die.write_text(left[1:])
             os._exit(9)
+        if self._take("freeze") is not None:
+            os.kill(os.getpid(), signal.SIGSTOP)
         while (self._folder / "gate").exists():
             time.sleep(0.01)
         scores, index = Scores.unknown(len(request)), 0
@@ -134,7 +134,30 @@ class SumReplica(Replica):
                 index += 1
         if (self._folder / "nan").exists():
             scores.logps[0] = np.nan
+        if (wrong := self._take("wrong once")) is not None:
+            _spoil(scores, wrong)
         return scores, 1
+
+    def _take(self, name: str) -> str | None:
+        """Return the text of a file that only one of the replicas that look gets; None to the others."""
+        mine = self._folder / f"{name} of {os.getpid()}"
+        try:
+            (self._folder / name).rename(mine)
+        except FileNotFoundError:
+            return None
+        return mine.read_text()
+
+
+def _spoil(scores: Scores, damage: str) -> None:
+    """Change a score to one that cannot be."""
+    if damage == "not a number":
+        scores.logps[1] = np.nan
+    elif damage == "positive":
+        scores.logps[1] = 0.5
+    elif damage == "entropy":
+        scores.entropies[1] = 1.5
+    else:
+        scores.lengths[1] += 1
 
 
 @pytest.fixture

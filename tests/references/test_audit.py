@@ -15,13 +15,16 @@ from orchestrator.references.tolerance import SLACK_TOKENS
 
 
 def change_logps(folder: Path, change: Callable[[bytes, float], float]) -> None:
-    """Rewrite the files of a store with changed log-probs."""
-    for path in folder.glob("*.parquet"):
+    """Replace the files of a store by ones with changed log-probs, under names without a digest."""
+    for number, path in enumerate(sorted(folder.glob("*.parquet"))):
         table = pq.read_table(path)
         column = table.schema.get_field_index("logp")
         keys, logps = table["key"].to_pylist(), table["logp"].to_pylist()
         changed = [change(key, logp) for key, logp in zip(keys, logps, strict=True)]
-        pq.write_table(table.set_column(column, table.schema.field(column), [changed]), path)
+        pq.write_table(
+            table.set_column(column, table.schema.field(column), [changed]), folder / f"{number}.parquet"
+        )
+        path.unlink()
 
 
 def test_a_wrong_score_is_found_by_its_row_and_nothing_is_stored(
@@ -84,6 +87,6 @@ def test_a_stored_score_that_is_not_finite_is_made_again(
     store = ScoreStore(tmp_path, "f" * 32)
     assert len(store) == 3
     assert store.get(bytes(16)) is None
-    assert "1 scores are not finite and are made again" in caplog.text
+    assert "1 scores cannot be right and are made again" in caplog.text
     store.put(bytes(16), Score(-1.0, 3, 0.5))
     assert store.get(bytes(16)) == Score(-1.0, 3, 0.5)

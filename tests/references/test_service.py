@@ -1,5 +1,6 @@
 """The service on real Ray, with replicas whose scores are known beforehand: counts, joins, deaths, ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,22 +9,27 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from ray.util import list_named_actors
 from transformers import LlamaForSequenceClassification
 
+from models.config import ModelConfig
 from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.config.sections import Resources, RewardConfig
 from orchestrator.errors import RunFailed, UsageError
+from orchestrator.references import client as references_client
 from orchestrator.references.client import (
     ReferenceArrays,
     ReferenceClient,
     connect_to_routers,
     group_pairs,
 )
-from orchestrator.references.messages import ScoringError
+from orchestrator.references.messages import Scores, ScoringError
+from orchestrator.references.replica import Replica
+from orchestrator.references.service import build_reference_spec, start_references
 from orchestrator.references.store import ScoreStore
 from orchestrator.worker.rewards import RewardModelActor, start_reward_scorer
 from tests.support import tiny
@@ -219,6 +225,146 @@ def test_a_score_that_is_not_finite_fails_only_its_askers_and_is_not_stored(
         assert right(table, ROWS, ask_all(service, table)["base"])
 
 
+@pytest.mark.parametrize("damage", ["not a number", "positive", "entropy", "length"])
+def test_a_score_that_cannot_be_one_is_made_again_by_another_process(
+    serve, spec, make_table, folder, calls, right, damage
+):
+    table = make_table(6)
+    (folder / "wrong once").write_text(damage)
+    with serve(spec()) as service:
+        assert right(table, ROWS, ask_all(service, table)["base"])
+        assert len(set(calls.pids)) == 2
+        assert service.stats()["base"].retries == 1
+
+
+def test_a_frozen_replica_is_replaced_after_its_deadline(serve, spec, make_table, folder, calls, right):
+    table = make_table(6)
+    (folder / "freeze").touch()
+    with serve(spec(answer_timeout_s=0.25)) as service:
+        assert right(table, ROWS, ask_all(service, table)["base"])
+        frozen, alive = dict.fromkeys(calls.pids)
+        assert service.stats()["base"].replicas_started == 2
+        wait_until(lambda: gone(frozen))
+        assert not gone(alive)
+
+
+def test_a_replica_that_always_hangs_is_an_error_that_says_so(serve, spec, make_table, folder):
+    (folder / "gate").touch()
+    with serve(spec(answer_timeout_s=0.1, max_retries=1)) as service:
+        with pytest.raises(ScoringError, match=r"did not answer a batch of \d+ tokens .*answer_minutes"):
+            ask_all(service, make_table(6))
+        (folder / "gate").unlink()
+
+
+def test_a_replica_that_loads_for_ever_is_an_error_that_says_so(ray_running, spec, make_table, tmp_path):
+    service = start_references(
+        [spec(load_timeout_s=0.2, max_retries=1)], tmp_path / "storage", replica_class=Sleeper
+    )
+    with service, pytest.raises(ScoringError, match=r"did not load its model within 0\.2 s .*load_minutes"):
+        service.start_replicas()
+
+
+class Sleeper(Replica):
+    """A replica whose weights never arrive."""
+
+    def setup(self) -> None:
+        time.sleep(600)
+
+
+def test_an_idle_replica_takes_the_batch_of_a_stuck_one(serve, spec, make_table, folder, calls, right):
+    """No deadline passes in this test: the copy's answer counts, and the stuck replica is left alone."""
+    with serve(spec(replicas=2, max_tokens_per_batch=40)) as service:
+        service.start_replicas()
+        ask_all(service, make_table(12, seed=1))
+        (folder / "freeze").touch()
+        table = make_table(6)
+        assert right(table, ROWS, ask_all(service, table)["base"])
+        stats = service.stats()["base"]
+        assert (stats.replicas_started, stats.retries) == (2, 0)
+        assert stats.copies >= 1
+        for pid in set(calls.pids):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_frozen_router_is_restarted_and_open_requests_with_it(
+    serve, spec, make_table, folder, calls, right, monkeypatch
+):
+    monkeypatch.setattr(references_client, "PING_EVERY_S", 0.5)
+    monkeypatch.setattr(references_client, "PING_TIMEOUT_S", 15.0)
+    table = make_table(6)
+    (folder / "gate").touch()
+    with serve(spec()) as service:
+        client = client_of(service, table)
+        client.request_scores(0, ROWS)
+        calls.wait_for(1)
+        os.kill(ray.get(service.routers["base"].ping.remote()), signal.SIGSTOP)
+        (folder / "gate").unlink()
+        assert right(table, ROWS, client.collect_scores(0)["base"])
+
+
+def test_secrets_reach_replicas_and_lie_in_no_control_service(
+    ray_running, make_table, folder, tmp_path, monkeypatch
+):
+    """The memory of Ray's control service is searched for them, as somebody on its machine could."""
+    token, shown = f"hf_{os.urandom(12).hex()}", f"shown-{os.urandom(12).hex()}"
+    monkeypatch.setenv("HF_TOKEN", token)
+    spec = build_reference_spec(
+        shown,
+        ModelConfig(model=str(folder)),
+        "e" * 32,
+        device_type="cpu",
+        bundle={"CPU": 0.1},
+        replicas=1,
+        start_timeout_s=60,
+    )
+    with start_references([spec], tmp_path / "storage", replica_class=TokenReader) as service:
+        client = ReferenceClient({"x": service.routers[shown]}, {"x": make_table(1)})
+        client.request_scores(0, [0])
+        assert client.collect_scores(0)["x"].chosen[0] == -len(token)
+        (control,) = [p for p in psutil.process_iter(["name"]) if p.name() == "gcs_server" and is_ours(p)]
+        memory = read_memory(control.pid)
+        assert shown.encode() in memory
+        assert token.encode() not in memory
+
+
+class TokenReader(Replica):
+    """A replica whose scores are the length of its hub's token."""
+
+    def setup(self) -> None:
+        assert self._spec.secrets is not None
+        self._spec.secrets.export_to_environment()
+
+    def score(self, request):
+        scores = Scores(
+            *(np.full(len(request), number) for number in (-float(len(os.environ["HF_TOKEN"])), 0, 0.5))
+        )
+        scores.lengths[:] = [n for group in request.unpack() for n in group.scored_lengths]
+        return scores, 1
+
+
+def is_ours(process):
+    address = ray.get_runtime_context().gcs_address
+    return f"--gcs_server_port={address.rpartition(':')[2]}" in process.cmdline() or any(
+        str(connection.laddr.port) == address.rpartition(":")[2]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    )
+
+
+def read_memory(pid):
+    """All of a process's memory that can be written to."""
+    parts = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in maps:
+            span, access = line.split()[:2]
+            if access.startswith("rw"):
+                start, end = (int(number, 16) for number in span.split("-"))
+                memory.seek(start)
+                with contextlib.suppress(OSError):
+                    parts.append(memory.read(end - start))
+    return b"".join(parts)
+
+
 def test_a_killed_router_comes_back_and_open_requests_with_it(serve, spec, make_table, folder, calls, right):
     table = make_table(6)
     gate = folder / "gate"
@@ -249,7 +395,7 @@ def test_a_router_that_is_gone_is_an_error(serve, spec, make_table):
 def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
     serve, spec, make_table, tmp_path, folder, monkeypatch
 ):
-    monkeypatch.setattr("orchestrator.references.service.BULK_ROWS", 4)
+    monkeypatch.setattr("orchestrator.references.bulk.PLANNED_ROWS", 4)
     monkeypatch.setattr("orchestrator.references.service.BULK_REQUESTS", 1)
     tables = {"base": make_table(30), "other": make_table(10, seed=1)}
     specs = [spec(), spec(name="other", fingerprint="0" * 32)]
@@ -262,18 +408,15 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
         for router in service.routers.values():
             assert ray.get(router.replica_pids.remote()) == []
         store = ScoreStore(tmp_path / "storage", "f" * 32)
-        stats = service.stats()["base"]
-        assert (
-            len(store)
-            == stats.scored
-            == len(
-                {(p.prompt.tobytes(), r.tobytes()) for p in tables["base"] for r in (p.chosen, p.rejected)}
-            )
-        )
-    for name, table in tables.items():
-        counts = [done for n, done, total in seen if n == name and total == len(table)]
+        different = {
+            name: len({(p.prompt.tobytes(), r.tobytes()) for p in table for r in (p.chosen, p.rejected)})
+            for name, table in tables.items()
+        }
+        assert len(store) == service.stats()["base"].scored == different["base"]
+    for name in tables:
+        counts = [done for n, done, total in seen if n == name and total == different[name]]
         assert counts == sorted(counts)
-        assert counts[-1] == len(table)
+        assert counts[-1] == different[name]
 
 
 def test_scores_reach_storage_while_the_run_goes_on(serve, spec, make_table, tmp_path):
@@ -326,7 +469,8 @@ def test_an_in_process_reference_shares_the_store(serve, spec, make_table):
         client = client_of(service, table, scored_by_workers=["base"])
         client.request_scores(0, ROWS)
         assert client.collect_scores(0)["base"].missing.all()
-        made = ReferenceArrays(*(np.arange(4.0) + 10 * column for column in range(6)))
+        numbers = np.arange(4.0)
+        made = ReferenceArrays(-numbers, -9 - numbers, numbers + 1, numbers + 5, numbers / 4, numbers / 8)
         client.store_scores("base", ROWS[:4], made)
         client.close()
         client.request_scores(1, ROWS[1:])
@@ -412,7 +556,7 @@ def test_a_reward_model_is_an_actor_that_workers_share(ray_running, tmp_path):
     folder = tiny.save(tmp_path / "judge", model, tiny.byte_tokenizer())
     judge = start_reward_scorer(RewardConfig(model=str(folder)), start_timeout_s=60)
     prompts, responses = ["Good: ", "Bad: "], ["yes", "no"]
-    here = RewardModelActor(RewardConfig(model=str(folder)), gpu=False, cpus=1, environment={})
+    here = RewardModelActor(RewardConfig(model=str(folder)), gpu=False, cpus=1)
     expected = here.score(prompts, responses)
 
     @ray.remote(num_cpus=0)

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from orchestrator.references.store import ScoreStore, digest_response
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 scores = st.builds(
     Score,
-    logp=st.floats(allow_nan=False, allow_infinity=False),
+    logp=st.floats(max_value=0, allow_nan=False, allow_infinity=False),
     length=st.integers(0, 2**31 - 1),
     entropy=st.floats(0, 1),
 )
@@ -117,7 +118,7 @@ def test_a_bad_file_is_skipped_with_a_warning(tmp_path, caplog, damage):
     store.flush()
     (good,) = Path(store.folder).iterdir()
     bad = good.with_name("bad.parquet")
-    if damage == "cut":
+    if damage == "cut":  # and of a name without a digest
         bad.write_bytes(good.read_bytes()[:-20])
     elif damage == "empty":
         bad.write_bytes(b"")
@@ -132,6 +133,39 @@ def test_a_bad_file_is_skipped_with_a_warning(tmp_path, caplog, damage):
         again = ScoreStore(tmp_path, "abc")
     assert len(again) == 1
     assert "bad.parquet" in caplog.text
+
+
+def test_a_bit_that_flipped_is_noticed_wherever_it_is(tmp_path):
+    """Every byte of a file, one at a time: the score is right or unknown, and the file is set aside."""
+    store = ScoreStore(tmp_path, "abc")
+    store.put(key(1), Score(-1.0, 1, 0.1))
+    store.flush()
+    (file,) = Path(store.folder).iterdir()
+    content = file.read_bytes()
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        assert len(ScoreStore(tmp_path, "abc")) == 0
+        assert [path.name for path in Path(store.folder).iterdir()] == [f"{file.name}.damaged"]
+    file.write_bytes(content)
+    assert ScoreStore(tmp_path, "abc").get(key(1)) == Score(-1.0, 1, 0.1)
+
+
+def test_scores_in_files_without_a_digest_are_read_and_those_that_cannot_be_are_not(tmp_path):
+    store = ScoreStore(tmp_path, "abc")
+    store.put(key(1), Score(-1.0, 1, 0.1))
+    store.flush()
+    (file,) = Path(store.folder).iterdir()
+    table = pq.read_table(file)
+    columns = {
+        "key": [key(number) for number in range(1, 5)],
+        "logp": [-1.0, 3.0, -1.0, -1.0],
+        "length": [1, 1, 1, -1],
+        "entropy": [0.1, 0.1, 1.5, 0.1],
+    }
+    pq.write_table(pa.table(columns, schema=table.schema), file.with_name("0123.parquet"))
+    file.unlink()
+    again = ScoreStore(tmp_path, "abc")
+    assert (len(again), again.get(key(1))) == (1, Score(-1.0, 1, 0.1))
 
 
 def test_unfinished_files_of_a_killed_writer_are_not_read(tmp_path, caplog):
@@ -154,9 +188,11 @@ def test_a_failed_save_keeps_the_scores(tmp_path):
     assert ScoreStore(tmp_path, "abc").get(key(1)) == Score(-1.0, 1, 0.1)
 
 
-@pytest.mark.parametrize("score", [Score(float("nan"), 1, 0.1), Score(-1.0, 1, float("inf"))])
-def test_only_finite_scores_are_stored(tmp_path, score):
-    with pytest.raises(ScoringError, match="not finite"):
+@pytest.mark.parametrize(
+    "score", [Score(float("nan"), 1, 0.1), Score(-1.0, 1, float("inf")), Score(2.0, 1, 0.1)]
+)
+def test_only_scores_that_can_be_are_stored(tmp_path, score):
+    with pytest.raises(ScoringError, match="cannot be"):
         ScoreStore(tmp_path, "abc").put(key(1), score)
 
 

@@ -119,8 +119,10 @@ def _champion(uri: str) -> int:
     [
         ({"reference.base": "e" * 40}, 0.9, r"different primary reference \(e{12} and f{12}\)"),
         ({"data.eval_digest": "b" * 40}, 0.9, r"different held-out pairs \(b{12} and a{12}\)"),
+        ({"evaluation.set": "safety"}, 0.9, r"different held-out sets \(safety and unknown\)"),
         ({}, None, "of version 2 is none, that of version 1, which holds it, is 0.7000"),
         ({"metric.eval/accuracy": "nan"}, 0.9, "of version 2 is nan, that of version 1"),
+        ({"metric.eval/accuracy": "high"}, 0.9, "of version 2 is nan, that of version 1"),
     ],
 )
 def test_promote_refuses_what_cannot_be_compared(

@@ -126,6 +126,7 @@ def test_an_alias_is_given_by_the_same_checks_as_promote(
     first = _register(uri, run_id, policy, alias="champion", lineage=lineage(config=judged))
     client = connect_to_mlflow(uri)
     assert client.get_model_version("sentiment", "1").tags["evaluation.metric"] == "eval/label_nll"
+    assert client.get_model_version("sentiment", "1").tags["evaluation.set"] == "in_domain"
     place = client.get_run(run_id).info.experiment_id
     worse = lineage(config=judged, after={"eval/accuracy": 0.9, "eval/label_nll": 0.7})
     assert caplog.records == []
@@ -342,12 +343,15 @@ def test_a_probe_trims_its_rows_and_keeps_the_models_mode(policy: Exported) -> N
 
 
 def test_the_card_is_yaml_and_names_what_the_model_is() -> None:
-    card = render_model_card("sentiment", lineage(), adapter=True)
+    measured = {"eval/accuracy": 0.75, "eval/safety/accuracy": 0.625}
+    card = render_model_card("sentiment", lineage(after=measured), adapter=True)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == "tiny/base"
     assert front["library_name"] == "transformers"
     for said in ("base (primary)", "models:/movie-sft/4", "e" * 16, "skipped, too long", "| 0.5 | 0.75 |"):
         assert said in card
+    assert "| judged by the set | in_domain |" in card
+    assert "| eval/safety/accuracy |  | 0.625 |" in card
     loss = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert loss["references"]["weights"] == [0.5, 0.5]
 

@@ -18,7 +18,12 @@ from orchestrator.redaction import redact
 from orchestrator.tracking import tracker as tracking
 from orchestrator.tracking.code_version import read_code_tags
 from orchestrator.tracking.metrics_file import cut_metrics_after, read_findings, read_metrics, read_scales
-from orchestrator.tracking.mlflow import connect_to_mlflow, flatten_settings, resolve_tracking_uri
+from orchestrator.tracking.mlflow import (
+    connect_to_mlflow,
+    flatten_settings,
+    refuse_unshared_default,
+    resolve_tracking_uri,
+)
 from orchestrator.tracking.tracker import Tracker
 
 
@@ -184,10 +189,37 @@ def test_an_outage_that_does_not_end(
         assert not tracker.flush(timeout=0.2)
         tracker.set_tags({"a": "b"})
         tracker.log_files([tmp_path / "run" / "metrics.jsonl"])
-        tracker.finish()
+        assert not tracker.finish()
     assert read_metrics(tmp_path / "run")[0]["loss"] == 1.0
     assert "misses the last metrics" in caplog.text
     assert "did not take files" in caplog.text
+    monkeypatch.undo()
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "RUNNING"
+    later = _start(uri, tmp_path / "run", run_id=tracker.run_id)
+    later.catch_up()
+    assert later.finish()
+    assert _history(uri, tracker.run_id, "loss") == [(1, 1.0)]
+    assert MlflowClient(uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_damaged_lines_are_passed_over_and_counted(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk leaves zeros, a crash half a line; the whole lines around them count and are sent."""
+    tracker, path = _start(uri, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    with path.open("ab") as file:
+        file.write(b"\0" * 40 + b"\n" + b'{"step": 2, "lo\n' + b"3\n" + b'{"loss": 5}\n')
+    tracker = _start(uri, tmp_path / "run", run_id=tracker.run_id)
+    tracker.log(2, {"loss": 2.0})
+    assert tracker.finish()
+    with caplog.at_level(logging.WARNING):
+        assert [line["loss"] for line in read_metrics(tmp_path / "run")] == [1.0, 2.0]
+    assert f"{path}: 4 damaged lines are passed over" in caplog.text
+    assert _history(uri, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    cut_metrics_after(path, 1)
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0]
 
 
 def _until(true: Callable[[], bool]) -> None:
@@ -249,10 +281,51 @@ def test_dispersion_scales_are_a_bounded_sample(
         ("https://example.org/a@b", "https://example.org/a@b"),
         ("models:/movie@champion", "models:/movie@champion"),
         ("me@example.org", "me@example.org"),
+        ("key AKIAIOSFODNN7EXAMPLE, no", "key ***, no"),
+        ("ASIAIOSFODNN7EXAMPLE", "***"),
+        ("aws_secret_access_key = wJal/K7+x", "aws_secret_access_key = ***"),
+        ("AWS_SESSION_TOKEN: 'FwoG//x=='", "AWS_SESSION_TOKEN: '***'"),
+        ("Authorization: Bearer abc", "Authorization: ***"),
+        ("{'Authorization': 'Basic bWU6cA==', 'a': 1}", "{'Authorization': '***', 'a': 1}"),
+        ("got 'Bearer 0123abcd'.", "got 'Bearer ***'."),
+        ("ghp_" + "a1B2" * 9, "***"),
+        ("gho_" + "a1B2" * 9, "***"),
+        ("(github_pat_11ABC_" + "a1B2" * 9 + ")", "(***)"),
+        ("sk-" + "a1B2" * 12, "***"),
+        ("sk-proj-" + "a1B2_x" * 12, "***"),
+        ("sk-ant-api03-" + "aB2-cD_e" * 2 + "a1B2" * 8 + "-AA", "***"),
+        ("glpat-" + "x1-_" * 5, "***"),
+        ("xoxb-123456789012-abcDEF", "***"),
+        ("token=abcdef; next", "token=***; next"),
+        ("HF_TOKEN=abcdef", "HF_TOKEN=***"),
+        ("got 'db_password=hunter2'", "got 'db_password=***'"),
+        ('password="hunter2 and more"', 'password="***"'),
+        ("client_secret=hunter2, api_key=abc", "client_secret=***, api_key=***"),
+        ('{"api-key": "abc", "n": 1}', '{"api-key": "***", "n": 1}'),
+        ("AccountKey=aB3/==;Endpoint=x", "AccountKey=***"),
     ],
 )
 def test_redaction(text: str, shown: str) -> None:
     assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens=512 tokens=12 token=3 num_token=0.5",
+        "eos_token=</s> pad_token=<pad> mask_token=[MASK]",
+        "api_key=None, token=null, password=auto",
+        "sk-learn, sk-learn-compatible-estimators, task-0123456789abcdef0123",
+        "the bearer token is missing; Bearer authentication is required",
+        "the secret, the password and the token: none is known",
+        "AKIA is a prefix; xoxo-xo; ghp_short; the glpat- of GitLab",
+        "loss.beta=0.2 sort key=margin authorized=yes",
+        "{'token_id': 17, 'tokens': 'abcdef'}",
+    ],
+)
+def test_ordinary_words_are_no_secrets(text: str) -> None:
+    assert redact(text) == text
 
 
 def test_params_are_flat_redacted_and_within_mlflows_limits(uri: str, tmp_path: Path) -> None:
@@ -299,6 +372,17 @@ def test_the_environment_names_the_server_where_the_run_file_does_not(
         resolve_tracking_uri(None, "runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     assert resolve_tracking_uri(None, "/data/runs") == "sqlite:////data/runs/mlflow.db"
+
+
+def test_the_default_file_is_refused_where_several_nodes_would_write_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_unshared_default(None, nodes=1)
+    refuse_unshared_default("sqlite:///mine.db", nodes=3)
+    with pytest.raises(UsageError, match=r"tracking\.uri is not set.*3 nodes.*MLFLOW_TRACKING_URI"):
+        refuse_unshared_default(None, nodes=3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    refuse_unshared_default(None, nodes=3)
 
 
 def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,10 @@ class Driver:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
+    def is_running(self) -> bool:
+        """Whether the command has not ended yet."""
+        return self._process.poll() is None
+
     def end(self) -> int:
         """Wait for the end; the exit code."""
         return self._process.wait(300)

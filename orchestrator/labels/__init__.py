@@ -1,0 +1,1 @@
+"""Soft labels by AI feedback: frozen judges are asked which of two answers is better."""
