@@ -1,0 +1,177 @@
+"""Processes that are killed or hang while a run goes on: it ends with the weights of an undisturbed one."""
+
+import json
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.run import RunConfig
+from orchestrator.config.sweep import parse_sweep
+from orchestrator.driver import scoring
+from orchestrator.driver.train import train_run
+from orchestrator.references.messages import ScoreRequest, Scores
+from orchestrator.references.replica import Replica
+from orchestrator.references.service import start_references
+from orchestrator.search.journal import Journal
+from orchestrator.search.tune import run_sweep
+from tests.support.faults import (
+    STEPS,
+    assert_nothing_left,
+    assert_same_outcome,
+    find_actor_processes,
+    find_rank,
+    find_saved_step,
+    find_step,
+    read_computed_metrics,
+    sabotage,
+)
+
+pytestmark = pytest.mark.usefixtures("cluster", "whole")
+
+MakeRun = Callable[..., RunConfig]
+Report = Callable[..., None]
+
+
+def send_to(number: int, title: str, *, place: int = 0) -> Callable[[], bool]:
+    """Return the fault that sends a signal to a process of this title as soon as there is one."""
+
+    def send() -> bool:
+        processes = find_actor_processes(title)
+        if len(processes) <= place:
+            return False
+        processes[place].send_signal(number)
+        return True
+
+    return send
+
+
+def read_forwards(folder: Path) -> int:
+    counts = json.loads((folder / "run.json").read_text())["reference_counts"]
+    return sum(reference["forwards"] for reference in counts.values())
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_replica_dies_in_a_batch(
+    replicas: int, make_run: MakeRun, whole: Path, place: Path, report: Report, describe_run: Any
+) -> None:
+    models = describe_run("x")["references"]["models"]
+    config = make_run(
+        f"replica-of-{replicas}",
+        references={"models": {name: m | {"replicas": replicas} for name, m in models.items()}},
+        storage_path=str(place / f"replica-of-{replicas}"),
+    )
+    with sabotage(send_to(signal.SIGKILL, "Replica.score")):
+        train_run(config)
+    assert_same_outcome(config.folder, whole)
+    assert_nothing_left(config.folder)
+    repeated = read_forwards(config.folder) - read_forwards(whole)
+    assert repeated <= 0
+    name = "only replica" if replicas == 1 else "replica of two"
+    report(f"SIGKILL of a reference's {name} in a batch", repeated=repeated)
+
+
+def test_a_router_dies_while_replicas_score(
+    make_run: MakeRun, whole: Path, place: Path, report: Report
+) -> None:
+    config = make_run("router", storage_path=str(place / "router"))
+
+    def kill_router() -> bool:
+        return bool(find_actor_processes("Replica.score")) and send_to(signal.SIGKILL, "Router")()
+
+    with sabotage(kill_router):
+        train_run(config)
+    assert_same_outcome(config.folder, whole)
+    assert_nothing_left(config.folder)
+    report("SIGKILL of a reference's router", repeated="what it had not saved")
+
+
+def test_a_replica_hangs(make_run: MakeRun, whole: Path, place: Path, report: Report) -> None:
+    config = make_run("hung", references={"answer_minutes": 0.05}, storage_path=str(place / "hung"))
+    with sabotage(send_to(signal.SIGSTOP, "Replica.score")):
+        train_run(config)
+    assert_same_outcome(config.folder, whole)
+    assert_nothing_left(config.folder)
+    report("SIGSTOP of a replica in a batch", repeated=read_forwards(config.folder) - read_forwards(whole))
+
+
+def make_nan_replica(marker: Path) -> type[Replica]:
+    """Make a replica of which the first answer of all is not a number, as a broken device gives it."""
+
+    class NanOnce(Replica):
+        def score(self, request: ScoreRequest) -> tuple[Scores, int]:
+            scores, forwards = super().score(request)
+            try:
+                marker.touch(exist_ok=False)
+            except FileExistsError:
+                return scores, forwards
+            scores.logps[0] = float("nan")
+            return scores, forwards
+
+    return NanOnce
+
+
+def test_a_replica_answers_nan(
+    make_run: MakeRun, whole: Path, place: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mocked is the device that breaks; that the answer is refused and made again is the product's doing."""
+    config = make_run("nan", storage_path=str(place / "nan"))
+    replica = make_nan_replica(place / "nan once")
+    monkeypatch.setattr(scoring, "start_references", partial(start_references, replica_class=replica))
+    train_run(config)
+    assert_same_outcome(config.folder, whole)
+    assert (place / "nan once").exists()
+    report("a replica that answers NaN once", repeated=read_forwards(config.folder) - read_forwards(whole))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_dies(rank: int, make_run: MakeRun, whole_of_two: Path, place: Path, report: Report) -> None:
+    # Rank 0's death is the first of none allowed: after a checkpoint it does not count.
+    config = make_run(f"rank-{rank}", parallel={"workers": 2, "max_failures": rank})
+
+    def kill_worker() -> bool:
+        if not 0 < find_saved_step(config.folder) < find_step(config.folder):
+            return False
+        worker = find_rank(place, rank)
+        assert worker is not None
+        worker.kill()
+        return True
+
+    with sabotage(kill_worker):
+        train_run(config)
+    assert_same_outcome(config.folder, whole_of_two)
+    assert_nothing_left(config.folder)
+    report(f"SIGKILL of the worker of rank {rank}", repeated=read_forwards(config.folder))
+
+
+def test_a_trial_of_a_search_dies(
+    describe_run: Any, whole: Path, place: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two trials that compute the same, in turn, the second is killed and ends as the first does."""
+    monkeypatch.chdir(place)
+    sweep = {
+        "name": "sweep",
+        "run": describe_run("trials"),
+        "space": {"training.save_every": {"grid": [6, 4]}},
+        "search": {"algorithm": "grid"},
+        "max_concurrent": 1,
+        "promote": None,
+    }
+    trials = place / "runs" / "sweep" / "trials"
+
+    def kill_trial() -> bool:
+        trial = find_rank(place, 0) if 4 < find_step(trials / "0002") < STEPS - 4 else None
+        if trial is not None:
+            trial.kill()
+        return trial is not None
+
+    with sabotage(kill_trial):
+        record = run_sweep(parse_sweep(sweep, source="sweep"))
+    assert read_computed_metrics(trials / "0002") == read_computed_metrics(trials / "0001")
+    assert [trial.status for trial in Journal(trials)] == ["finished", "finished"]
+    assert record.finished
+    assert_nothing_left(trials)
+    report("SIGKILL of a trial of a search")
