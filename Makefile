@@ -6,17 +6,16 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-long test-cluster check lint types floors wheel lock
+.PHONY: help install demo test test-fast test-long test-faults test-cluster check lint types floors wheel lock audit
 
 help:            ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## the locked environment in .venv
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.hashed.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python .ci/install
 	touch $@
 
 demo: install    ## human ratings to a registered model; FRESH=1 starts over
@@ -24,17 +23,18 @@ demo: install    ## human ratings to a registered model; FRESH=1 starts over
 
 # bitsandbytes announces what it lacks whenever peft is imported, so only the tests get to see it.
 $(VENV)/quantization: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes
+	$(BIN)/pip install --quiet --require-hashes --no-deps --constraint constraints.hashed.txt --target $@ bitsandbytes
 
 TESTS = OMP_NUM_THREADS=1 PYTHONPATH="$(abspath $(VENV)/quantization)" PATH="$(abspath $(BIN)):$$PATH" \
   $(BIN)/python -m pytest -q
 
-test: install $(VENV)/quantization  ## all tests that need no GPU, at most 15 minutes on 2 cores; PYTEST="-k name" for some
+test: install $(VENV)/quantization  ## all tests that need no GPU, under an hour on 2 cores; PYTEST="-k name" for some
 	$(BIN)/python -m orchestrator.demo.assets
 ifdef PYTEST
 	$(TESTS) $(PYTEST)
 else
-	$(TESTS) -n 2 --dist loadgroup tests --ignore tests/orchestrator --ignore tests/references --ignore tests/cluster
+	$(TESTS) -n 2 --dist loadgroup tests --ignore tests/orchestrator --ignore tests/references \
+	  --ignore tests/cluster --ignore tests/faults
 	$(TESTS) -m "not long" tests/orchestrator tests/references  # on Ray, which fills a machine
 endif
 
@@ -47,6 +47,11 @@ test-fast: install $(VENV)/quantization  ## the ground floors and most of what n
 
 test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
 	$(TESTS) -m long tests/orchestrator
+
+test-faults: install  ## kill, stop, damage, fill and cut off what a run needs, for real (root on Linux)
+	rm -f .faults.csv
+	FAULT_LOG="$(CURDIR)/.faults.csv" $(TESTS) tests/faults
+	$(BIN)/python -m tests.support.fault_table .faults.csv $(if $(WRITE),--write)  # WRITE=1: into docs/faults.md
 
 test-cluster: install  ## ray up, jobs and an autoscaler on hosts made on this machine (root on Linux), ten minutes
 	tests/cluster/run.sh $(BIN)/python
@@ -67,7 +72,8 @@ floors: install
 wheel: install   ## build the wheel, install it elsewhere and run it there
 	tests/wheel.sh $(BIN)/python
 
-lock: install    ## write the installed versions to constraints.txt
-	{ echo "# Exact versions that make targets and CI install. Refresh: make lock"; \
-	  $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(pip|setuptools) *=' | sort -fu; } > constraints.tmp
-	mv constraints.tmp constraints.txt
+lock: install $(VENV)/quantization  ## write the installed versions to constraints.txt, and with hashes to constraints.hashed.txt
+	.ci/lock $(BIN)/python
+
+audit: install   ## known faults of the locked versions; says so where no advisory service answers
+	$(BIN)/python .ci/audit

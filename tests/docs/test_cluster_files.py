@@ -1,5 +1,7 @@
 """The cluster files against Ray's own schema and command line, KubeRay's fields, and placement's roles."""
 
+import configparser
+import hashlib
 import json
 import re
 import shlex
@@ -186,26 +188,64 @@ def test_it_brings_the_project_and_nothing_else(path: Path) -> None:
 def test_only_loopback_and_private_addresses_are_bound_and_the_token_is_asked_for(path: Path) -> None:
     text = "\n".join(lines(read(path)))
     assert "0.0.0.0" not in text
-    assert re.search(r"mlflow\" server --host \"\$\(hostname -I", text)
+    assert re.search(r'mlflow server --app-name basic-auth --host "\$\(hostname -I', text)
     assert "RAY_AUTH_MODE=token" in text
     ingress = read(path)["provider"].get("security_group", {}).get("IpPermissions", [])
     assert ingress == []
 
 
 @pytest.mark.parametrize("path", CLOUD_FILES, ids=of)
-def test_its_registry_is_started_as_mlflow_has_it(path: Path) -> None:
+def test_its_registry_asks_for_the_token(path: Path, tmp_path: Path) -> None:
+    """The very lines, with an MLflow that notes how it was started, and a `systemd-run` that starts it."""
+    import mlflow
     from mlflow.cli import cli
 
-    [line] = [line for line in read(path)["head_start_ray_commands"] if "mlflow" in line]
-    options = shlex.split(
-        line.partition('mlflow" server')[2].replace("$(hostname -I | cut -d' ' -f1)", "10.0.0.1")
-    )
-    with cli.commands["server"].make_context("server", options) as context:
+    config, home = read(path), tmp_path / "home"
+    program = 'env > "$HOME/environment"\nfor option; do echo "$option"; done > "$HOME/given"\n'
+    systemd = 'echo "$@" > "$HOME/unit"\nwhile [ "${1#-}" != "$1" ]; do shift; done\n'
+    systemd += 'exec env -i HOME="$HOME" PATH="$(dirname "$0"):/usr/bin:/bin" "$@"\n'
+    for name, content in {
+        "home/.ray/auth_token": "secret-token\n",
+        "home/polyref/.venv/bin/mlflow": f"#!/bin/sh\n{program}",
+        "home/polyref/registry/basic_auth.db": "of another token",
+        "tools/sudo": '#!/bin/sh\n[ "$1" = systemctl ] && exit 5\nexec "$@"\n',
+        "tools/systemd-run": f"#!/bin/sh\n{systemd}",
+        "tools/hostname": "#!/bin/sh\necho 10.0.0.1 172.17.0.1\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    [line] = [line for line in config["head_start_ray_commands"] if "mlflow" in line]
+    line = line.replace("/shared/polyref", str(tmp_path / "shared"))
+    shell = {"HOME": str(home), "PATH": f"{tmp_path / 'tools'}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", line], check=True, env=shell)
+    assert (tmp_path / "shared/registry").is_dir()
+    assert not (home / "polyref/registry/basic_auth.db").exists()
+    assert "secret-token" not in (home / "unit").read_text() + (home / "polyref/registry/start").read_text()
+    started = dict(row.split("=", 1) for row in (home / "environment").read_text().splitlines() if "=" in row)
+    assert started["MLFLOW_AUTH_ADMIN_PASSWORD"] == hashlib.sha256(b"secret-token\n").hexdigest()
+    assert len(started["MLFLOW_FLASK_SERVER_SECRET_KEY"]) == 44
+
+    settings = configparser.ConfigParser()
+    settings.read(home / "polyref/registry" / started["MLFLOW_AUTH_CONFIG_PATH"])
+    shipped = configparser.ConfigParser()
+    shipped.read(Path(mlflow.__file__).parent / "server/auth/basic_auth.ini")
+    assert {**shipped["mlflow"], **settings["mlflow"]} == {
+        **shipped["mlflow"],
+        "auth_cache_ttl_seconds": "60",
+    }
+    assert settings["mlflow"].items() >= {**shipped["mlflow"]}.items() - {
+        ("grant_default_workspace_access", "false")
+    }
+
+    server, *options = (home / "given").read_text().splitlines()
+    with cli.commands[server].make_context(server, options) as context:
         given = context.params
+    assert (given["app_name"], given["serve_artifacts"]) == ("basic-auth", True)
     assert (given["host"], given["port"], given["workers"]) == ("10.0.0.1", 5000, "1")
-    assert given["backend_store_uri"].startswith("sqlite:////shared/polyref/")
-    assert given["artifacts_destination"].startswith("/shared/polyref/")
-    assert given["serve_artifacts"]
+    assert given["backend_store_uri"] == f"sqlite:///{tmp_path}/shared/registry/mlflow.db"
+    assert given["artifacts_destination"] == f"{tmp_path}/shared/registry/artifacts"
+    assert any("'mlflow[auth]'" in line for line in config["head_setup_commands"])
 
 
 @pytest.mark.parametrize("path", CLOUD_FILES, ids=of)
@@ -246,12 +286,16 @@ def test_the_setup_of_a_node_installs_once_and_again_when_requirements_change(tm
     assert (home / ".ray" / "auth_token").stat().st_mode & 0o77 == 0
     shell = subprocess.run(
         ["bash", "-c", ". ~/.bashrc; env"],
-        env={"HOME": str(home), "PATH": "/bin"},
+        env={"HOME": str(home), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
     )
     assert "RAY_AUTH_MODE=token" in shell.stdout
-    assert f"PATH={home}/polyref/.venv/bin:/bin" in shell.stdout
+    assert "MLFLOW_TRACKING_USERNAME=admin\n" in shell.stdout
+    password = hashlib.sha256(b"t").hexdigest()
+    assert f"MLFLOW_TRACKING_PASSWORD={password}\n" in shell.stdout
+    assert password not in (home / "polyref" / "environment").read_text()
+    assert f"PATH={home}/polyref/.venv/bin:/usr/bin:/bin" in shell.stdout
 
 
 def test_ray_starts_its_machines_on_a_simulated_aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

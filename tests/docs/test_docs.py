@@ -17,6 +17,7 @@ from orchestrator.driver.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+LINKING = [*PAGES, ROOT / "README.md", ROOT / "SECURITY.md"]
 BEGIN, END = "<!-- presets: begin -->\n", "<!-- presets: end -->"
 
 # What a section that stands alone in a page needs around it to be a run file.
@@ -27,7 +28,7 @@ BARE: dict[str, Any] = {
         "primary": "base",
         "models": {"base": {"model": "a-model"}, "other": {"model": "another"}},
     },
-    "data": {"train": "pairs.jsonl"},
+    "data": {"train": "pairs.jsonl", "eval_fraction": 0.05},
     "loss": {"preset": "mrpo"},
 }
 
@@ -144,7 +145,7 @@ def test_python_on_losses_prints_what_the_page_says() -> None:
     assert ran == 1
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in target:
