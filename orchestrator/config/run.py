@@ -56,17 +56,43 @@ def _parse_loss(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run file."""
 
-    name: RunName
-    policy: PolicyConfig
-    references: ReferencesConfig = ReferencesConfig()
-    data: DataConfig
-    loss: Annotated[LossConfig, BeforeValidator(_parse_loss)]
-    training: TrainingConfig = TrainingConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    placement: PlacementConfig = PlacementConfig()
-    storage_path: str = Field(default="./runs", min_length=1)
+    name: RunName = Field(
+        description="letters, digits, `.`, `_`, `-`; the run's folder is `<storage_path>/<name>`",
+        examples=["sentiment"],
+    )
+    policy: PolicyConfig = Field(description="the model that is trained: all its weights, or a LoRA adapter")
+    references: ReferencesConfig = Field(
+        default=ReferencesConfig(), description="the frozen models that the policy is compared with"
+    )
+    data: DataConfig = Field(
+        description="where pairs come from, which of their columns are read, and how long they may be"
+    )
+    loss: Annotated[LossConfig, BeforeValidator(_parse_loss)] = Field(
+        description="a named loss, or one of your own, stage by stage"
+    )
+    training: TrainingConfig = Field(
+        default=TrainingConfig(), description="the optimisation: how long, how much per step, how fast"
+    )
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="how many policy workers, and how they share the policy"
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="what is measured on held-out pairs, and when"
+    )
+    tracking: TrackingConfig = Field(
+        default=TrackingConfig(),
+        description="where MLflow records the run, and what its result is registered as",
+    )
+    placement: PlacementConfig = Field(
+        default=PlacementConfig(), description="how long the run waits for room on the cluster"
+    )
+    storage_path: str = Field(
+        default="./runs",
+        min_length=1,
+        description="folder that every node sees, or the URI of an object store: runs, scores, the default "
+        "registry",
+        examples=["s3://bucket/runs"],
+    )
     _written_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
