@@ -112,7 +112,7 @@ class RowSettings(BaseModel):
             raise ValueError(f"pair names {self.pair[0]!r} twice; name the columns of both responses")
         return self
 
-    @field_validator("ignore", mode="before")
+    @field_validator("ignore", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _wrap_single_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -216,14 +216,16 @@ class DataConfig(RowSettings):
         examples=[{"enable_thinking": False}],
     )
 
-    @field_validator("train", mode="before")
+    @field_validator(
+        "train", mode="before", json_schema_input_type=str | SourceConfig | tuple[str | SourceConfig, ...]
+    )
     @classmethod
     def _read_source_list(cls, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return tuple(_expand_source(source) for source in value)
         return (value,) if isinstance(value, Mapping) else value
 
-    @field_validator("eval", mode="before")
+    @field_validator("eval", mode="before", json_schema_input_type=str | dict[str, str | SourceConfig] | None)
     @classmethod
     def _read_named_sources(cls, value: Any) -> Any:
         if isinstance(value, Mapping):

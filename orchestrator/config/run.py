@@ -304,13 +304,22 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def build_run_schema() -> dict[str, Any]:
-    """Build the JSON Schema of the run file for editors, with `loss.preset`."""
+    """Build the JSON Schema of the run file for editors, with what only a file may say of a loss."""
     schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
     aliases = ", ".join(f"{theirs} is {ours}" for theirs, ours in ALIASES.items())
     preset = {
         "enum": sorted([*PRESETS, *ALIASES]),
-        "description": "a named loss; other fields override it. Of TRL's names, "
-        f"{aliases}, and its ipo is ipo_length_normalized",
+        "default": None,
+        "description": "a named loss to start from; other fields override it; null: `link` is required. Of "
+        f"TRL's names, {aliases}, and its ipo is ipo_length_normalized",
+        "examples": ["dpo"],
     }
-    schema["$defs"]["LossConfig"]["properties"]["preset"] = preset
+    loss = definitions["LossConfig"]["properties"]
+    definitions["LossConfig"]["properties"] = {"preset": preset, **loss}
+    by_name = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
+    definitions["ReferenceStageConfig"]["properties"]["weights"]["anyOf"].append(by_name)
+    for stage in loss["link"]["oneOf"]:  # a link without a type changes a knob of the preset's
+        link = definitions[stage["$ref"].rpartition("/")[2]]
+        link["required"] = [name for name in link["required"] if name != "type"]
     return schema

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -20,7 +21,7 @@ from losses.config import LossConfig
 from losses.presets import ALIASES
 from orchestrator.config.paths import resolve_path
 from orchestrator.config.problems import explain_validation_error, refuse_booleans
-from orchestrator.config.run import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, build_run_schema, parse_run
 from orchestrator.config.sections import KL_PREFIX, METRICS, EvaluationConfig, RunName, Section, Seed
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
@@ -76,6 +77,8 @@ class SearchConfig(Section):
 class Objective(Section):
     """A metric and its direction, by default that of the known metric, and min for `eval/kl/<reference>`."""
 
+    model_config = ConfigDict(json_schema_extra={"required": ["metric"]})
+
     metric: str = Field(
         description="one of the metrics that a run can be judged by, or `eval/kl/<reference>`",
         examples=["eval/accuracy"],
@@ -114,6 +117,11 @@ def _wrap_objective(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+_WrappedObjective = BeforeValidator(
+    _wrap_objective, json_schema_input_type=str | Objective | tuple[str | Objective, ...]
+)
+
+
 class SweepFile(Section):
     """A sweep file as the user writes it."""
 
@@ -141,12 +149,10 @@ class SweepFile(Section):
         description="stop a trial whose objective no longer moves; null: none is",
         examples=[{"std": 0.005}],
     )
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_wrap_objective), Field(min_length=1)] = (
-        Field(
-            default=(Objective(metric="eval/accuracy", mode="max"),),
-            description="what trials are ranked by: a metric, {metric: ..., mode: max}, or a list of them",
-            examples=["eval/label_nll"],
-        )
+    objective: Annotated[tuple[Objective, ...], _WrappedObjective, Field(min_length=1)] = Field(
+        default=(Objective(metric="eval/accuracy", mode="max"),),
+        description="what trials are ranked by: a metric, {metric: ..., mode: max}, or a list of them",
+        examples=["eval/label_nll"],
     )
     max_concurrent: int | None = Field(
         default=None, ge=1, description="trials at a time; null: as many as fit", examples=[4]
@@ -265,8 +271,13 @@ def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: 
 
 def build_sweep_schema() -> dict[str, Any]:
     """Build the JSON Schema of the sweep file for editors; `run` is a path or a run file's content."""
-    schema = SweepFile.model_json_schema()
-    schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+    schema, run = SweepFile.model_json_schema(), build_run_schema()
+    schema["$defs"] = {**run.pop("$defs"), **schema["$defs"]}
+    written = schema["properties"]["run"]
+    schema["properties"]["run"] = {
+        "anyOf": [{"type": "string"}, run],
+        **{key: written[key] for key in ("description", "examples")},
+    }
     return schema
 
 

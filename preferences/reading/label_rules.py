@@ -3,12 +3,21 @@
 `first` and `second` are the responses in the order of `data.pair`, or chosen and rejected.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Scalar = str | int | float | bool | None
+
+
+def _wrap_single_value(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Values = Annotated[
+    tuple[Scalar, ...],
+    BeforeValidator(_wrap_single_value, json_schema_input_type=Scalar | tuple[Scalar, ...]),
+]
 Side = Literal["first", "second"]
 
 
@@ -98,26 +107,15 @@ class WinnerLabel(_LabelRule):
         description="who won, by the value in a column: 1, 0, or one half for a tie"
     )
     column: str = Field(min_length=1, description="column of the winner", examples=["winner"])
-    first: tuple[Scalar, ...] = Field(
+    first: Values = Field(
         description="a value, or a list of them, that means the first response", examples=[["model_a"]]
     )
-    second: tuple[Scalar, ...] = Field(
+    second: Values = Field(
         description="a value, or a list of them, that means the second response", examples=[["model_b"]]
     )
-    tie: tuple[Scalar, ...] = Field(
+    tie: Values = Field(
         default=(), description="a value, or a list of them, that means a tie", examples=[["tie"]]
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _wrap_single_values(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        sides = ("first", "second", "tie")
-        return {
-            name: [value] if name in sides and not isinstance(value, list | tuple) else value
-            for name, value in values.items()
-        }
 
     @model_validator(mode="after")
     def _refuse_value_twice(self) -> "WinnerLabel":
