@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-long test-faults test-cluster check lint types floors wheel lock audit
+.PHONY: help install demo test test-fast test-long test-faults test-cluster check lint types floors wheel lock audit docs
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -74,6 +74,9 @@ wheel: install   ## build the wheel, install it elsewhere and run it there
 
 lock: install $(VENV)/quantization  ## write the installed versions to constraints.txt, and with hashes to constraints.hashed.txt
 	.ci/lock $(BIN)/python
+
+docs: install    ## write the tables of fields and of other trainers' settings into docs/
+	$(BIN)/python docs/generate.py
 
 audit: install   ## known faults of the locked versions; says so where no advisory service answers
 	$(BIN)/python .ci/audit

@@ -238,5 +238,5 @@ def _choose_example(written: Mapping[str, Any]) -> Any:
 def _tidy(description: str) -> str:
     """Return a description on one line that begins as a sentence does, unless with a name or a value."""
     text = " ".join(description.split()).removesuffix(".")
-    first = re.match(r"[a-z-]+(?=[ ,])", text)
+    first = re.match(r"[a-z'-]+(?=[ ,])", text)
     return text[0].upper() + text[1:] if first else text
