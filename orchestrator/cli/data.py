@@ -45,11 +45,11 @@ def show_command(
     show_source(source, pairs=pairs, console=console)
 
 
-def _complete_example(incomplete: str) -> list[tuple[str, str]]:
-    """List the examples and what they are, for shells that complete them."""
+def _complete_example(incomplete: str) -> list[str]:
+    """List the names of examples, for shells that complete them."""
     from orchestrator.driver.examples import list_examples
 
-    return [(each.name, each.summary) for each in list_examples() if each.name.startswith(incomplete)]
+    return [example.name for example in list_examples() if example.name.startswith(incomplete)]
 
 
 def init_command(
@@ -84,7 +84,8 @@ def init_command(
             "polyref init --help explains them"
         )
     if data is None:
-        given = {"--model": model, "--preset": preset, "--subset": subset}
+        other_split = None if split == "train" else split
+        given = {"--model": model, "--preset": preset, "--split": other_split, "--subset": subset}
         for option in (option for option, value in given.items() if value is not None):
             raise UsageError(f"{option} is for --data; change the example after it is written")
         for line in _list_examples() if name is None else _write_example(name, to):
@@ -106,7 +107,11 @@ def _list_examples() -> Iterator[str]:
     width = max(len(example.name) for example in examples) + 2
     for example in examples:
         yield from textwrap.wrap(
-            example.summary, 80, initial_indent=f"{example.name:<{width}}", subsequent_indent=" " * width
+            example.summary,
+            80,
+            initial_indent=f"{example.name:<{width}}",
+            subsequent_indent=" " * width,
+            break_on_hyphens=False,
         )
     yield "polyref init NAME writes one; polyref init --data SOURCE writes a run file for your data"
 

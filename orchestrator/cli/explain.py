@@ -4,12 +4,14 @@ import difflib
 import shlex
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated
 
 import typer
 import yaml
 
 from orchestrator.config.fields import (
+    ANY_NAME,
     ANY_NUMBER,
     FileField,
     find_fields,
@@ -28,26 +30,34 @@ _WITHIN = ("run.", "space.")
 """Prefixes of run-file fields in a sweep file and in its overrides."""
 
 
+@cache
+def _list_run_fields() -> list[FileField]:
+    return list_fields(build_run_schema())
+
+
+@cache
+def _list_sweep_fields() -> list[FileField]:
+    return list_fields(build_sweep_schema())
+
+
 def list_field_names(incomplete: str) -> list[str]:
     """List what `polyref explain` takes, for shells that complete it."""
-    fields = [*list_fields(build_run_schema()), *list_fields(build_sweep_schema())]
+    fields = [*_list_run_fields(), *_list_sweep_fields()]
     names = dict.fromkeys([*(field.path for field in fields), *BY_NAME])
     return [name for name in names if name.startswith(incomplete)]
 
 
 def list_run_overrides(incomplete: str) -> list[str]:
-    """List the beginnings of overrides of a run file, for shells that complete them."""
-    fields = {field.path: field for field in list_fields(build_run_schema())}
-    names = [f"{name}=" for name, field in fields.items() if field.example is not None]
-    return [name for name in names if name.startswith(incomplete)]
+    """List overrides of a run file with their defaults, for shells that complete them."""
+    return _complete_override(_list_run_fields(), incomplete)
 
 
 def list_sweep_overrides(incomplete: str) -> list[str]:
-    """List the beginnings of overrides of a sweep file, for shells that complete them."""
-    fields = {field.path: field for field in list_fields(build_sweep_schema())}
-    names = [f"{name}=" for name, field in fields.items() if field.example is not None]
-    own = [name for name in names if name.startswith(incomplete)]
-    return [*own, *(f"run.{name}" for name in list_run_overrides(incomplete.removeprefix("run.")))]
+    """List overrides of a sweep file and its run file with defaults, for shells that complete them."""
+    own = _complete_override(_list_sweep_fields(), incomplete)
+    if not "run.".startswith(incomplete[:4]):
+        return own
+    return [*own, *(f"run.{override}" for override in list_run_overrides(incomplete.removeprefix("run.")))]
 
 
 def explain_command(
@@ -72,8 +82,8 @@ def explain_field(name: str | None) -> Iterator[str]:
         UsageError: there is no such field; names the nearest.
     """
     files = {
-        "run file": list_fields(build_run_schema()),
-        "sweep file": list_fields(build_sweep_schema()),
+        "run file": _list_run_fields(),
+        "sweep file": _list_sweep_fields(),
     }
     if name is None:
         yield from _list_files(files)
@@ -167,6 +177,16 @@ def _explain_values(field: FileField) -> Iterator[str]:
     for label, text in attributes.items():
         if text:
             yield from _explain_attribute(label, text)
+
+
+def _complete_override(fields: list[FileField], incomplete: str) -> list[str]:
+    """List the beginnings of overrides; with the default, where a shell takes it without quotes."""
+    overrides = {}
+    for field in fields:
+        if field.example is not None and not {ANY_NAME, ANY_NUMBER} & set(field.path.split(".")):
+            whole = f"{field.path}={field.default or ''}"
+            overrides[field.path] = whole if shlex.quote(whole) == whole else f"{field.path}="
+    return [override for override in overrides.values() if override.startswith(incomplete)]
 
 
 def _format_override(field: FileField) -> str:

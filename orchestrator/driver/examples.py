@@ -55,7 +55,7 @@ def list_examples() -> list[Example]:
 
 
 def write_example(name: str, to: Path | None) -> Iterator[str]:
-    """Write an example, and with a sweep file the run file that it names; yield lines that say what to do next.
+    """Write an example, and with a sweep file the run file that it names; yield lines on what to do next.
 
     Args:
         name: the example.
@@ -66,7 +66,7 @@ def write_example(name: str, to: Path | None) -> Iterator[str]:
     """
     examples = {example.name: example for example in list_examples()}
     if name not in examples:
-        raise UsageError(f"there is no example {name!r}{did_you_mean(name, examples)}; polyref init --list")
+        raise UsageError(f"example {name!r} does not exist{did_you_mean(name, examples)}")
     example = examples[name]
     path = to or Path(example.path.name)
     texts = {path: _take_from_folder(example.path.read_text(encoding="utf-8"))}
@@ -77,7 +77,7 @@ def write_example(name: str, to: Path | None) -> Iterator[str]:
         texts[run_path] = example.run_file.read_text(encoding="utf-8")
     for target in texts:
         if os.path.lexists(target):
-            raise UsageError(f"{target} exists, and is not replaced; name a file in another folder with --to")
+            raise UsageError(f"{target} exists, and is not replaced; name a file elsewhere with --to")
         refuse_unwritable_file(target, "--to")
     for target, text in reversed(texts.items()):  # the sweep file last, when what it names is there
         replace_text(target, text)
@@ -90,7 +90,7 @@ def write_example(name: str, to: Path | None) -> Iterator[str]:
 
 
 def _find_folder() -> Path:
-    """Return the folder of the examples: in the package where it was installed from a wheel, else `configs`."""
+    """Return the folder of the examples: in a package installed from a wheel, else `configs`."""
     shipped = _PACKAGE / "examples"
     return shipped if shipped.is_dir() else _PACKAGE.parent / "configs"
 
