@@ -40,7 +40,7 @@ endif
 
 FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs/test_docs.py tests/models \
   --ignore tests/models/test_strategies.py --ignore tests/models/test_parallel.py \
-  $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config metrics placement record report search step sweep))
+  $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config examples explain metrics placement record report search step sweep))
 
 test-fast: install $(VENV)/quantization  ## the ground floors and most of what needs no Ray: under two minutes on 2 cores
 	$(TESTS) -n 2 --dist loadgroup -m "not smollm2 and not long" $(FAST)

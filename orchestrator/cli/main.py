@@ -40,7 +40,7 @@ app.command("dispersion")(dispersion_command)
 app.command("label")(label_cli.label_command)
 app.command("explain")(explain_command)
 
-_LONGEST_MESSAGE = 3000
+_LONGEST_MESSAGE = 3800
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it
 
 RunFile = Annotated[str, typer.Argument(help="The run file (YAML).", metavar="RUN.YAML")]
@@ -241,11 +241,22 @@ def _explain_command_line_error(error: Any) -> str:
 
 
 def _exit_with_message(message: str, *, code: int) -> NoReturn:
-    if len(message) > _LONGEST_MESSAGE:
-        # It repeats a long input: its beginning has the place, its end the remedy.
-        message = f"{message[: _LONGEST_MESSAGE // 2]} [...] {message[-_LONGEST_MESSAGE // 2 :]}"
-    print(f"polyref: {redact(message)}", file=sys.stderr)
+    print(f"polyref: {redact(_shorten_message(message))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _shorten_message(message: str) -> str:
+    """Shorten a message that repeats a long input, or has a line for each of very many problems."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    lines = message.splitlines()
+    while len(lines) > 1 and sum(len(line) + 1 for line in lines) > _LONGEST_MESSAGE - 50:
+        lines.pop()
+    left_out = len(message.splitlines()) - len(lines)
+    if left_out and len(lines[0]) <= _LONGEST_MESSAGE:
+        return "\n".join([*lines, f"and {left_out} more; correct these first"])
+    # A single one: its beginning has the place, its end the remedy.
+    return f"{message[: _LONGEST_MESSAGE // 2]} [...] {message[-_LONGEST_MESSAGE // 2 :]}"
 
 
 def _quiet_libraries() -> None:

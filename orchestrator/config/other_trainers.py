@@ -69,9 +69,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "policies do not train in float16; bfloat16, or auto, which is that on a GPU",
     ),
     ("param_dtype", "training.precision", "bfloat16 or float32"),
-    ("torch_dtype", "policy.dtype", "of each reference its own dtype"),
+    ("torch_dtype dtype", "policy.dtype", "of each reference its own dtype"),
     ("tf32", "", "leave it out: products are computed in the dtype of the weights"),
-    ("gradient_checkpointing activation_checkpointing", "training.gradient_checkpointing", ""),
+    (
+        "gradient_checkpointing activation_checkpointing gradient_checkpointing_kwargs",
+        "training.gradient_checkpointing",
+        "",
+    ),
     ("disable_gradient_checkpointing", "training.gradient_checkpointing", "false by default"),
     ("activation_offloading", "training.gradient_checkpointing", "true saves the memory of activations"),
     ("load_in_4bit", "policy.quantization", "4bit"),
@@ -112,12 +116,15 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("lora_target_linear", "policy.adapter.target_modules", "all-linear, the default"),
     ("use_rslora peft_use_rslora", "policy.adapter.rslora", ""),
     ("use_dora peft_use_dora", "policy.adapter.dora", ""),
+    ("disable_dropout", "", "leave it out: a model's own dropout is always off"),
+    ("router_aux_loss_coef aux_loss_coef", "", "leave it out: a router's auxiliary loss is not trained"),
     # References
     ("ref_model ref_pretrain", "references.models", "by name, as many as you like, with references.primary"),
     ("ref_model_adapters", "references.models", "an adapter's folder is a model too"),
     ("precompute_ref_log_probs", "references.mode", "precompute"),
     ("reference_free", "loss.references.combine", "none"),
     ("ref_offload", "references.mode", "precompute frees the devices before training"),
+    ("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", "", "leave it out: references are frozen"),
     # The loss
     ("beta pref_beta rl_beta reference_policy_kl_penalty", "loss.beta", ""),
     ("orpo_alpha", "loss.beta", "with preset orpo"),
@@ -133,7 +140,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("dpo", "loss training", "loss.preset: dpo with loss.beta; training.epochs and training.max_steps"),
     ("ipo", "loss.preset", "ipo"),
     (
-        "label_smoothing",
+        "label_smoothing label_smoothing_factor",
         "loss.link.flip_probability",
         "with preset robust_dpo, or loss.link.label_smoothing with preset exo; preset cdpo reads a label per "
         "pair instead",
@@ -185,7 +192,15 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("apply_chat_template", "", "leave it out: messages are rendered by the template, texts are not"),
     ("dataset_num_proc preprocessing_num_workers", "", "leave it out: rows are tokenised in all cores, once"),
     ("overwrite_cache", "", "leave it out: tokens are kept by what they depend on"),
+    ("remove_unused_columns", "", "leave it out: columns that carry no preference are passed over"),
     # Evaluation, checkpoints, tracking
+    ("do_train do_eval", "", "leave it out: polyref train does both"),
+    (
+        "eval_on_start val_at_start val_at_end",
+        "",
+        "leave it out: held-out pairs are evaluated before the first step and after the last",
+    ),
+    ("greater_is_better higher_is_better", "", "leave it out: the direction of each metric is known"),
     ("eval_strategy eval_steps val_period", "evaluation.every_steps", ""),
     ("metric_for_best_model metric_name", "evaluation.metric", ""),
     ("load_best_model_at_end", "evaluation.keep", "best"),
@@ -203,7 +218,11 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ),
     ("overwrite_output_dir", "", "leave it out: --fresh starts over"),
     ("run_name", "name", "at the top of the file"),
-    ("logging_steps logging_dir", "", "leave it out: every step is logged"),
+    (
+        "logging_steps logging_strategy logging_first_step logging_dir",
+        "",
+        "leave it out: every step is logged",
+    ),
     (
         "report_to use_wandb logger",
         "tracking.uri",
@@ -214,6 +233,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "tracking.experiment",
         "MLflow is what runs are recorded in; metrics.jsonl has the same numbers",
     ),
+    ("hub_token", "", "leave it out: the token is read from the variable HF_TOKEN"),
     (
         "push_to_hub hub_model_id",
         "tracking.registered_model",

@@ -89,16 +89,18 @@ def _find_unknown_field(problem: ErrorDetails) -> str | None:
 
 def _explain_unknown_field(name: str, problem: ErrorDetails, model: type[BaseModel]) -> str:
     """Say what a field may mean that its section does not have: another trainer's, a typo, another place."""
+    # An unknown field of the loss is reported for its section, and so not named by the place.
+    unknown = "unknown field" if problem["loc"][-1:] == (name,) else f"unknown field {name!r}"
     counterpart = BY_NAME.get(name)
     if counterpart and all(field.partition(".")[0] in model.model_fields for field in counterpart.fields):
-        return f"unknown field {name!r}; {counterpart.remedy}"
+        return f"{unknown}; {counterpart.remedy}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = "unknown field" + did_you_mean(name, _list_sibling_fields(problem["loc"], model))
+        message = unknown + did_you_mean(name, _list_sibling_fields(problem["loc"], model))
     elsewhere = [field.path for field in find_fields_by_name(_list_model_fields(model), name)]
     if "did you mean" not in message and len(elsewhere) == 1 and f".{ANY_NUMBER}." not in elsewhere[0]:
-        return f"unknown field {name!r}; set {elsewhere[0]}"
-    return f"unknown field {name!r}; in the run file, {counterpart.remedy}" if counterpart else message
+        return f"{unknown}; set {elsewhere[0]}"
+    return f"{unknown}; in the run file, {counterpart.remedy}" if counterpart else message
 
 
 @cache

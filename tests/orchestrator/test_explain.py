@@ -14,6 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from orchestrator.cli.explain import explain_field, list_run_overrides, list_sweep_overrides
+from orchestrator.cli.main import run_command_line
 from orchestrator.config.fields import ANY_NUMBER, FileField, list_fields
 from orchestrator.config.other_trainers import BY_NAME, COUNTERPARTS
 from orchestrator.config.run import build_run_schema, load_run, parse_run
@@ -331,9 +332,130 @@ ANSWERS = {
 def test_other_trainers_names_are_answered_with_ours(theirs: str, ours: str) -> None:
     with pytest.raises(UsageError) as refusal:
         load_run({**RUN, theirs: 1})
-    assert f"unknown field '{theirs}'" in str(refusal.value)
+    assert f"run: {theirs}: unknown field; " in str(refusal.value)
     assert ours in str(refusal.value)
     assert ours in explain(theirs)
+
+
+FILES = {
+    "LLaMA-Factory": """
+        model_name_or_path: a/model
+        trust_remote_code: true
+        stage: dpo
+        do_train: true
+        finetuning_type: lora
+        lora_rank: 8
+        lora_target: all
+        pref_beta: 0.1
+        pref_loss: sigmoid
+        dataset: some_pairs
+        template: llama3
+        cutoff_len: 2048
+        max_samples: 1000
+        overwrite_cache: true
+        preprocessing_num_workers: 16
+        output_dir: saves
+        logging_steps: 10
+        save_steps: 500
+        overwrite_output_dir: true
+        report_to: none
+        per_device_train_batch_size: 1
+        gradient_accumulation_steps: 8
+        learning_rate: 5.0e-6
+        num_train_epochs: 3.0
+        lr_scheduler_type: cosine
+        warmup_ratio: 0.1
+        bf16: true
+        resume_from_checkpoint: null
+        val_size: 0.1
+        per_device_eval_batch_size: 1
+        eval_strategy: steps
+        eval_steps: 500
+    """,
+    "Axolotl": """
+        base_model: a/model
+        load_in_4bit: true
+        rl: dpo
+        rl_beta: 0.1
+        datasets: [{path: some/pairs}]
+        val_set_size: 0.1
+        sequence_len: 2048
+        sample_packing: false
+        lora_r: 8
+        lora_alpha: 16
+        lora_dropout: 0.05
+        lora_target_linear: true
+        micro_batch_size: 2
+        gradient_accumulation_steps: 4
+        num_epochs: 1
+        optimizer: adamw_torch
+        lr_scheduler: cosine
+        learning_rate: 0.0002
+        flash_attention: true
+        warmup_steps: 10
+        weight_decay: 0.0
+        wandb_project: mine
+    """,
+    "OpenRLHF": """
+        pretrain: a/model
+        ref_pretrain: a/model
+        dataset: some/pairs
+        dataset_probs: "1.0"
+        chosen_key: chosen
+        rejected_key: rejected
+        apply_chat_template: true
+        max_len: 2048
+        micro_train_batch_size: 1
+        train_batch_size: 128
+        max_epochs: 1
+        learning_rate: 5.0e-7
+        beta: 0.1
+        zero_stage: 3
+        adam_offload: true
+        flash_attn: true
+        l2: 0.0
+        max_norm: 1.0
+        save_path: out
+        use_wandb: "true"
+    """,
+    "NeMo-RL": """
+        dpo: {max_num_steps: 150}
+        checkpointing: {save_period: 50}
+        logger: {log_dir: logs}
+        cluster: {num_nodes: 1}
+    """,
+}
+
+
+@pytest.mark.parametrize("trainer", FILES)
+def test_a_file_of_another_trainer_gets_a_remedy_for_each_line(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(FILES[trainer])
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(sys, "argv", ["polyref", "check", "theirs.yaml"])
+    with pytest.raises(SystemExit) as left:
+        run_command_line()
+    assert left.value.code == 2
+    refusal = capsys.readouterr().err
+    for name in content:
+        assert re.search(rf": {name}: unknown field; (set|leave it out)", refusal), name
+    assert "more; correct these first" not in refusal
+
+
+def test_very_many_problems_are_cut_at_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(yaml.safe_dump({f"field{n}": n for n in range(100)}))
+    monkeypatch.setattr(sys, "argv", ["polyref", "check", "wrong.yaml"])
+    with pytest.raises(SystemExit):
+        run_command_line()
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert all(line.removeprefix("polyref: ").startswith("wrong.yaml: ") for line in lines)
+    assert last == f"and {104 - len(lines)} more; correct these first"
+    assert lines[-1].endswith("storage_path")
 
 
 def test_the_step_is_said_to_be_of_all_workers() -> None:
@@ -350,24 +472,27 @@ def test_the_table_names_our_fields_and_each_of_theirs_once() -> None:
     assert all(counterpart.fields or counterpart.remark for counterpart in COUNTERPARTS)
 
 
-def test_the_table_has_the_settings_of_trls_trainer() -> None:
-    from dataclasses import fields
+def test_the_table_has_trls_own_settings() -> None:
+    from trl import DPOConfig, ModelConfig
 
-    from trl import ModelConfig
-    from trl.trainer.dpo_config import DPOConfig
-
-    known = {field.name for config in (DPOConfig, ModelConfig) for field in fields(config)}
-    # Names that a TRL of today no longer has, and those of other trainers, are not asked for here.
-    asked = {"beta", "loss_type", "label_smoothing", "max_length", "loss_weights", "discopop_tau", "lora_r"}
-    assert asked <= known
-    assert asked <= set(BY_NAME)
+    own = {*DPOConfig.__annotations__, *ModelConfig.__annotations__} - {"_VALID_DICT_FIELDS"}
+    without_counterpart = {
+        *("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+        *("lora_modules_to_save", "lora_target_parameters", "lora_task_type"),
+        *("f_alpha_divergence_coef", "f_divergence_type", "ld_alpha", "use_weighting"),
+        *("model_init_kwargs", "pad_to_multiple_of", "pad_token"),
+    }
+    assert own - set(BY_NAME) == without_counterpart
 
 
 @pytest.mark.parametrize(
     ("content", "answer"),
     [
-        ({**RUN, "workers": 2}, "unknown field 'workers'; set parallel.workers"),
-        ({**RUN, "training": {"keep_last": 1, "alias": "x"}}, "unknown field 'alias'; set tracking.alias"),
+        ({**RUN, "workers": 2}, "run: workers: unknown field; set parallel.workers"),
+        (
+            {**RUN, "training": {"keep_last": 1, "alias": "x"}},
+            "run: training.alias: unknown field; set tracking.alias",
+        ),
         ({**RUN, "training": {"epoch": 1}}, "training.epoch: unknown field; did you mean 'epochs'?"),
     ],
     ids=str,
@@ -426,7 +551,7 @@ def test_bash_completes_with_the_script_that_is_printed(tmp_path: Path) -> None:
         "-m", "polyref", "--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
     )
     # What bash sets when Tab is pressed after `polyref init sweeps/p`.
-    asked = "COMP_WORDS=(polyref init sweeps/p) COMP_CWORD=2; _polyref_completion polyref; echo ${COMPREPLY[@]}"
+    asked = "COMP_WORDS=(polyref init sweeps/p) COMP_CWORD=2; _polyref_completion polyref; echo $COMPREPLY"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", f"{script.stdout}\n{asked}"],
