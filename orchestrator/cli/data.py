@@ -94,8 +94,8 @@ def init_command(
     from orchestrator.driver.write_run_file import write_run_file
 
     source = build_source("--data", source=data, split=split, subset=subset)
-    path = to or Path("run.yaml")
-    for line in write_run_file(source, path, model=model or _DEFAULT_MODEL, preset=preset):
+    path, policy = to or Path("run.yaml"), _DEFAULT_MODEL if model is None else model
+    for line in write_run_file(source, path, model=policy, preset=preset):
         print(line)
 
 
