@@ -117,12 +117,10 @@ def _find_counterpart(name: str) -> Counterpart | None:
 
 
 def _find(fields: list[FileField], name: str) -> list[FileField]:
-    """Find fields by path, by a path within a sweep, by an entry of a list or mapping, or by last name."""
+    """Find fields by path, by a path within a sweep, or by the last name alone."""
     for prefix in ("", *_WITHIN):
         if name.startswith(prefix) and (found := find_fields(fields, name.removeprefix(prefix))):
             return found
-    if list_fields_of(fields, name):  # an entry, such as data.train.N
-        return find_fields(fields, name.rpartition(".")[0])
     return find_fields_by_name(fields, name)
 
 

@@ -84,10 +84,17 @@ def list_fields(schema: Mapping[str, Any]) -> list[FileField]:
 def find_fields(fields: Sequence[FileField], path: str) -> list[FileField]:
     """Find the fields at a path; several if a section has others of that name under other types.
 
-    Names of the user's own, and places in lists as in `data.train[0].share`, may be any.
+    Names of the user's own, and places in lists as in `data.train[0].share`, may be any. For an entry of a
+    mapping or a list it is the field that holds it.
     """
     parts = re.sub(r"\[(\w+)\]", r".\1", path).split(".")
-    return [field for field in fields if _matches(field.path.split("."), parts)]
+    found = [field for field in fields if _matches(field.path.split("."), parts)]
+    if found:
+        return found
+    holders = {
+        field.parent.rpartition(".")[0] for field in fields if _matches(field.parent.split("."), parts)
+    }
+    return [field for field in fields if field.path in holders]
 
 
 def find_fields_by_name(fields: Sequence[FileField], name: str) -> list[FileField]:
@@ -132,7 +139,7 @@ def _walk_section(
     section: Mapping[str, Any], definitions: Mapping[str, Any], *, path: str, variants: tuple[str, ...]
 ) -> Iterator[FileField]:
     """Yield the fields of a section and of the sections in it."""
-    for name, written in section["properties"].items():
+    for name, written in section.get("properties", {}).items():
         field = f"{path}.{name}" if path else name
         inner = list(_find_sections(written, definitions))
         kinds = _list_values(written) if name == "type" and variants else variants
@@ -148,7 +155,8 @@ def _walk_section(
         )
         places = [place for place, _ in inner]
         for place, definition in inner:
-            kinds = _list_values(definition["properties"].get("type", {})) if places.count(place) > 1 else ()
+            kind = definition.get("properties", {}).get("type", {})
+            kinds = _list_values(kind) if places.count(place) > 1 else ()
             yield from _walk_section(
                 definition, definitions, path=f"{field}.{place}" if place else field, variants=kinds
             )
@@ -171,7 +179,7 @@ def _find_sections(
 
 
 def _list_values(written: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(map(str, written["enum"])) if "enum" in written else (str(written["const"]),)
+    return tuple(map(str, written.get("enum", [written["const"]] if "const" in written else ())))
 
 
 def _describe_type(written: Mapping[str, Any]) -> str:

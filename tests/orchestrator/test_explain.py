@@ -193,6 +193,8 @@ def test_a_field_is_explained_with_type_limits_default_and_example() -> None:
         ("policy.model", ["default   required"]),
         ("policy.dtype", ["auto, float32, bfloat16, float16"]),
         ("references.models.large.dtype", ["references.models.NAME.dtype"]),
+        ("references.models.large", ["references.models, a field", "fields of references.models.NAME"]),
+        ("data.train[0]", ["data.train, a field", "fields of data.train.N"]),
         ("data.train[0].share", ["data.train.N.share", "example   data: {train: [{share: 0.5}]}"]),
         ("loss.link.alpha", ["with type ropo", "loss: {link: {type: ropo, alpha: 14}}"]),
         ("data.label.column", ["with type strength", "with type raters", "with type winner"]),
