@@ -83,7 +83,7 @@ class Lineage:
     def to_json(self) -> str:
         """Return all fields as JSON text, without secrets."""
         fields = {"version": LINEAGE_VERSION, **hide_secrets(asdict(self))}
-        return json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n"
+        return json.dumps(fields, indent=2, default=str) + "\n"
 
 
 def parse_lineage(text: str, uri: str) -> Lineage:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from orchestrator.redaction import redact
+from orchestrator.registry.license import License
 from orchestrator.registry.lineage import HUB, Lineage
 
 if TYPE_CHECKING:
@@ -26,11 +27,10 @@ _PAIRWISE = ("accuracy", "margin", "rewards", "label_nll", "calibration_error")
 """Metrics of pairs, which say nothing of what a supervised policy learned."""
 
 _MEANINGS = {
-    "accuracy": "share of held-out pairs in which the response that most people preferred gained more likelihood "
-    "over the primary reference than the other (without a reference: is the likelier one)",
+    "accuracy": "share of held-out pairs in which the preferred response gained more likelihood over the "
+    "primary reference than the other one (without a reference: in which it is the likelier one)",
     "loss": "the training loss on held-out data; comparable only between models of the same loss",
-    "margin": "mean log-likelihood ratio to the primary reference of the preferred response less the other's, "
-    "in nats",
+    "margin": "mean log-ratio to the primary reference of the preferred response less the other's, in nats",
     "label_nll": "negative log-likelihood of the soft labels, in nats",
     "calibration_error": "mean distance between predicted probability and soft label, in 10 bins",
     "reward": "mean reward of sampled responses",
@@ -109,18 +109,25 @@ def _list_eval_results(lineage: Lineage) -> "list[EvalResult]":
     """List the held-out metrics after training as hubs read them; one that is not finite is left out."""
     from huggingface_hub import EvalResult
 
-    evaluated = [s.name for s in lineage.data_sources if s.is_on_hub and s.used_for == "evaluation"]
+    evaluated = [source for source in lineage.data_sources if source.used_for == "evaluation"]
+    is_of_hub = (
+        len(evaluated) == 1 and evaluated[0].is_on_hub
+    )  # of several, it is not known which is which set
     results = []
-    for name, value in _select_metrics(lineage, lineage.after).items():
+    for name, value in sorted(_select_metrics(lineage, lineage.after).items()):
         held_out_set, _, metric = name.rpartition("/")
-        if value is None or not math.isfinite(value) or metric not in _MEANINGS:
+        is_known = (
+            metric in _MEANINGS and held_out_set != lineage.judged_set
+        )  # that set's are without its name
+        if value is None or not math.isfinite(value) or not is_known:
             continue
         interval = lineage.after.get(f"eval/{name}{_INTERVAL}")
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=evaluated[0] if len(evaluated) == 1 else "held-out",
+                dataset_type=evaluated[0].name if is_of_hub else "held-out",
                 dataset_name=held_out_set or lineage.judged_set or "held-out data",
+                dataset_config=held_out_set or lineage.judged_set,  # results of one configuration are merged
                 metric_type=metric,
                 metric_name=metric if interval is None else f"{metric} (95 % interval: ± {interval:.2g})",
                 metric_value=round(value, 6),
@@ -134,8 +141,8 @@ def _render_introduction(lineage: Lineage, *, adapter_only: bool) -> str:
     base = f"`{_shorten_model_name(lineage.base_model)}`"
     if lineage.is_supervised:
         how = (
-            "trained by supervised fine-tuning: it learned to write the responses in its data, and no response "
-            "was compared with another"
+            "trained by supervised fine-tuning: it learned to write the responses in its data, and none was "
+            "compared with another"
         )
     else:
         how = "trained on pairwise preferences, with the response that was preferred and the one that was not"
@@ -195,7 +202,7 @@ def _render_metrics(lineage: Lineage) -> str:
 
 
 def _select_metrics(lineage: Lineage, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return the metrics that the card shows, by name without `eval/`; intervals are shown beside their metric."""
+    """Return the metrics that the card shows, by name without `eval/`, and no intervals."""
     selected = {
         name.removeprefix("eval/"): value
         for name, value in metrics.items()
@@ -233,7 +240,7 @@ def _format_setting(value: Any) -> str:
 
 def _render_software(lineage: Lineage) -> str:
     versions = {POLYREF_TAG: lineage.code.get("polyref.version", "unknown"), **lineage.libraries}
-    return "### Software\n\n" + _render_table(["library", "version"], [list(row) for row in versions.items()])
+    return "### Software\n\n" + _render_table(["library", "version"], [[*row] for row in versions.items()])
 
 
 def _render_loading(name: str, lineage: Lineage, *, adapter: bool, hub: HubTarget | None) -> str:
@@ -275,22 +282,17 @@ model = PeftModel.from_pretrained(base, {source})
 
 
 def _render_limits(lineage: Lineage) -> str:
-    limits = [
-        "It has the limits of its base model, and what its training data gets wrong it may have learned."
-    ]
+    limits = ["It has the limits of its base model, and may have learned what its training data gets wrong."]
     if lineage.after:
         limits.append(
-            "The results are of held-out data like the training data; of other prompts and languages they say "
-            "nothing."
+            "The results are of the held-out data alone: of other prompts and languages they say nothing."
         )
     if not lineage.is_supervised:
         limits.append(
-            "Agreement with preferences is measured on given responses, by likelihood. It is not the quality of "
-            "text that the model writes."
+            "Agreement with preferences is measured on given responses, by likelihood: it is not the quality "
+            "of text that the model writes."
         )
-    limits.append(
-        "It was not examined for safety, bias or truthfulness by polyref; do so before others use it."
-    )
+    limits.append("It was not examined for safety, bias or truthfulness: do so before others use it.")
     if lineage.search:
         limits.append("It is the best of several trials by the number shown, which flatters that number.")
     return "## Limits\n\n" + "".join(f"- {limit}\n" for limit in limits)
@@ -298,11 +300,14 @@ def _render_limits(lineage: Lineage) -> str:
 
 def _render_licenses(lineage: Lineage) -> str:
     unknown = "not stated where polyref could read it"
-    rows = [[f"base model `{_shorten_model_name(lineage.base_model)}`", str(lineage.base_license or unknown)]]
-    licenses = {source.name: source.license for source in lineage.data_sources}
+    base = f"base model `{_shorten_model_name(lineage.base_model)}`"
+    rows = [[base, str(lineage.base_license or unknown)]]
+    licenses: dict[str, License | None] = {}
+    for source in lineage.data_sources:
+        licenses[source.name] = licenses.get(source.name) or source.license
     rows += [[f"data `{name}`", str(found or unknown)] for name, found in licenses.items()]
     text = (
-        "As the base model and the data state them; whoever passes the model on checks that they allow it.\n"
+        "As the base model and the data state them. Check that they allow it before you pass the model on.\n"
     )
     return f"## Licences\n\n{text}\n" + _render_table(["of", "licence"], rows)
 
