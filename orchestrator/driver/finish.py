@@ -1,7 +1,6 @@
 """The steps after training: plots, artifacts, the registered version, and the report on the console."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,11 +11,11 @@ from models.probe import LogitProbe
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import open_tracker
 from orchestrator.driver.prepare import PreparedRun
+from orchestrator.driver.provenance import list_data_sources, read_base_license
 from orchestrator.driver.record import RunRecord
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.files import find_changed_file
-from orchestrator.registry.license import License, read_cached_license, read_license
-from orchestrator.registry.lineage import DataSource, Lineage, PinnedReference, read_library_versions
+from orchestrator.registry.lineage import Lineage, PinnedReference, read_library_versions
 from orchestrator.registry.register import register_model
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import find_working_folder, run_location
@@ -24,8 +23,6 @@ from orchestrator.tracking.metrics_file import read_metrics
 from orchestrator.tracking.mlflow import find_run_url, resolve_tracking_uri
 from orchestrator.tracking.plots import PLOTS_FOLDER, draw_run
 from orchestrator.worker.setup import EXPORT_FOLDER, METRIC_FILES
-from preferences.config import DataConfig, SourceConfig
-from preferences.reading.sources import is_hub_name
 
 
 def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str, str] | None = None) -> None:
@@ -154,7 +151,7 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         counts |= {f"{split} skipped, {reason}": count for reason, count in rows["skipped"].items()}
     return Lineage(
         base_model=record.pins["policy"],
-        base_license=_read_base_license(prepared),
+        base_license=read_base_license(prepared.policy.located),
         preset=config.preset,
         loss=_resolve_loss(config, record).model_dump(mode="json"),
         references={
@@ -164,7 +161,7 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         primary=config.references.primary,
         data_digest=prepared.digests["train"],
         eval_digest=prepared.digests.get("eval"),
-        data_sources=_list_data_sources(config.data),
+        data_sources=list_data_sources(config.data),
         judged_set=config.judged_set,
         counts=counts,
         before=evaluations[0] if evaluations else {},
@@ -174,32 +171,6 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         libraries=read_library_versions(),
         search=search,
     )
-
-
-def _read_base_license(prepared: PreparedRun) -> License | None:
-    """Read what the policy's folder says, else what the folder of the base of an adapter says."""
-    located = prepared.policy.located
-    folders = [path for path in (located.path, located.base_path) if path is not None]
-    stated = (read_license(path if path.is_dir() else path.parent) for path in folders)
-    return next((found for found in stated if found is not None), None)
-
-
-def _list_data_sources(data: DataConfig) -> list[DataSource]:
-    """List the sources of a run file whose paths are resolved, without the paths of this machine."""
-    sources = [("training", source) for source in data.train_sources]
-    sources += [("evaluation", source) for source in data.eval_sources]
-    listed = [_describe_source(source, used_for) for used_for, source in sources]
-    return list(dict.fromkeys(listed))
-
-
-def _describe_source(source: SourceConfig, used_for: str) -> DataSource:
-    if is_hub_name(source.source):
-        license = read_cached_license(source.source, source.revision)
-        return DataSource(source.source, is_on_hub=True, used_for=used_for, license=license)
-    folder = Path(source.source)
-    # A card beside a single file may be of something else.
-    license = read_license(folder) if folder.is_dir() else None
-    return DataSource(folder.name, is_on_hub=False, used_for=used_for, license=license)
 
 
 def _read_evaluations(config: RunConfig, record: RunRecord) -> list[dict[str, Any]]:
