@@ -213,6 +213,11 @@ def _explain_errors(api: "HfApi", repo: str, *, started: bool = False) -> Iterat
             raise UsageError(_explain_refusal(api, repo, answer)) from error
         lost = _find_cause(error, HTTPError)
         reason = summarize_error(answer or lost or error)
+        if started and "xet-write-token" in reason:
+            raise UsageError(
+                f"the hub at {redact(api.endpoint)} has no Xet storage ({reason}): set HF_HUB_DISABLE_XET=1 "
+                "and push again"
+            ) from error
         if started:
             raise RunFailed(
                 f"the push to {repo} at {redact(api.endpoint)} broke off ({reason}); "

@@ -177,6 +177,13 @@ def test_a_connection_lost_inside_a_file_is_tried_again(uri: str, registered: Pa
     assert sent == (registered / "model.safetensors").read_bytes()
 
 
+def test_a_hub_without_xet_storage(
+    uri: str, registered: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert "set HF_HUB_DISABLE_XET=1 and push again" in refusal(push(uri, "films/1", "someone/films"))
+
+
 def test_weights_of_an_earlier_push_are_not_left_beside_the_new(
     uri: str, registered: Path, hub: FakeHub
 ) -> None:
