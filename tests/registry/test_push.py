@@ -236,18 +236,15 @@ def test_a_model_of_another_program_is_left_as_it_is(uri: str, registered: Path,
     assert len(repository.commits) == 1
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-@pytest.mark.parametrize("private", [True, False])
-def test_a_repository_of_someone_else(
-    uri: str, registered: Path, hub: FakeHub, private: bool, is_there: bool
-) -> None:
-    if is_there:
-        hub.repositories["a-stranger/films"] = Repository(private=private)
-    message = refusal(push(uri, "films/1", "a-stranger/films", "--public"))
-    assert "does not let you write to a-stranger/films" in message
-    assert "choose a repository of your own" in message
-    assert hub.large_files == {}
-    assert all(len(r.commits) == 1 for r in hub.repositories.values())
+def test_a_repository_of_someone_else(uri: str, registered: Path, hub: FakeHub) -> None:
+    for there in ({}, {"a-stranger/films": Repository(False)}, {"a-stranger/films": Repository(True)}):
+        hub.repositories = dict(there)
+        message = refusal(push(uri, "films/1", "a-stranger/films", "--public"))
+        assert "does not let you write to a-stranger/films" in message
+        assert "choose a repository of your own" in message
+        assert hub.large_files == {}
+        assert hub.repositories.keys() == there.keys()
+        assert all(len(repository.commits) == 1 for repository in hub.repositories.values())
 
 
 def test_a_wrong_token_or_none(
@@ -290,20 +287,16 @@ def test_a_hub_that_is_silent_or_away(
     assert "HF_HUB_OFFLINE is set" in refusal(push(uri, "films/1", "someone/films"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("films/1", "films"), "names no owner"),
-        (("films/1", "a/b/c"), "is no name of a repository"),
-        (("films/1", "someone/fi lms"), "is no name of a repository"),
-        (("films/2", "someone/films"), "is not in the registry"),
-        (("films/1", "someone/films", "--public", "--to", "x"), "leave one of them out"),
-    ],
-)
-def test_refused_before_a_hub_is_asked(
-    uri: str, registered: Path, hub: FakeHub, arguments: tuple[str, ...], said: str
-) -> None:
-    assert said in refusal(push(uri, *arguments))
+def test_refused_before_a_hub_is_asked(uri: str, registered: Path, hub: FakeHub) -> None:
+    refused = {
+        ("films/1", "films"): "names no owner",
+        ("films/1", "a/b/c"): "is no name of a repository",
+        ("films/1", "someone/fi lms"): "is no name of a repository",
+        ("films/2", "someone/films"): "is not in the registry",
+        ("films/1", "someone/films", "--public", "--to", "x"): "leave one of them out",
+    }
+    for arguments, said in refused.items():
+        assert said in refusal(push(uri, *arguments))
     assert hub.requests == []
 
 
