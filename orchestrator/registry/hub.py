@@ -55,13 +55,11 @@ class HubRepository:
         api: the client, with the user's token.
         repo: `owner/name`.
         is_private: whether others cannot read it.
-        is_new: whether opening it has created it.
     """
 
     api: "HfApi"
     repo: str
     is_private: bool
-    is_new: bool
 
     @classmethod
     def open(cls, repo: str, *, public: bool) -> "HubRepository":
@@ -88,7 +86,7 @@ class HubRepository:
             )
         if found is not None:
             _refuse_other_models(repo, *found)
-        return cls(api, repo, is_private, found is None)
+        return cls(api, repo, is_private)
 
     def upload(self, publication: Publication) -> PushedCommit:
         """Upload what the repository does not have yet, commit it at once, and tag the commit.
