@@ -96,8 +96,8 @@ def generate(page: str) -> str:
 
 
 def _is_plain_section(field: FileField) -> bool:
-    """Whether a field is a section whose fields have a table of their own."""
-    return field.type == "section"
+    """Whether a field is a section whose fields, and nothing else, say what it is."""
+    return field.type == "section" and field.default in (None, "{}")
 
 
 def _format_cells(field: FileField) -> tuple[str, str, str]:

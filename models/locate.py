@@ -23,7 +23,7 @@ from models.weight_files import (
     refuse_special_entries,
 )
 
-_ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model")
+_ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*", "*.model", "README.md")
 _IGNORE_PATTERNS = ("onnx/*", "original/*", "*/*.safetensors")
 _PROMPT_ADAPTERS = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"})
 

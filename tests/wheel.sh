@@ -19,10 +19,12 @@ PY
 "$python" -m orchestrator --version
 "$python" -m orchestrator schema run > schema.json
 "$python" -c "import json; assert 'loss' in json.load(open('schema.json'))['properties']"
-"$python" -m orchestrator explain training.pairs_per_step | grep -q "default *64"
+"$python" -m orchestrator explain training.pairs_per_step > explained.txt
+grep -q "default *64" explained.txt
 # Every example is in the wheel, and one of each kind can be written and read.
 diff <(cd "$source/configs" && ls *.yaml sweeps/*.yaml) <(cd site/orchestrator/examples && ls *.yaml sweeps/*.yaml)
-"$python" -m orchestrator init --list | grep -q "^sweeps/which-loss"
+"$python" -m orchestrator init --list > examples.txt
+grep -q "^sweeps/which-loss" examples.txt
 "$python" -m orchestrator init dpo
 "$python" -m orchestrator init sweeps/which-loss
 ! "$python" -m orchestrator init dpo 2> refusal.txt

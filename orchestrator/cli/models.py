@@ -1,4 +1,4 @@
-"""The commands `polyref models ...`: list, show, compare, promote and copy registered models."""
+"""The commands `polyref models ...`: list, show, compare, promote, copy and push registered models."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.cli.interruption import turn_ctrl_c_into_interruption
 from orchestrator.errors import UsageError
 from orchestrator.redaction import redact
 from orchestrator.registry.aliases import (
@@ -28,6 +29,8 @@ from orchestrator.registry.download import (
     resolve_free_folder,
     resolve_version,
 )
+from orchestrator.registry.hub import HubRepository, PushedCommit, check_repo_name
+from orchestrator.registry.publication import prepare_publication, refuse_unpublishable
 from orchestrator.registry.versions import find_version, list_model_names, list_versions, parse_model_ref
 from orchestrator.tracking.mlflow import (
     URI_VARIABLE,
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-app = typer.Typer(help="Registered models: list, show, get, promote, compare.", no_args_is_help=True)
+app = typer.Typer(help="Registered models: list, show, get, promote, compare, push.", no_args_is_help=True)
 
 _Uri = Annotated[
     str | None,
@@ -227,6 +230,59 @@ def compare(
         return
     rows = [[key, *map(_format_value, values)] for key, values in (differing | metrics).items()]
     _print_table(["", *refs], rows)
+
+
+@app.command()
+def push(
+    ref: _Ref,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The repository on the hub.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, as peft loads it.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody read a new repository; else it is private.")
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Upload nothing: write what would be uploaded to a new or empty folder."),
+    ] = None,
+    uri: _Uri = None,
+    storage: _Storage = "runs",
+) -> None:
+    """Upload a version with its card to a hub, as one commit with a tag; the same command resumes."""
+    check_repo_name(repo)
+    if to is not None:
+        if public:
+            raise UsageError(
+                "--to uploads nothing, so --public has no meaning with it: leave one of them out"
+            )
+        resolve_free_folder(to)
+    registry = _Registry.open(uri, storage)
+    version = find_version(registry.client, ref)
+    refuse_unpublishable(version, adapter_only=adapter)
+    with turn_ctrl_c_into_interruption():
+        repository = HubRepository.open(repo, public=public) if to is None else None
+        publication = prepare_publication(registry.client, version, registry.uri, repo, adapter_only=adapter)
+        if publication.left_out:
+            print(f"left out, as no part of a model: {', '.join(publication.left_out)}")
+        if repository is None:
+            assert to is not None
+            publication.write_to(to)
+            print(f"{publication.uri} is in {to}, as it would be pushed to {repo}; nothing was uploaded")
+            return
+        _print_push(publication.uri, repository, repository.upload(publication), public=public)
+
+
+def _print_push(uri: str, repository: HubRepository, commit: PushedCommit, *, public: bool) -> None:
+    visibility = "private" if repository.is_private else "public"
+    print(f"{uri} is in {repository.repo} ({visibility}): {commit.url}")
+    print(f"commit {commit.oid}: {commit.message}")
+    if commit.tag is not None:
+        print(f'tag {commit.tag}: from_pretrained("{repository.repo}", revision="{commit.tag}")')
+    else:
+        print(f"tag {commit.tag_taken} is on another commit and stays there; use the commit as revision")
+    if commit.removed:
+        print(f"removed from the earlier push, and kept in its commits: {', '.join(commit.removed)}")
+    if public and repository.is_private:
+        print(f"{repository.repo} was private and stays so: its settings on the hub change that")
 
 
 def _name_adapter_base(version: "ModelVersion", adapter: Path) -> str:

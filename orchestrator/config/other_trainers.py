@@ -237,7 +237,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "push_to_hub hub_model_id",
         "tracking.registered_model",
-        "versions are in the MLflow registry, where polyref models get finds them",
+        "versions are in the MLflow registry; polyref models push uploads one to a hub",
     ),
 )
 

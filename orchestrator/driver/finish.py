@@ -11,10 +11,11 @@ from models.probe import LogitProbe
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import open_tracker
 from orchestrator.driver.prepare import PreparedRun
+from orchestrator.driver.provenance import list_data_sources, read_base_license
 from orchestrator.driver.record import RunRecord
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.files import find_changed_file
-from orchestrator.registry.model_card import Lineage, PinnedReference
+from orchestrator.registry.lineage import Lineage, PinnedReference, read_library_versions
 from orchestrator.registry.register import register_model
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import find_working_folder, run_location
@@ -150,6 +151,7 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         counts |= {f"{split} skipped, {reason}": count for reason, count in rows["skipped"].items()}
     return Lineage(
         base_model=record.pins["policy"],
+        base_license=read_base_license(prepared.policy.located),
         preset=config.preset,
         loss=_resolve_loss(config, record).model_dump(mode="json"),
         references={
@@ -159,12 +161,14 @@ def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str
         primary=config.references.primary,
         data_digest=prepared.digests["train"],
         eval_digest=prepared.digests.get("eval"),
+        data_sources=list_data_sources(config.data),
         judged_set=config.judged_set,
         counts=counts,
         before=evaluations[0] if evaluations else {},
         after=evaluations[-1] if evaluations else {},
         config=record.config,
         code=prepared.code_tags,
+        libraries=read_library_versions(),
         search=search,
     )
 

@@ -18,7 +18,8 @@ from pathlib import Path, PurePath
 from orchestrator.errors import UsageError
 from orchestrator.files import digest_folder, link_tree
 from orchestrator.registry.download import ADAPTER
-from orchestrator.registry.model_card import HUB, Lineage, render_model_card
+from orchestrator.registry.lineage import HUB, LINEAGE_FILE, Lineage
+from orchestrator.registry.model_card import render_model_card
 
 _REQUIRED = ("torch", "transformers", "safetensors", "accelerate")
 
@@ -51,7 +52,7 @@ def build_artifact(root: Path, name: str, folder: Path, adapter: Path | None, li
     card = model / "README.md"
     card.unlink(missing_ok=True)  # a hard link: writing through it would change the export
     card.write_text(render_model_card(name, lineage, adapter=adapter is not None), encoding="utf-8")
-    (root / "lineage.json").write_text(lineage.to_json(), encoding="utf-8")
+    (root / LINEAGE_FILE).write_text(lineage.to_json(), encoding="utf-8")
     AutoTokenizer.from_pretrained(folder).save_pretrained(root / "components" / "tokenizer")
     _write_environment(root)
     _write_mlmodel(root, lineage.base_model)

@@ -101,6 +101,24 @@ def resolve_adapter(
     return ResolvedModel(folder, version.name, int(version.version), version.run_id or None, digest)
 
 
+def read_version_text(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, name: str) -> str:
+    """Return the text of one file of a version; no other file is downloaded. Raises UsageError."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    uri = f"models:/{version.name}/{version.version}"
+    source = client.get_model_version_download_uri(version.name, str(version.version))
+    if is_local_uri(source):
+        try:
+            return (Path(local_file_uri_to_path(source)) / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{name} of {uri} cannot be read: {summarize_error(error)}") from error
+    with _download_artifacts(
+        f"{source.rstrip('/')}/{name}", tracking_uri, uri, cache_folder("registry")
+    ) as file:
+        return file.read_text(encoding="utf-8")
+
+
 def _fetch_root(client: "MlflowClient", version: "ModelVersion", tracking_uri: str, cache: Path) -> Path:
     return _fetch_artifacts(client, version, tracking_uri, cache, "", version.tags.get(DIGEST_TAG))
 
@@ -195,7 +213,7 @@ def copy_version(model: ResolvedModel, to: Path) -> None:
 
     Raises UsageError if `to` is not empty or the files are not those registered.
     """
-    with _fill_new_folder(to) as folder:
+    with fill_new_folder(to) as folder:
         _copy_and_check(model, folder)
 
 
@@ -208,7 +226,7 @@ def copy_merged_version(model: ResolvedModel, to: Path, *, base: str | None = No
 
     Raises UsageError as `copy_version` does, ModelError if the base is not found or does not fit.
     """
-    with _fill_new_folder(to) as folder:
+    with fill_new_folder(to) as folder:
         if is_adapter_folder(model.folder):
             _merge_adapter_folder(model.folder, folder, base)
         else:
@@ -271,7 +289,7 @@ def resolve_free_folder(to: Path) -> Path:
 
 
 @contextmanager
-def _fill_new_folder(to: Path) -> Iterator[Path]:
+def fill_new_folder(to: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `to`, which becomes `to` if the block ends without an error.
 
     An empty folder that was there keeps its permissions. What a killed command leaves is named for polyref.

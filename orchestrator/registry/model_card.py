@@ -1,97 +1,152 @@
-"""The model card: a trained policy's base model, references, data and metrics, and how to load it."""
+"""The model card: what a trained policy is, how it was trained, how it did, how to load it, and its limits.
+
+Cards are written and checked with `huggingface_hub`, whose metadata hubs read.
+"""
 
 import json
-import re
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator.redaction import hide_secrets, redact
+from orchestrator.redaction import redact
+from orchestrator.registry.license import License
+from orchestrator.registry.lineage import HUB, Lineage
 
-HUB = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)@(?P<commit>\w+)")
-"""A pinned hub model as a run's record writes it: `id@commit`."""
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
+POLYREF_TAG = "polyref"
+"""The tag in the metadata of every card that polyref writes."""
 
-LINEAGE_VERSION = 1
-"""Of the fields in `lineage.json`, which polyref writes and does not read."""
+_INTERVAL = "_interval"
+_PAIRWISE = ("accuracy", "margin", "rewards", "label_nll", "calibration_error")
+"""Metrics of pairs, which say nothing of what a supervised policy learned."""
+
+_MEANINGS = {
+    "accuracy": "share of held-out pairs in which the preferred response gained more likelihood over the "
+    "primary reference than the other one (without a reference: in which it is the likelier one)",
+    "loss": "the training loss on held-out data; comparable only between models of the same loss",
+    "margin": "mean log-ratio to the primary reference of the preferred response less the other's, in nats",
+    "label_nll": "negative log-likelihood of the soft labels, in nats",
+    "calibration_error": "mean distance between predicted probability and soft label, in 10 bins",
+    "reward": "mean reward of sampled responses",
+}
+_HYPERPARAMETERS = {
+    "training": (
+        *("epochs", "max_steps", "pairs_per_step", "learning_rate", "schedule", "warmup", "weight_decay"),
+        *("clip_norm", "precision", "seed"),
+    ),
+    "parallel": ("workers", "strategy"),
+    "data": ("max_length", "max_prompt_length"),
+}
 
 
 @dataclass(frozen=True)
-class PinnedReference:
-    """A frozen reference model, pinned as in the run's record."""
+class HubTarget:
+    """The repository that a card is for, and whether it holds the adapter alone."""
 
-    model: str
-    """Its pinned source: `hub/id@commit`, `models:/name/3`, or a folder."""
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lineage:
-    """The origin of a policy. Metrics are those of the held-out pairs, by name; None is not finite."""
-
-    base_model: str
-    """Pinned like `PinnedReference.model`."""
-    preset: str
-    loss: Mapping[str, Any]
-    references: Mapping[str, PinnedReference] = field(default_factory=dict)
-    primary: str | None = None
-    data_digest: str
-    eval_digest: str | None = None
-    judged_set: str | None = None
-    """The named set of the held-out data that metrics such as `eval/accuracy` are of; None: all of it."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """Numbers of pairs used and skipped: `{"train pairs": 900, "skipped, too long": 3}`."""
-    before: Mapping[str, float | None] = field(default_factory=dict)
-    after: Mapping[str, float | None] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The complete run file."""
-    code: Mapping[str, str] = field(default_factory=dict)
-    """Tags from `orchestrator.tracking.code_version.read_code_tags`."""
-    search: Mapping[str, str] = field(default_factory=dict)
-    """The search that chose this run: its name, trial, number of trials, objective; else empty."""
-
-    def to_json(self) -> str:
-        """Return all fields as JSON text, without secrets."""
-        fields = {"version": LINEAGE_VERSION, **hide_secrets(asdict(self))}
-        return json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n"
+    repo: str
+    adapter_only: bool = False
 
 
-def render_model_card(name: str, lineage: Lineage, *, adapter: bool) -> str:
-    """Return the README.md of a registered model: YAML front matter as hubs read it, then Markdown."""
-    front_matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if hub := HUB.fullmatch(lineage.base_model):
-        front_matter["base_model"] = hub["id"]
-    front_matter["tags"] = ["polyref", "preference-optimization", lineage.preset]
+def render_model_card(name: str, lineage: Lineage, *, adapter: bool, hub: HubTarget | None = None) -> str:
+    """Return the README.md of a registered model, whose metadata `huggingface_hub` has parsed.
+
+    Args:
+        name: the registered model's.
+        lineage: what the card says.
+        adapter: whether the version has a separate adapter.
+        hub: the repository that the card is for; None: the card of a version in the registry.
+    """
+    from huggingface_hub import ModelCard
+
     sections = [
-        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n",
+        f"---\n{_render_metadata(name, lineage, adapter=adapter, hub=hub)}\n---\n",
         f"# {name}\n",
-        f"`{_shorten_model_name(lineage.base_model)}` fine-tuned on human preferences with polyref, "
-        f"loss preset `{lineage.preset}`.\n",
+        _render_introduction(lineage, adapter_only=hub is not None and hub.adapter_only),
         _render_search(lineage),
+        _render_loading(name, lineage, adapter=adapter, hub=hub),
+        _render_metrics(lineage),
+        "## Training\n",
         _render_references(lineage),
         _render_data(lineage),
-        _render_metrics(lineage),
-        "## Loss\n\n```yaml\n" + yaml.safe_dump(_to_plain_settings(lineage.loss), sort_keys=False) + "```\n",
-        _render_loading(name, lineage, adapter=adapter),
+        "### Loss\n\n```yaml\n" + yaml.safe_dump(_to_plain_settings(lineage.loss), sort_keys=False) + "```\n",
+        _render_hyperparameters(lineage),
+        _render_software(lineage),
+        _render_limits(lineage),
+        _render_licenses(lineage),
     ]
-    return redact("\n".join(section for section in sections if section))
+    card = ModelCard(redact("\n".join(section for section in sections if section)))
+    return str(card)
 
 
-def _render_references(lineage: Lineage) -> str:
-    if not lineage.references:
-        return "## References\n\nNone: this loss compares the policy with itself only.\n"
-    rows = [
-        [
-            f"{name} (primary)" if name == lineage.primary else name,
-            f"`{_shorten_model_name(r.model)}`",
-            f"`{r.fingerprint[:16]}`",
-        ]
-        for name, r in lineage.references.items()
-    ]
-    return "## References\n\n" + _render_table(["reference", "model", "fingerprint"], rows)
+def _render_metadata(name: str, lineage: Lineage, *, adapter: bool, hub: HubTarget | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    adapter_only = hub is not None and hub.adapter_only
+    base = HUB.fullmatch(lineage.base_model)
+    results = _list_eval_results(lineage)
+    method = "sft" if lineage.is_supervised else "preference-optimization"
+    license_fields = lineage.base_license.to_metadata() if lineage.base_license else {}
+    metadata = ModelCardData(
+        **license_fields,
+        base_model=base["id"] if base else None,
+        datasets=list(dict.fromkeys(s.name for s in lineage.data_sources if s.is_on_hub)) or None,
+        library_name="peft" if adapter_only else "transformers",
+        pipeline_tag="text-generation",
+        tags=[POLYREF_TAG, method, lineage.preset, *(["lora"] if adapter else [])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return metadata.to_yaml()
+
+
+def _list_eval_results(lineage: Lineage) -> "list[EvalResult]":
+    """List the held-out metrics after training as hubs read them; one that is not finite is left out."""
+    from huggingface_hub import EvalResult
+
+    evaluated = [source for source in lineage.data_sources if source.used_for == "evaluation"]
+    is_of_hub = (
+        len(evaluated) == 1 and evaluated[0].is_on_hub
+    )  # of several, it is not known which is which set
+    results = []
+    for name, value in sorted(_select_metrics(lineage, lineage.after).items()):
+        held_out_set, _, metric = name.rpartition("/")
+        is_known = (
+            metric in _MEANINGS and held_out_set != lineage.judged_set
+        )  # that set's are without its name
+        if value is None or not math.isfinite(value) or not is_known:
+            continue
+        interval = lineage.after.get(f"eval/{name}{_INTERVAL}")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=evaluated[0].name if is_of_hub else "held-out",
+                dataset_name=held_out_set or lineage.judged_set or "held-out data",
+                dataset_config=held_out_set or lineage.judged_set,  # results of one configuration are merged
+                metric_type=metric,
+                metric_name=metric if interval is None else f"{metric} (95 % interval: ± {interval:.2g})",
+                metric_value=round(value, 6),
+            )
+        )
+    return results
+
+
+def _render_introduction(lineage: Lineage, *, adapter_only: bool) -> str:
+    what = "A LoRA adapter for" if adapter_only else "A fine-tuned version of"
+    base = f"`{_shorten_model_name(lineage.base_model)}`"
+    if lineage.is_supervised:
+        how = (
+            "trained by supervised fine-tuning: it learned to write the responses in its data, and none was "
+            "compared with another"
+        )
+    else:
+        how = "trained on pairwise preferences, with the response that was preferred and the one that was not"
+    return f"{what} {base}, {how}. Trained with polyref, loss preset `{lineage.preset}`.\n"
 
 
 def _render_search(lineage: Lineage) -> str:
@@ -104,38 +159,105 @@ def _render_search(lineage: Lineage) -> str:
     )
 
 
+def _render_references(lineage: Lineage) -> str:
+    if not lineage.references:
+        return "### References\n\nNone: the loss reads the policy's own likelihoods only.\n"
+    rows = [
+        [
+            f"{name} (primary)" if name == lineage.primary else name,
+            f"`{_shorten_model_name(r.model)}`",
+            f"`{r.fingerprint[:16]}`",
+        ]
+        for name, r in lineage.references.items()
+    ]
+    return "### References\n\n" + _render_table(["reference", "model", "fingerprint"], rows)
+
+
 def _render_data(lineage: Lineage) -> str:
-    rows = [["training data", f"`{lineage.data_digest[:16]}`"]]
+    rows = [[f"{source.used_for} data", f"`{source.name}`"] for source in lineage.data_sources]
+    rows.append(["digest of the training data", f"`{lineage.data_digest[:16]}`"])
     if lineage.eval_digest:
-        rows.append(["held-out data", f"`{lineage.eval_digest[:16]}`"])
+        rows.append(["digest of the held-out data", f"`{lineage.eval_digest[:16]}`"])
     if lineage.judged_set:
         rows.append(["judged by the set", lineage.judged_set])
     rows += [[label, str(count)] for label, count in lineage.counts.items()]
-    return "## Data\n\n" + _render_table(["", "digest or count"], rows)
+    return "### Data\n\n" + _render_table(["", "source, digest or count"], rows)
 
 
 def _render_metrics(lineage: Lineage) -> str:
-    if not lineage.after:
-        return ""
+    after, before = _select_metrics(lineage, lineage.after), _select_metrics(lineage, lineage.before)
+    if not after:
+        return "## Results\n\nNone: the policy was not evaluated on held-out data.\n"
     rows = [
-        [name, _format_number(lineage.before.get(name)), _format_number(value)]
-        for name, value in sorted(lineage.after.items())
-        if not name.startswith("perf/")
+        [f"eval/{name}", _format_measurement(lineage.before, name), _format_measurement(lineage.after, name)]
+        for name in sorted(after)
     ]
-    return "## Held-out metrics\n\n" + _render_table(["metric", "before", "after"], rows)
+    kinds = dict.fromkeys(name.rpartition("/")[2] for name in sorted(after | before))
+    meanings = [f"- `{kind}`: {_MEANINGS[kind]}.\n" for kind in kinds if kind in _MEANINGS]
+    table = _render_table(["metric", "before", "after"], rows)
+    has_interval = any(name.endswith(_INTERVAL) for name in lineage.after)
+    note = "\n± is half of a 95 % interval over held-out pairs.\n" if has_interval and "±" in table else ""
+    explained = "\n" + "".join(meanings) if meanings else ""
+    return f"## Results\n\nOn held-out data, before and after training.\n\n{table}{note}{explained}"
 
 
-def _render_loading(name: str, lineage: Lineage, *, adapter: bool) -> str:
-    section = f"""## Loading
+def _select_metrics(lineage: Lineage, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the metrics that the card shows, by name without `eval/`, and no intervals."""
+    selected = {
+        name.removeprefix("eval/"): value
+        for name, value in metrics.items()
+        if name.startswith("eval/") and not name.endswith(_INTERVAL) and "/perf/" not in name
+    }
+    if lineage.is_supervised:
+        selected = {name: v for name, v in selected.items() if not set(name.split("/")) & set(_PAIRWISE)}
+    return selected
 
-As a folder, after `polyref models get {name}@ALIAS --to {name}`:
 
-```python
+def _format_measurement(metrics: Mapping[str, float | None], name: str) -> str:
+    value, interval = metrics.get(f"eval/{name}"), metrics.get(f"eval/{name}{_INTERVAL}")
+    if value is None or interval is None:
+        return _format_number(value)
+    return f"{_format_number(value)} ± {interval:.2g}"
+
+
+def _render_hyperparameters(lineage: Lineage) -> str:
+    settings = {
+        f"{section}.{field}": (lineage.config.get(section) or {}).get(field)
+        for section, fields in _HYPERPARAMETERS.items()
+        for field in fields
+    }
+    adapter = (lineage.config.get("policy") or {}).get("adapter") or {}
+    settings |= {f"policy.adapter.{field}": value for field, value in adapter.items()}
+    rows = [[name, _format_setting(value)] for name, value in settings.items() if value is not None]
+    if not rows:
+        return ""
+    return "### Hyperparameters\n\n" + _render_table(["field of the run file", "value"], rows)
+
+
+def _format_setting(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _render_software(lineage: Lineage) -> str:
+    versions = {POLYREF_TAG: lineage.code.get("polyref.version", "unknown"), **lineage.libraries}
+    return "### Software\n\n" + _render_table(["library", "version"], [[*row] for row in versions.items()])
+
+
+def _render_loading(name: str, lineage: Lineage, *, adapter: bool, hub: HubTarget | None) -> str:
+    if hub is not None and hub.adapter_only:
+        return "## How to load it\n\n" + _render_adapter_loading(lineage, f'"{hub.repo}"')
+    place = hub.repo if hub else name
+    copied = "" if hub else f"As a folder, after `polyref models get {name}@ALIAS --to {name}`:\n\n"
+    section = f"""## How to load it
+
+{copied}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
-
+"""
+    if hub is None:
+        section += f"""
 From the registry:
 
 ```python
@@ -144,17 +266,50 @@ model = mlflow.transformers.load_model("models:/{name}@ALIAS", return_type="comp
 ```
 """
     if adapter:
-        section += f"""
-The adapter alone, on its base model:
+        source = f'"{place}", subfolder="adapter"' if hub else f'"{place}/adapter"'
+        section += "\nThe adapter alone, on its base model:\n\n" + _render_adapter_loading(lineage, source)
+    return section
 
-```python
+
+def _render_adapter_loading(lineage: Lineage, source: str) -> str:
+    return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({_render_load_arguments(lineage.base_model)})
-model = PeftModel.from_pretrained(base, "{name}/adapter")
+model = PeftModel.from_pretrained(base, {source})
 ```
 """
-    return section
+
+
+def _render_limits(lineage: Lineage) -> str:
+    limits = ["It has the limits of its base model, and may have learned what its training data gets wrong."]
+    if lineage.after:
+        limits.append(
+            "The results are of the held-out data alone: of other prompts and languages they say nothing."
+        )
+    if not lineage.is_supervised:
+        limits.append(
+            "Agreement with preferences is measured on given responses, by likelihood: it is not the quality "
+            "of text that the model writes."
+        )
+    limits.append("It was not examined for safety, bias or truthfulness: do so before others use it.")
+    if lineage.search:
+        limits.append("It is the best of several trials by the number shown, which flatters that number.")
+    return "## Limits\n\n" + "".join(f"- {limit}\n" for limit in limits)
+
+
+def _render_licenses(lineage: Lineage) -> str:
+    unknown = "not stated where polyref could read it"
+    base = f"base model `{_shorten_model_name(lineage.base_model)}`"
+    rows = [[base, str(lineage.base_license or unknown)]]
+    licenses: dict[str, License | None] = {}
+    for source in lineage.data_sources:
+        licenses[source.name] = licenses.get(source.name) or source.license
+    rows += [[f"data `{name}`", str(found or unknown)] for name, found in licenses.items()]
+    text = (
+        "As the base model and the data state them. Check that they allow it before you pass the model on.\n"
+    )
+    return f"## Licences\n\n{text}\n" + _render_table(["of", "licence"], rows)
 
 
 def _shorten_model_name(model: str) -> str:

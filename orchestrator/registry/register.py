@@ -29,7 +29,7 @@ from orchestrator.registry.aliases import (
 )
 from orchestrator.registry.artifact import build_artifact, refuse_incomplete_export
 from orchestrator.registry.download import ADAPTER, DamagedError, ResolvedModel, check_digest, resolve_version
-from orchestrator.registry.model_card import Lineage
+from orchestrator.registry.lineage import Lineage
 from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, STATE_TAG, VERIFIED, VERIFYING
 from orchestrator.tracking.mlflow import URI_VARIABLE, connect_to_mlflow, to_metric_key
 

@@ -123,17 +123,17 @@ class RunLease:
                 interrupted at once.
         """
         stop = threading.Event()
-        interrupt_main = threading.current_thread() is threading.main_thread()
-        thread = threading.Thread(
-            target=self._renew_until, args=(stop, interrupt_main), name="lease", daemon=True
-        )
-        thread.start()
         try:
-            try:
-                yield
-            finally:
-                stop.set()
-                thread.join()
+            with _accept_interruption() as interruption:
+                thread = threading.Thread(
+                    target=self._renew_until, args=(stop, interruption), name="lease", daemon=True
+                )
+                thread.start()
+                try:
+                    yield
+                finally:
+                    stop.set()
+                    thread.join()
         except KeyboardInterrupt:
             if self._loss_message is None:
                 raise
@@ -142,7 +142,7 @@ class RunLease:
             with contextlib.suppress(*buckets.STORE_ERRORS):
                 self._release()
 
-    def _renew_until(self, stop: threading.Event, interrupt_main: bool) -> None:
+    def _renew_until(self, stop: threading.Event, interruption: signal.Signals | None) -> None:
         unreachable = False
         while not stop.wait(_RENEW_S):
             try:
@@ -161,8 +161,8 @@ class RunLease:
                 "so this one stops"
             )
             log.error(self._loss_message)
-            if interrupt_main and not stop.is_set():
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if interruption is not None and not stop.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, interruption)
             return
 
     def _release(self) -> None:
@@ -184,6 +184,24 @@ class RunLease:
     def _write_lease(self) -> None:
         with self._store.open_output_stream(self._path) as stream:
             stream.write(json.dumps(self._owner | {"beat": time.time()}).encode())
+
+
+@contextlib.contextmanager
+def _accept_interruption() -> Iterator[signal.Signals | None]:
+    """Yield the signal that raises KeyboardInterrupt in the block; None outside the main thread.
+
+    Where Ctrl-C is ignored, as in what a shell's script starts with `&`, it is another one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield signal.SIGINT
+    else:
+        before = signal.signal(signal.SIGUSR2, signal.default_int_handler)
+        try:
+            yield signal.SIGUSR2
+        finally:
+            signal.signal(signal.SIGUSR2, before)
 
 
 def _format_refusal(place: str, owner: str) -> str:

@@ -103,6 +103,11 @@ def _digest_file(filesystem: Any, path: str) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether a source that is no file or folder here is the name of a data set on the hub."""
+    return "://" not in source and _detect_format(source) is None and HUB_ID.fullmatch(source) is not None
+
+
 def _find_place(config: SourceConfig) -> tuple[Any, str] | None:
     """Return the filesystem and path of a source; None if it is the name of a data set on the hub."""
     source = config.source
@@ -112,7 +117,7 @@ def _find_place(config: SourceConfig) -> tuple[Any, str] | None:
     with translate_read_errors(source):
         if filesystem.exists(path):
             return filesystem, path
-    if "://" not in source and _detect_format(source) is None and HUB_ID.fullmatch(source):
+    if is_hub_name(source):
         return None
     raise DataError(
         f"{format_source(source)}: there is no such file or folder; check data.train and data.eval"

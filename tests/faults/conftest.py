@@ -125,7 +125,7 @@ def fault_log() -> FaultLog:
 
 @pytest.fixture
 def report(fault_log: FaultLog) -> Callable[..., None]:
-    """`report(fault, ...)`: add a row to the table; its seconds are those of the test's body so far."""
+    """`report(fault, ...)`: add a row to the table; its seconds are those of the test since the last row."""
     began = time.monotonic()
 
     def add(
@@ -136,7 +136,8 @@ def report(fault_log: FaultLog) -> Callable[..., None]:
         repeated: int | str = 0,
         message: str = "",
     ) -> None:
-        seconds = f"{time.monotonic() - began:.0f}"
+        nonlocal began
+        seconds, began = f"{time.monotonic() - began:.0f}", time.monotonic()
         fault_log.add(
             FaultReport(
                 fault=fault,

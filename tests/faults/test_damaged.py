@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from orchestrator.driver import train
 from orchestrator.driver.train import train_run
 from orchestrator.errors import RunFailed, RunStopped, UsageError
 from tests.support.faults import (
+    STEPS,
     assert_nothing_left,
     assert_same_outcome,
-    find_saved_step,
     find_step,
     list_steps,
     sabotage,
@@ -39,14 +39,14 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGE = pytest.mark.parametrize("damage", [cut, flip_bit], ids=["cut", "flipped"])
+DAMAGES = {cut: "cut short", flip_bit: "with a flipped bit"}
 
 
-def stop_run(config: RunConfig) -> None:
-    """Train until there are two checkpoints, and stop."""
+def stop_run(config: RunConfig, *, after: int) -> None:
+    """Train until this step is taken, and stop; the step is saved then."""
 
     def stop() -> bool:
-        if find_saved_step(config.folder) < 8 or find_step(config.folder) <= find_saved_step(config.folder):
+        if find_step(config.folder) < after:
             return False
         os.kill(os.getpid(), signal.SIGTERM)
         return True
@@ -55,95 +55,102 @@ def stop_run(config: RunConfig) -> None:
         train_run(config)
 
 
-@DAMAGE
+@pytest.fixture(scope="module")
+def stop_at() -> Iterator[int]:
+    """The steps at which the run of this module is stopped, one after another."""
+    return iter(range(6, STEPS, 2))
+
+
+@pytest.fixture
+def config(make_run: MakeRun, place: Path, stop_at: Iterator[int]) -> RunConfig:
+    """The run that is damaged again and again, stopped with at least two checkpoints."""
+    config = make_run("damaged", storage_path=str(place / "damaged"))
+    if not config.folder.exists():
+        stop_run(config, after=next(stop_at))
+    return config
+
+
+@pytest.mark.parametrize("damage", [cut, flip_bit])
 def test_a_damaged_checkpoint(
-    damage: Callable[[Path], None], make_run: MakeRun, whole: Path, report: Report
+    damage: Callable[[Path], None], config: RunConfig, stop_at: Iterator[int], report: Report
 ) -> None:
-    config = make_run(f"checkpoint-{damage.__name__}")
-    stop_run(config)
     newest, older = sorted((config.folder / "checkpoints").glob("checkpoint_*/"), reverse=True)[:2]
     (state,) = newest.glob("state-*.safetensors")
     damage(state)
+    kept = json.loads((older / "progress.json").read_text())["step"]
     times = {line["step"]: line["time"] for line in list_steps(config.folder)}
-    train_run(config)
-    assert_same_outcome(config.folder, whole)
-    assert_nothing_left(config.folder)
-    kept = json.loads((older / "progress.json").read_text())["step"] if older.exists() else 8
+    stop_run(config, after=next(stop_at))
     again = {line["step"]: line["time"] for line in list_steps(config.folder)}
     assert all(again[step] == times[step] for step in range(1, kept + 1)), "the older checkpoint is used"
+    assert all(again[step] > times[step] for step in times if step > kept)
     report(
-        f"newest checkpoint {'cut short' if damage is cut else 'with a flipped bit'}",
+        f"newest checkpoint {DAMAGES[damage]}",
         message="checkpoint … is set aside, and an older one is looked for",
     )
 
 
-@DAMAGE
-def test_a_damaged_score_file(
-    damage: Callable[[Path], None], make_run: MakeRun, whole: Path, place: Path, report: Report
-) -> None:
-    config = make_run(f"scores-{damage.__name__}", storage_path=str(place / f"scores-{damage.__name__}"))
-    stop_run(config)
-    files = list(Path(config.storage_path).glob("scores/*/scores-*.parquet"))
-    for file in files:
-        damage(file)
-    record = train_run(config)
-    assert_same_outcome(config.folder, whole)
-    assert all(file.with_name(f"{file.name}.damaged").exists() for file in files)
-    report(
-        f"score files {'cut short' if damage is cut else 'with a flipped bit'}",
-        repeated=sum(counts["forwards"] for counts in record.reference_counts.values()),
-        message="… is not what was written: it is set aside, and what it held is scored again",
-    )
-
-
-@DAMAGE
-def test_a_damaged_record(
-    damage: Callable[[Path], None], make_run: MakeRun, whole: Path, report: Report
-) -> None:
-    """A flipped bit in a record leaves no JSON here; the run is refused until the file is put right."""
-    config = make_run(f"record-{damage.__name__}")
-    stop_run(config)
+@pytest.mark.parametrize("damage", [cut, flip_bit])
+def test_a_damaged_record(damage: Callable[[Path], None], config: RunConfig, report: Report) -> None:
+    """Nothing is done before the file is put right."""
     record = config.folder / "run.json"
     content = record.read_bytes()
     damage(record)
     with pytest.raises(UsageError, match=r"run\.json") as refusal:
         train_run(config)
     record.write_bytes(content)
-    train_run(config)
-    assert_same_outcome(config.folder, whole)
     report(
-        f"record run.json {'cut short' if damage is cut else 'with a flipped bit'}",
+        f"record run.json {DAMAGES[damage]}",
         survived="refused (exit 2)",
         message=str(refusal.value).replace(str(config.folder.parent), "…"),
     )
 
 
-def test_a_damaged_line_of_metrics(make_run: MakeRun, whole: Path, report: Report) -> None:
-    config = make_run("metrics")
-    stop_run(config)
+@pytest.mark.parametrize("damage", [cut, flip_bit])
+def test_damaged_score_files(
+    damage: Callable[[Path], None], config: RunConfig, stop_at: Iterator[int], report: Report
+) -> None:
+    files = list(Path(config.storage_path).glob("scores/*/scores-*.parquet"))
+    assert files
+    for file in files:
+        damage(file)
+    stop_run(config, after=next(stop_at))
+    assert all(file.with_name(f"{file.name}.damaged").exists() for file in files)
+    report(
+        f"score files {DAMAGES[damage]}",
+        repeated="all of them",
+        message="… is not what was written: it is set aside, and what it held is scored again",
+    )
+
+
+def test_a_damaged_line_of_metrics(config: RunConfig, stop_at: Iterator[int], report: Report) -> None:
+    """The line's numbers are lost, and nothing else; it is put back so that the run's end can be compared."""
     file = config.folder / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([*lines[:3], b"\0" * len(lines[3]), *lines[4:]]))
-    train_run(config)
-    steps = [line["step"] for line in list_steps(config.folder)]
-    assert sorted({*range(1, 25)} - {*steps}) != [], "what a damaged line said is lost, and nothing else"
-    assert len(steps) == 23
+    file.write_bytes(b"".join([*lines[:3], b"\0" * (len(lines[3]) - 1) + b"\n", *lines[4:]]))
+    stop_run(config, after=next(stop_at))
+    lost = json.loads(lines[3])["step"]
+    assert [line["step"] for line in list_steps(config.folder)] == [
+        step for step in range(1, find_step(config.folder) + 1) if step != lost
+    ]
+    lines = [*file.read_bytes().splitlines(keepends=True), lines[3]]
+    file.write_bytes(b"".join(sorted(lines, key=lambda line: json.loads(line)["time"])))
     report("a damaged line in metrics.jsonl", message="1 damaged line is passed over")
 
 
-@DAMAGE
+def test_the_run_ends_as_if_nothing_had_happened(config: RunConfig, whole: Path) -> None:
+    train_run(config)
+    assert_same_outcome(config.folder, whole)
+    assert_nothing_left(config.folder)
+
+
 def test_a_damaged_export(
-    damage: Callable[[Path], None],
-    make_run: MakeRun,
-    whole: Path,
-    report: Report,
-    monkeypatch: pytest.MonkeyPatch,
+    make_run: MakeRun, whole: Path, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_run(f"export-{damage.__name__}")
+    config = make_run("export")
     finish = train.finish_run
 
     def damage_and_finish(*arguments: object) -> None:
-        damage(config.folder / "export" / "model" / "model.safetensors")
+        flip_bit(config.folder / "export" / "model" / "model.safetensors")
         finish(*arguments)
 
     with monkeypatch.context() as patch:
@@ -153,7 +160,7 @@ def test_a_damaged_export(
     train_run(config)
     assert_same_outcome(config.folder, whole)
     report(
-        f"exported model {'cut short' if damage is cut else 'with a flipped bit'} before it is registered",
+        "exported model with a flipped bit before it is registered",
         survived="same command",
         message=str(refusal.value).replace(str(config.folder.parent), "…"),
     )

@@ -42,54 +42,41 @@ def fill_disk(folder: Path, *, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
 
 
-@pytest.mark.usefixtures("cluster", "whole")
-@pytest.mark.parametrize(("what", "leave"), [("a checkpoint", 12288), ("a line of metrics", 0)])
-def test_a_disk_is_full_while_training(
-    what: str, leave: int, make_run: MakeRun, whole: Path, place: Path, small_disk: Path, report: Report
-) -> None:
-    shutil.copytree(place / "runs" / "scores", small_disk / "scores")
-    config = make_run("full-" + what.split()[-1], storage_path=str(small_disk))
-
-    def fill() -> bool:
-        if not 0 < find_saved_step(config.folder) < find_step(config.folder):
-            return False
-        fill_disk(small_disk, leave=leave)
-        return True
-
-    with (
-        sabotage(fill),
-        pytest.raises(RunFailed, match=r"a disk is full .*the same command") as refusal,
-    ):
-        train_run(config)
-    assert str(small_disk) in str(refusal.value)
-    assert "MiB free" in str(refusal.value)
-    (small_disk / "filler").unlink()
-    train_run(config)
-    assert_same_outcome(config.folder, whole)
-    report(f"disk full at {what}", survived="same command", message=hide(refusal.value, small_disk))
-
-
-@pytest.mark.usefixtures("cluster", "whole")
-def test_a_disk_is_full_while_scores_are_saved(
+@pytest.mark.usefixtures("cluster")
+def test_a_disk_is_full_again_and_again(
     make_run: MakeRun, whole: Path, small_disk: Path, report: Report
 ) -> None:
-    config = make_run("full-scores", storage_path=str(small_disk))
+    """While scores are saved; then at a checkpoint; then at a line of metrics."""
+    config = make_run("full", storage_path=str(small_disk))
 
-    def fill() -> bool:
-        if not find_actor_processes("Replica.score"):
-            return False
-        fill_disk(small_disk, leave=0)
-        return True
+    def train_until_full(is_time: Callable[[], bool], *, leave: int) -> str:
+        def fill() -> bool:
+            if not is_time():
+                return False
+            fill_disk(small_disk, leave=leave)
+            return True
 
-    with sabotage(fill), pytest.raises(RunFailed, match=r"a disk is full") as refusal:
-        train_run(config)
-    assert str(small_disk / "scores") in str(refusal.value)
-    (small_disk / "filler").unlink()
+        full = r"a disk is full .*the same command"
+        with sabotage(fill), pytest.raises(RunFailed, match=full) as refusal:
+            train_run(config)
+        (small_disk / "filler").unlink()
+        assert "MiB free" in str(refusal.value)
+        return str(refusal.value)
+
+    def is_between_checkpoints() -> bool:
+        return began < find_saved_step(config.folder) < find_step(config.folder)
+
+    message = train_until_full(lambda: bool(find_actor_processes("Replica.score")), leave=0)
+    assert str(small_disk / "scores") in message
+    report("disk full when scores are saved", survived="same command", message=hide(message, small_disk))
+
+    for what, leave in (("a checkpoint", 12288), ("a line of metrics", 0)):
+        began = find_saved_step(config.folder)
+        message = train_until_full(is_between_checkpoints, leave=leave)
+        assert str(small_disk) in message
+        report(f"disk full at {what}", survived="same command", message=hide(message, small_disk))
     train_run(config)
     assert_same_outcome(config.folder, whole)
-    report(
-        "disk full when scores are saved", survived="same command", message=hide(refusal.value, small_disk)
-    )
 
 
 def test_a_nodes_scratch_disk_is_full(

@@ -54,15 +54,14 @@ def read_forwards(folder: Path) -> int:
     return sum(reference["forwards"] for reference in counts.values())
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_a_replica_dies_in_a_batch(
-    replicas: int, make_run: MakeRun, whole: Path, place: Path, report: Report, describe_run: Any
+def test_a_replica_of_two_dies_in_a_batch(
+    make_run: MakeRun, whole: Path, place: Path, report: Report, describe_run: Any
 ) -> None:
     models = describe_run("x")["references"]["models"]
     config = make_run(
-        f"replica-of-{replicas}",
-        references={"models": {name: m | {"replicas": replicas} for name, m in models.items()}},
-        storage_path=str(place / f"replica-of-{replicas}"),
+        "replica",
+        references={"models": models | {"base": models["base"] | {"replicas": 2}}},
+        storage_path=str(place / "replica"),
     )
     with sabotage(send_to(signal.SIGKILL, "Replica.score")):
         train_run(config)
@@ -70,8 +69,7 @@ def test_a_replica_dies_in_a_batch(
     assert_nothing_left(config.folder)
     repeated = read_forwards(config.folder) - read_forwards(whole)
     assert repeated <= 0
-    name = "only replica" if replicas == 1 else "replica of two"
-    report(f"SIGKILL of a reference's {name} in a batch", repeated=repeated)
+    report("SIGKILL of a replica in a batch", repeated=repeated)
 
 
 def test_a_router_dies_while_replicas_score(
@@ -87,15 +85,6 @@ def test_a_router_dies_while_replicas_score(
     assert_same_outcome(config.folder, whole)
     assert_nothing_left(config.folder)
     report("SIGKILL of a reference's router", repeated="what it had not saved")
-
-
-def test_a_replica_hangs(make_run: MakeRun, whole: Path, place: Path, report: Report) -> None:
-    config = make_run("hung", references={"answer_minutes": 0.05}, storage_path=str(place / "hung"))
-    with sabotage(send_to(signal.SIGSTOP, "Replica.score")):
-        train_run(config)
-    assert_same_outcome(config.folder, whole)
-    assert_nothing_left(config.folder)
-    report("SIGSTOP of a replica in a batch", repeated=read_forwards(config.folder) - read_forwards(whole))
 
 
 def make_nan_replica(marker: Path) -> type[Replica]:
@@ -114,37 +103,45 @@ def make_nan_replica(marker: Path) -> type[Replica]:
     return NanOnce
 
 
-def test_a_replica_answers_nan(
+def test_a_replica_answers_nan_and_one_hangs(
     make_run: MakeRun, whole: Path, place: Path, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mocked is the device that breaks; that the answer is refused and made again is the product's doing."""
-    config = make_run("nan", storage_path=str(place / "nan"))
+    config = make_run("hung", references={"answer_minutes": 0.05}, storage_path=str(place / "hung"))
     replica = make_nan_replica(place / "nan once")
     monkeypatch.setattr(scoring, "start_references", partial(start_references, replica_class=replica))
-    train_run(config)
+    with sabotage(send_to(signal.SIGSTOP, "Replica.score")):
+        train_run(config)
     assert_same_outcome(config.folder, whole)
+    assert_nothing_left(config.folder)
     assert (place / "nan once").exists()
-    report("a replica that answers NaN once", repeated=read_forwards(config.folder) - read_forwards(whole))
+    repeated = read_forwards(config.folder) - read_forwards(whole)
+    report("a replica that answers NaN once, and SIGSTOP of one in a batch", repeated=repeated)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_dies(rank: int, make_run: MakeRun, whole_of_two: Path, place: Path, report: Report) -> None:
-    # Rank 0's death is the first of none allowed: after a checkpoint it does not count.
-    config = make_run(f"rank-{rank}", parallel={"workers": 2, "max_failures": rank})
+def test_workers_die_one_after_another(
+    make_run: MakeRun, whole_of_two: Path, place: Path, report: Report
+) -> None:
+    """No failure is allowed, and there are two: after a new checkpoint a death does not count."""
+    config = make_run("workers", parallel={"workers": 2, "max_failures": 0})
 
-    def kill_worker() -> bool:
-        if not 0 < find_saved_step(config.folder) < find_step(config.folder):
-            return False
-        worker = find_rank(place, rank)
-        assert worker is not None
-        worker.kill()
-        return True
+    def kill(rank: int, *, after: int) -> Callable[[], bool]:
+        def kill_worker() -> bool:
+            if not after < find_saved_step(config.folder) < find_step(config.folder):
+                return False
+            worker = find_rank(place, rank)
+            assert worker is not None
+            worker.kill()
+            return True
 
-    with sabotage(kill_worker):
+        return kill_worker
+
+    with sabotage(kill(1, after=0), kill(0, after=10)):
         train_run(config)
     assert_same_outcome(config.folder, whole_of_two)
     assert_nothing_left(config.folder)
-    report(f"SIGKILL of the worker of rank {rank}", repeated=read_forwards(config.folder))
+    repeated = read_forwards(config.folder)
+    report("SIGKILL of the worker of rank 1, later of rank 0's", repeated=repeated)
 
 
 def test_a_trial_of_a_search_dies(

@@ -346,6 +346,7 @@ def test_hub_models_are_pinned_and_their_absence_explained(
     files = locate_model(ModelConfig(model="org/name", revision="main"))
     assert (files.path, files.revision, asked["repository"]) == (snapshot, "0123abcd", "org/name")
     assert "*.py" not in asked["allow_patterns"]
+    assert "README.md" in asked["allow_patterns"]  # it states the licence
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
     with pytest.raises(ModelError, match="nothing cached"):
         locate_model(ModelConfig(model="org/name", revision="unknown"))

@@ -9,6 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,6 +107,7 @@ def test_a_registered_model_is_the_next_runs_reference(
     uri = f"sqlite:///{folder.parent / 'mlflow.db'}"
     assert_loads_everywhere(uri, folder, base=after().policy.model)
     assert_listed_and_shown(record, storage, monkeypatch, capfd)
+    assert_cards_are_true(folder, storage, monkeypatch, capfd)
     assert_pinned_where_the_alias_moves(after, uri)
 
 
@@ -157,6 +159,25 @@ def assert_listed_and_shown(
     assert lines["loss.preset"] == "mrpo"
     assert lines["data.digest"] == record.identity["data"]["train"]
     assert float(lines["eval/accuracy"]) == pytest.approx(record.result.metrics["eval/accuracy"], abs=1e-3)
+
+
+def assert_cards_are_true(
+    folder: Path, storage: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What would be pushed of a supervised policy claims no preferences, and nothing names this machine."""
+    cards = {}
+    for name in ("movie", "films"):
+        to = folder.parent / f"{name}-as-pushed"
+        push = ("push", f"{name}/1", f"me/{name}", "--to", str(to), "--storage-path", storage)
+        assert polyref(monkeypatch, capfd, "models", *push)[0] == 0
+        cards[name] = ModelCard.load(to / "README.md")
+        content = b"".join(p.read_bytes() for p in to.rglob("*") if p.is_file())
+        assert str(folder.parent).encode() not in content
+    assert "preference" not in str(cards["movie"])
+    assert "trained on pairwise preferences" in cards["films"].text
+    assert {result.metric_type for result in cards["films"].data.eval_results} >= {"accuracy", "loss"}
+    assert "| training.max_steps | 2 |" in cards["films"].text
+    assert f"| torch | {torch.__version__} |" in cards["films"].text
 
 
 def assert_pinned_where_the_alias_moves(after: Callable[..., RunConfig], uri: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -267,7 +268,16 @@ def test_slow_answers_do_not_hold_the_beat_back(bucket, monkeypatch):
     assert max(pauses) < 2
 
 
-def test_who_has_lost_a_run_stops_and_leaves_the_sign_of_the_other(bucket, monkeypatch, caplog):
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["ctrl-c", "with &"])
+def test_who_has_lost_a_run_stops_and_leaves_the_sign_of_the_other(bucket, monkeypatch, caplog, ctrl_c):
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        _lose_a_run(bucket, monkeypatch, caplog)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lose_a_run(bucket, monkeypatch, caplog) -> None:
     monkeypatch.setattr(hold, "_SETTLE_S", 0.1)
     monkeypatch.setattr(hold, "_RENEW_S", 0.1)
     other = {"id": "x", "where": ["another-machine", "", ""], "pid": 7, "beat": 1.0}

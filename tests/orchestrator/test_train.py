@@ -35,14 +35,27 @@ def counts(record: RunRecord, key: str) -> dict[str, int]:
     return {name: stats[key] for name, stats in record.reference_counts.items()}
 
 
-def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any) -> None:
-    one = run_of("one")
-    record = train_run(one)
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of runs that several tests share, with the first run's scores in it."""
+    return str(tmp_path_factory.mktemp("storage"))
+
+
+@pytest.fixture
+def first(run_of: Any, storage: str) -> RunRecord:
+    """The record of a run of two references; the run is trained once for all tests."""
+    return train_run(run_of("first", storage_path=storage))
+
+
+def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(
+    run_of: Any, first: RunRecord, storage: str
+) -> None:
+    one = run_of("first", storage_path=storage)
     expected = losses(one.folder)
     assert len(expected) == 6
-    assert counts(record, "replicas_started") == {"base": 1, "other": 1}
+    assert counts(first, "replicas_started") == {"base": 1, "other": 1}
 
-    two = run_of("two", parallel={"workers": 2})
+    two = run_of("two", parallel={"workers": 2}, storage_path=storage)
     train_run(two)
     assert losses(two.folder) == pytest.approx(expected, rel=1e-5)
 
@@ -50,9 +63,8 @@ def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any
         "micro",
         training={"tokens_per_microbatch": 40},
         references=one.references.model_copy(update={"mode": "precompute"}).model_dump(),
-        storage_path=str(one.folder.parent / "elsewhere"),
     )
-    record = train_run(micro)
+    train_run(micro)
     assert losses(micro.folder) == pytest.approx(expected, rel=1e-5)
     last = read_metrics(one.folder)[-1]
     assert read_metrics(micro.folder)[-1]["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
@@ -60,8 +72,9 @@ def test_ranks_and_microbatches_and_precompute_follow_one_trajectory(run_of: Any
     assert not [name for name in left if "router" in name], "every actor of a run ends with it"
 
 
-def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_of: Any) -> None:
-    first = train_run(run_of("first"))
+def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(
+    run_of: Any, first: RunRecord, storage: str
+) -> None:
     pairs = [json.loads(line) for line in Path(first.config["data"]["train"]).read_text().splitlines()]
     responses = {(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")}
     assert counts(first, "scored") == {"base": len(responses), "other": len(responses)}
@@ -71,7 +84,9 @@ def test_another_loss_on_the_same_data_starts_no_replica_and_scores_nothing(run_
         "references": {"combine": "geometric"},
         "dispersion": {"phi_star": "auto"},
     }
-    second = run_of("second", loss=loss, training={"seed": 1}, data={"eval_fraction": 0.25})
+    second = run_of(
+        "second", loss=loss, training={"seed": 1}, data={"eval_fraction": 0.25}, storage_path=storage
+    )
     record = train_run(second)
     assert counts(record, "scored") == {"base": 0, "other": 0}
     assert counts(record, "replicas_started") == {"base": 0, "other": 0}
@@ -127,14 +142,18 @@ def test_full_training_without_references_exports_what_was_trained(
 
 
 def test_a_finished_run_is_not_trained_again_and_a_changed_one_is_refused(run_of: Any) -> None:
-    run = run_of("again", training={"max_steps": 2})
+    alone = {"references": {}, "loss": {"preset": "simpo", "beta": 0.1}}
+    run = run_of("again", training={"max_steps": 2}, **alone)
     train_run(run)
     before = (run.folder / "metrics.jsonl").read_text()
     train_run(run)
     assert (run.folder / "metrics.jsonl").read_text() == before
     with pytest.raises(UsageError, match=r"loss.beta: 0.1 -> 0.3.*--fresh"):
-        train_run(run_of("again", training={"max_steps": 2}, loss=run.loss.model_dump() | {"beta": 0.3}))
-    assert train_run(run_of("again", training={"max_steps": 2, "seed": 3}), fresh=True).result.step == 2
+        train_run(
+            run_of("again", training={"max_steps": 2}, **alone | {"loss": alone["loss"] | {"beta": 0.3}})
+        )
+    other = run_of("again", training={"max_steps": 2, "seed": 3}, **alone)
+    assert train_run(other, fresh=True).result.step == 2
     assert (run.folder / "metrics.jsonl").read_text() != before
 
 
@@ -142,7 +161,13 @@ def test_what_mlflow_missed_at_the_end_is_sent_by_the_same_command(
     run_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server takes nothing from the last step on; the model is kept, and delivered later, once."""
-    run = run_of("late", training={"max_steps": 2}, tracking={"registered_model": "late"})
+    run = run_of(
+        "late",
+        references={},
+        loss={"preset": "simpo"},
+        training={"max_steps": 2},
+        tracking={"registered_model": "late"},
+    )
 
     def away(*_: Any, **__: Any) -> None:
         raise MlflowException("away")

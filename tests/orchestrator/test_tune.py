@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from mlflow import MlflowClient
-from ray.util.state import list_actors, list_placement_groups
+from ray._private.state import actors
+from ray.util import placement_group_table
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.run import RunConfig
@@ -47,17 +47,15 @@ def scored(record: RunRecord, key: str = "scored") -> dict[str, int]:
 
 
 def left_behind() -> list[str]:
-    """Actors and placement groups that live, by Ray's state API; some seconds are allowed for their end."""
-    address, deadline = ray.get_runtime_context().gcs_address, time.monotonic() + 30
+    """Actors and placement groups that live, as Ray's control service says; they have some seconds to end."""
+    deadline = time.monotonic() + 30
     while True:
         gc.collect()  # handles of actors that ended with their run
-        actors = [a.class_name for a in list_actors(address, limit=1000) if a.state != "DEAD"]
-        actors = [name for name in actors if name != "_AutoscalingCoordinatorActor"]  # Ray's, one per cluster
-        groups = [
-            g.placement_group_id for g in list_placement_groups(address, limit=1000) if g.state != "REMOVED"
-        ]
-        if not actors + groups or time.monotonic() > deadline:
-            return actors + groups
+        living = [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
+        living = [name for name in living if name != "_AutoscalingCoordinatorActor"]  # Ray's, one per cluster
+        groups = [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
+        if not living + groups or time.monotonic() > deadline:
+            return living + groups
         time.sleep(0.2)
 
 

@@ -112,7 +112,7 @@ def test_lineage_is_on_the_version_and_holds_no_secret(uri: str, run_id: str, po
     assert float(version.tags["metric.eval/accuracy"]) == 0.75
     written = (registered.folder.parent / "lineage.json").read_text()
     assert json.loads(written)["references"]["movie"]["fingerprint"] == "e" * 40
-    assert json.loads(written)["version"] == 1
+    assert json.loads(written)["version"] == 2
     assert "hunter2" not in written
     everything = b"".join(p.read_bytes() for p in registered.folder.parent.rglob("*") if p.is_file())
     assert b"hunter2" not in everything

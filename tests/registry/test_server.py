@@ -216,6 +216,22 @@ def test_the_adapter_comes_alone(server: str, policy: Exported, tmp_path: Path, 
     }
 
 
+def test_the_adapter_is_pushed_without_the_model(
+    server: str, policy: Exported, tmp_path: Path, on_machine: Machine
+) -> None:
+    registered = _register(server, "sentiment", policy, tmp_path, 0.75)
+    on_machine("a colleague's")
+    to = tmp_path / "pushed"
+    pushed = _models(
+        "push", registered.uri_pinned, "me/lora", "--adapter", "--to", str(to), "--tracking-uri", server
+    )
+    assert pushed.exit_code == 0, pushed.exception
+    weights = (to / "adapter_model.safetensors").read_bytes()
+    assert weights == (policy.adapter / "adapter_model.safetensors").read_bytes()
+    downloaded = (tmp_path / "a colleague's").rglob("*.safetensors")
+    assert {path.name for path in downloaded} == {"adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("flags", [(), ("--merge",), ("--adapter",)])
 def test_one_flipped_bit_in_the_store_is_refused(
     server: str, folder: Path, policy: Exported, tmp_path: Path, on_machine: Machine, flags: tuple[str, ...]

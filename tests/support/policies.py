@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from models.probe import LogitProbe, build_probe_rows, compute_probe_logits
-from orchestrator.registry.model_card import Lineage, PinnedReference
+from orchestrator.registry.lineage import Lineage, PinnedReference
 
 ROWS = [[5, 80, 33, 120, 7, 7, 200], [99, 1, 4, 4, 61, 250, 13, 2]]
 
