@@ -66,7 +66,9 @@ def format_fields(fields: Sequence[FileField], sections: str) -> str:
             if field.name in left_out or (not path and _is_plain_section(field)):
                 continue
             name = field.name if len(paths) == 1 else field.path
-            lines.append(f"| {' | '.join(_escape(cell) for cell in (f'`{name}`', *_format_cells(field)))} |")
+            lines.append(
+                f"| {' | '.join(_escape_cell(cell) for cell in (f'`{name}`', *_format_cells(field)))} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -77,11 +79,11 @@ def format_settings() -> str:
         names, fields = (
             ", ".join(f"`{name}`" for name in group) for group in (counterpart.names, counterpart.fields)
         )
-        lines.append(f"| {names} | {fields} | {_escape(counterpart.remark)} |")
+        lines.append(f"| {names} | {fields} | {_escape_cell(counterpart.remark)} |")
     return "\n".join(lines) + "\n"
 
 
-def generate(page: str) -> str:
+def write_tables(page: str) -> str:
     """Return a page with its tables written anew."""
     files = {"run": list_fields(build_run_schema()), "sweep": list_fields(build_sweep_schema())}
 
@@ -116,7 +118,7 @@ def _format_cells(field: FileField) -> tuple[str, str, str]:
     return (default if default in ("", "required") else f"`{default}`"), values, meaning
 
 
-def _escape(cell: str) -> str:
+def _escape_cell(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
@@ -129,7 +131,7 @@ def main() -> int:
     for name in PAGES:
         path = Path(__file__).parent / name
         page = path.read_text()
-        written = generate(page)
+        written = write_tables(page)
         if written == page:
             continue
         if check:

@@ -88,18 +88,20 @@ def explain_field(name: str | None) -> Iterator[str]:
     if name is None:
         yield from _list_files(files)
         return
-    found = {file: _find(fields, name) for file, fields in files.items()}
+    found = {file: _find_named_fields(fields, name) for file, fields in files.items()}
     counterpart = _find_counterpart(name)
     if counterpart is None and not any(found.values()):
         raise UsageError(_explain_unknown_name(name, files))
     blocks = [
-        _explain_group(group, file, files[file]) for file, fields in found.items() for group in _group(fields)
+        _explain_group(group, file, files[file])
+        for file, fields in found.items()
+        for group in _group_by_path(fields)
     ]
     if counterpart is not None:
         blocks.insert(0, _explain_counterpart(name, counterpart))
         if not any(found.values()):
             blocks += [
-                _explain_group(_find(files["run file"], path), "run file", files["run file"])
+                _explain_group(_find_named_fields(files["run file"], path), "run file", files["run file"])
                 for path in counterpart.fields
             ]
     for number, block in enumerate(blocks):
@@ -116,7 +118,7 @@ def _find_counterpart(name: str) -> Counterpart | None:
     return counterpart
 
 
-def _find(fields: list[FileField], name: str) -> list[FileField]:
+def _find_named_fields(fields: list[FileField], name: str) -> list[FileField]:
     """Find fields by path, by a path within a sweep, or by the last name alone."""
     for prefix in ("", *_WITHIN):
         if name.startswith(prefix) and (found := find_fields(fields, name.removeprefix(prefix))):
@@ -124,7 +126,7 @@ def _find(fields: list[FileField], name: str) -> list[FileField]:
     return find_fields_by_name(fields, name)
 
 
-def _group(fields: list[FileField]) -> list[list[FileField]]:
+def _group_by_path(fields: list[FileField]) -> list[list[FileField]]:
     """Group fields by path."""
     groups: dict[str, list[FileField]] = {}
     for field in fields:
@@ -142,7 +144,7 @@ def _list_files(files: dict[str, list[FileField]]) -> Iterator[str]:
 
 
 def _explain_counterpart(name: str, counterpart: Counterpart) -> list[str]:
-    return _wrap(f"{name} is of other trainers. Here, {counterpart.remedy}.")
+    return _wrap_text(f"{name} is of other trainers. Here, {counterpart.remedy}.")
 
 
 def _explain_group(variants: list[FileField], file: str, fields: list[FileField]) -> list[str]:
@@ -154,7 +156,7 @@ def _explain_group(variants: list[FileField], file: str, fields: list[FileField]
     for field in variants:
         if field.variants and field.name != "type":
             lines.append(f"  with type {' or '.join(field.variants)}:")
-        lines += _wrap(f"{field.description}.", indent=2)
+        lines += _wrap_text(f"{field.description}.", indent=2)
         lines += _explain_values(field)
     if inner:
         lines += ["", *([] if is_section else [f"fields of {inner[0].parent}"]), *_list_table(inner)]
@@ -239,7 +241,7 @@ def _explain_unknown_name(name: str, files: dict[str, list[FileField]]) -> str:
     return f"there is no field {shown!r}; {nearest}"
 
 
-def _wrap(text: str, indent: int = 0) -> list[str]:
+def _wrap_text(text: str, indent: int = 0) -> list[str]:
     prefix = " " * indent
     return textwrap.wrap(
         text, _WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False

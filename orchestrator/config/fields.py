@@ -88,11 +88,11 @@ def find_fields(fields: Sequence[FileField], path: str) -> list[FileField]:
     mapping or a list it is the field that holds it.
     """
     parts = re.sub(r"\[(\w+)\]", r".\1", path).split(".")
-    found = [field for field in fields if _matches(field.path.split("."), parts)]
+    found = [field for field in fields if _matches_path(field.path.split("."), parts)]
     if found:
         return found
     holders = {
-        field.parent.rpartition(".")[0] for field in fields if _matches(field.parent.split("."), parts)
+        field.parent.rpartition(".")[0] for field in fields if _matches_path(field.parent.split("."), parts)
     }
     return [field for field in fields if field.path in holders]
 
@@ -129,7 +129,7 @@ def format_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
-def _matches(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+def _matches_path(pattern: Sequence[str], parts: Sequence[str]) -> bool:
     if len(pattern) != len(parts):
         return False
     return all(own in (part, ANY_NAME, ANY_NUMBER) for own, part in zip(pattern, parts, strict=True))
@@ -149,7 +149,7 @@ def _walk_section(
             type=_describe_type(written),
             limits=", ".join(_describe_limits(written)),
             default=None if name in section.get("required", ()) else _format_default(written),
-            description=_tidy(written.get("description", "")),
+            description=_tidy_description(written.get("description", "")),
             example=_choose_example(written),
             is_section=bool(inner),
         )
@@ -243,7 +243,7 @@ def _choose_example(written: Mapping[str, Any]) -> Any:
     return None if isinstance(default, Mapping) else default
 
 
-def _tidy(description: str) -> str:
+def _tidy_description(description: str) -> str:
     """Return a description on one line that begins as a sentence does, unless with a name or a value."""
     text = " ".join(description.split()).removesuffix(".")
     first = re.match(r"[a-z'-]+(?=[ ,])", text)

@@ -22,8 +22,8 @@ class Counterpart:
     @property
     def remedy(self) -> str:
         """What to do, as messages say it after a name that is unknown."""
-        told = f"set {' and '.join(self.fields)}" if self.fields else ""
-        return ": ".join(part for part in (told, self.remark) if part)
+        setting = f"set {' and '.join(self.fields)}" if self.fields else ""
+        return ": ".join(part for part in (setting, self.remark) if part)
 
 
 # Names there, fields here, and a remark.

@@ -97,9 +97,10 @@ def test_examples_of_run_files_are_read(field: FileField) -> None:
     assert refusals_of(field.name, lambda: parse_run(merged, source="run")) == []
 
 
-@pytest.mark.parametrize(
-    "field", [f for f in SWEEP_FIELDS if f.example is not None and f.name not in ("run", "space")], ids=str
-)
+SWEEP_LEAVES = [f for f in SWEEP_FIELDS if f.example is not None and f.name not in ("run", "space")]
+
+
+@pytest.mark.parametrize("field", SWEEP_LEAVES, ids=ids(SWEEP_LEAVES))
 def test_examples_of_sweep_files_are_read(field: FileField) -> None:
     content = yaml.safe_load(str(field.example_line))
     merged = {key: {**SWEEP[key], **content[key]} if key == "search" else content[key] for key in content}
