@@ -66,8 +66,7 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
 def start_local_ray(**options: Any) -> Iterator[None]:
     """Start a Ray on this machine that serves this process alone, and end it after the block.
 
-    Its dashboard is for Ray itself too: Ray Train asks it whether a run's controller lives, and would keep the
-    resources of a trial that has failed without it.
+    Ray Train needs its dashboard: there it learns that a trial has failed, and frees what the trial held.
 
     Args:
         options: of `ray.init`.
