@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from orchestrator.driver import train
 from orchestrator.driver.train import train_run
 from orchestrator.errors import RunFailed, RunStopped, UsageError
 from tests.support.faults import (
+    SAVE_EVERY,
     STEPS,
     assert_nothing_left,
     assert_same_outcome,
@@ -42,11 +44,12 @@ def flip_bit(file: Path) -> None:
 DAMAGES = {cut: "cut short", flip_bit: "with a flipped bit"}
 
 
-def stop_run(config: RunConfig, *, after: int) -> None:
-    """Train until this step is taken, and stop; the step is saved then."""
+def stop_run(config: RunConfig, *, after: int = 0) -> None:
+    """Train until a step after this one is taken, and stop; the last step is saved then."""
+    began = time.time()
 
     def stop() -> bool:
-        if find_step(config.folder) < after:
+        if not any(line["time"] > began and line["step"] > after for line in list_steps(config.folder)):
             return False
         os.kill(os.getpid(), signal.SIGTERM)
         return True
@@ -56,30 +59,31 @@ def stop_run(config: RunConfig, *, after: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def stop_at() -> Iterator[int]:
-    """The steps at which the run of this module is stopped, one after another."""
-    return iter(range(6, STEPS, 2))
+def slow_steps(place: Path) -> Iterator[None]:
+    """Steps that take so long that one or two more are taken before a run stops."""
+    pace = place / "pace"
+    pace.write_text("0.3")
+    yield
+    pace.unlink()
 
 
 @pytest.fixture
-def config(make_run: MakeRun, place: Path, stop_at: Iterator[int]) -> RunConfig:
+def config(make_run: MakeRun, place: Path, slow_steps: None) -> RunConfig:
     """The run that is damaged again and again, stopped with at least two checkpoints."""
     config = make_run("damaged", storage_path=str(place / "damaged"))
     if not config.folder.exists():
-        stop_run(config, after=next(stop_at))
+        stop_run(config, after=SAVE_EVERY)
     return config
 
 
 @pytest.mark.parametrize("damage", [cut, flip_bit])
-def test_a_damaged_checkpoint(
-    damage: Callable[[Path], None], config: RunConfig, stop_at: Iterator[int], report: Report
-) -> None:
+def test_a_damaged_checkpoint(damage: Callable[[Path], None], config: RunConfig, report: Report) -> None:
     newest, older = sorted((config.folder / "checkpoints").glob("checkpoint_*/"), reverse=True)[:2]
     (state,) = newest.glob("state-*.safetensors")
     damage(state)
     kept = json.loads((older / "progress.json").read_text())["step"]
     times = {line["step"]: line["time"] for line in list_steps(config.folder)}
-    stop_run(config, after=next(stop_at))
+    stop_run(config)
     again = {line["step"]: line["time"] for line in list_steps(config.folder)}
     assert all(again[step] == times[step] for step in range(1, kept + 1)), "the older checkpoint is used"
     assert all(again[step] > times[step] for step in times if step > kept)
@@ -106,14 +110,12 @@ def test_a_damaged_record(damage: Callable[[Path], None], config: RunConfig, rep
 
 
 @pytest.mark.parametrize("damage", [cut, flip_bit])
-def test_damaged_score_files(
-    damage: Callable[[Path], None], config: RunConfig, stop_at: Iterator[int], report: Report
-) -> None:
+def test_damaged_score_files(damage: Callable[[Path], None], config: RunConfig, report: Report) -> None:
     files = list(Path(config.storage_path).glob("scores/*/scores-*.parquet"))
     assert files
     for file in files:
         damage(file)
-    stop_run(config, after=next(stop_at))
+    stop_run(config)
     assert all(file.with_name(f"{file.name}.damaged").exists() for file in files)
     report(
         f"score files {DAMAGES[damage]}",
@@ -122,12 +124,12 @@ def test_damaged_score_files(
     )
 
 
-def test_a_damaged_line_of_metrics(config: RunConfig, stop_at: Iterator[int], report: Report) -> None:
+def test_a_damaged_line_of_metrics(config: RunConfig, report: Report) -> None:
     """The line's numbers are lost, and nothing else; it is put back so that the run's end can be compared."""
     file = config.folder / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:3], b"\0" * (len(lines[3]) - 1) + b"\n", *lines[4:]]))
-    stop_run(config, after=next(stop_at))
+    stop_run(config)
     lost = json.loads(lines[3])["step"]
     assert [line["step"] for line in list_steps(config.folder)] == [
         step for step in range(1, find_step(config.folder) + 1) if step != lost

@@ -26,7 +26,7 @@ from orchestrator.tracking.metrics_file import read_metrics
 STEPS, SAVE_EVERY = 24, 4
 
 LINK_MODULE = '''
-"""DPO's link; it also writes down which process is which rank, and sets the clock by a file."""
+"""DPO's link; it also writes down which process is which rank, and sets clock and pace by files."""
 
 import os
 import time
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RANKS, CLOCK = Path(__file__).with_name("ranks"), Path(__file__).with_name("clock")
+RANKS, CLOCK, PACE = (Path(__file__).with_name(name) for name in ("ranks", "clock", "pace"))
 REAL_TIME = time.time
 
 
@@ -46,6 +46,8 @@ def logistic(h, *, beta):
         if CLOCK.exists():
             offset = float(CLOCK.read_text())
             time.time = lambda: REAL_TIME() + offset
+        if PACE.exists():
+            time.sleep(float(PACE.read_text()))
     return torch.nn.functional.softplus(-beta * h)
 '''
 
