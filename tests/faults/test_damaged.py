@@ -15,7 +15,6 @@ from orchestrator.driver.train import train_run
 from orchestrator.errors import RunFailed, RunStopped, UsageError
 from tests.support.faults import (
     SAVE_EVERY,
-    STEPS,
     assert_nothing_left,
     assert_same_outcome,
     find_step,
