@@ -1,6 +1,7 @@
 """Scores of a whole table: the same to the last bit, however many replicas there are and whatever happens."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_scores_of_a_table_are_the_same_bits_whatever_happens(
     table = make_table(64)
 
     def score(name: str, replicas: int, stop_after: float = np.inf) -> dict[str, list[float]]:
-        def stop(_name: str, done: int, _total: int) -> None:
+        def stop(_name: str, done: int, _total: int, _notes: Sequence[str]) -> None:
             if done >= stop_after:
                 raise Stop
 

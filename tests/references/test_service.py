@@ -21,6 +21,7 @@ from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.config.sections import Resources, RewardConfig
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.references import client as references_client
+from orchestrator.references.bulk import digest_table
 from orchestrator.references.client import (
     ReferenceArrays,
     ReferenceClient,
@@ -399,7 +400,7 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
     monkeypatch.setattr("orchestrator.references.service.BULK_REQUESTS", 1)
     tables = {"base": make_table(30), "other": make_table(10, seed=1)}
     specs = [spec(), spec(name="other", fingerprint="0" * 32)]
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, list[str]]] = []
     with serve(*specs) as service:
         ask_all(service, tables["base"], range(5))
         service.score_all(tables, lambda *progress: seen.append(progress))
@@ -414,9 +415,14 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
         }
         assert len(store) == service.stats()["base"].scored == different["base"]
     for name in tables:
-        counts = [done for n, done, total in seen if n == name and total == different[name]]
+        counts = [done for n, done, total, _ in seen if n == name and total == different[name]]
         assert counts == sorted(counts)
         assert counts[-1] == different[name]
+    first = next(report for report in seen if report[0] == "base")
+    stored = len({key.tobytes() for key in digest_table(tables["base"])[:10]})
+    assert first[1] == stored, "the store has the first five pairs"
+    assert first[3] == [f"{100 * stored // different['base']} % from store", "queue 0"]
+    assert any(not notes[1].endswith(" 0") for *_, notes in seen), "some responses waited"
 
 
 def test_scores_reach_storage_while_the_run_goes_on(serve, spec, make_table, tmp_path):
