@@ -88,9 +88,10 @@ class BulkCounts:
         self.scored = self.total - self.stored
 
     def describe(self) -> list[str]:
-        """Return which share came from the store, and how many responses wait."""
+        """Return which share came from the store, and how many responses wait while not all are done."""
         share = int(100 * self.stored / self.total) if self.total else 100
-        return [f"{share} % from store", f"queue {self.queued:,}"]
+        queue = [f"queue {self.queued:,}"] if self.done < self.total else []
+        return [f"{share} % from store", *queue]
 
 
 def _split_rows(count: int) -> list[range]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from orchestrator.tracking.activity import Activity, read_activity
 from orchestrator.tracking.metrics_file import FINDING, METRICS_FILE, read_findings, read_new_lines
 from orchestrator.tracking.progress import ProgressMeter
-from orchestrator.tracking.progress_lines import count_steps
+from orchestrator.tracking.progress_lines import Unit, count_steps
 
 _TASK = "training"
 _LOOK_EVERY_S = 0.5
@@ -114,6 +115,7 @@ def follow_steps(folder: Path, total: int, pairs_per_step: int, console: Console
     findings = set(read_findings(folder).values())
     stop = threading.Event()
     with ProgressMeter(console, count_steps(pairs_per_step)) as meter:
+        activities = _ActivityView(meter, folder)
 
         def show_news() -> None:
             nonlocal position
@@ -129,6 +131,7 @@ def follow_steps(folder: Path, total: int, pairs_per_step: int, console: Console
             meter.update(
                 _TASK, state.step, total, state.list_notes(), waits=not state.is_training, notes_below=True
             )
+            activities.update()
 
         thread = threading.Thread(target=_repeat, args=(show_news, stop), name="progress", daemon=True)
         thread.start()
@@ -137,6 +140,35 @@ def follow_steps(folder: Path, total: int, pairs_per_step: int, console: Console
         finally:
             stop.set()
             thread.join()
+            activities.close()
+
+
+class _ActivityView:
+    """Shows on `meter` what the first worker does between two steps."""
+
+    def __init__(self, meter: ProgressMeter, folder: Path) -> None:
+        self._meter, self._folder = meter, folder
+        self._shown: Activity | None = None
+        self._earlier = read_activity(folder)  # left behind by a worker that was killed
+
+    def update(self) -> None:
+        activity = read_activity(self._folder)
+        if activity == self._earlier:
+            activity = None
+        shown = self._shown
+        if shown is not None and (activity is None or activity.name != shown.name):
+            self._meter.update(shown.name, shown.total, shown.total)  # the worker has gone on
+            self.close()
+        if activity is not None:
+            if self._shown is None:
+                self._meter.begin(activity.name, Unit(activity.unit, f"{activity.unit}/s"))
+            self._meter.update(activity.name, activity.done, activity.total)
+            self._shown = activity
+
+    def close(self) -> None:
+        if self._shown is not None:
+            self._meter.end(self._shown.name)
+            self._shown = None
 
 
 def _repeat(action: Callable[[], None], stop: threading.Event) -> None:

@@ -16,11 +16,13 @@ from orchestrator.tracking.progress_lines import (
     Unit,
     find_next_line_time,
     format_bars,
-    format_last_line,
+    format_last_lines,
     format_log_line,
 )
 
 _DRAWS_PER_S = 4
+_FREE_COLUMNS = 2
+"""At the end of a bar's line, for the `^C` that a terminal writes there: a line that wraps is not removed."""
 
 
 def make_plain_console() -> Console:
@@ -69,7 +71,20 @@ class ProgressMeter:
         tasks, self._tasks = list(self._tasks.values()), {}
         if last_lines:
             for task in tasks:
-                self.console.print(format_last_line(task, self._clock()))
+                self._print_last_lines(task)
+
+    def begin(self, name: str, unit: Unit) -> None:
+        """Add a task that begins now and counts another unit than the others."""
+        with self._lock:
+            self._tasks[name] = Task(self._prefix + name, unit, self._clock())
+            self._line_due_at[name] = FIRST_LINE_S
+
+    def end(self, name: str) -> None:
+        """Remove a task before the others end; a log gets its last line if it took `FIRST_LINE_S` or more."""
+        with self._lock:
+            task = self._tasks.pop(name)
+        if self._clock() - task.started_at >= FIRST_LINE_S and not self.console.is_terminal:
+            self._print_last_lines(task)
 
     def update(
         self,
@@ -109,12 +124,16 @@ class ProgressMeter:
                 self._line_due_at[name] = find_next_line_time(age)
                 self.console.print(format_log_line(task, now))
 
+    def _print_last_lines(self, task: Task) -> None:
+        width = self.console.width if self.console.is_terminal else None
+        for line in format_last_lines(task, self._clock(), width):
+            self.console.print(line)
+
     def _draw(self) -> Group:
         with self._lock:
             ascii_only = self.console.options.ascii_only
-            lines = format_bars(
-                list(self._tasks.values()), self._clock(), self.console.width, ascii_only=ascii_only
-            )
+            width = max(self.console.width - _FREE_COLUMNS, 1)
+            lines = format_bars(list(self._tasks.values()), self._clock(), width, ascii_only=ascii_only)
         texts = [Text(line, no_wrap=True, overflow="crop") for line in lines]
         for text in texts:
             text.highlight_regex("━+", "cyan")

@@ -109,11 +109,13 @@ def format_duration(seconds: float) -> str:
 
 
 def format_rate(rate: float | None, unit: Unit) -> str:
-    """Return a rate with three digits or more and its unit; nothing where there is none."""
+    """Return a rate with two digits or more and its unit; nothing where there is none."""
     if rate is None:
         return ""
     value = rate * unit.rate_scale
-    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.1e}"
+    # Digits do not come and go while a rate changes a little.
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2
+    text = f"{value:,.{decimals}f}" if value >= 1 else f"{value:.2g}"
     return f"{text} {unit.rate_name}"
 
 
@@ -123,7 +125,7 @@ def cut_middle(text: str, width: int) -> str:
         return text
     if width < 1:
         return ""
-    head = width // 2
+    head = width * 3 // 5  # what is done comes first, and matters more than the end of a model's name
     tail = width - head - 1
     return f"{text[:head]}…{text[len(text) - tail :]}"
 
@@ -137,7 +139,7 @@ def _format_count(task: Task) -> str:
     return count if task.unit.rate_name == f"{task.unit.name}/s" else f"{count} {task.unit.name}"
 
 
-# ---- a terminal ----
+# ---- bars ----
 
 
 def format_bars(tasks: Sequence[Task], now: float, width: int, *, ascii_only: bool = False) -> list[str]:
@@ -160,11 +162,12 @@ def format_bars(tasks: Sequence[Task], now: float, width: int, *, ascii_only: bo
     widths = {name: max([*map(len, texts), least.get(name, 0)]) for name, texts in columns.items()}
     names = max((len(task.name) for task in tasks), default=0)
     name_width, bar_width = 0, 0
-    for dropped in _DROPPED:
+    has_bars = any(task.total is not None for task in tasks)
+    for dropped in _DROPPED if has_bars else _DROPPED[1:]:
         kept = [name for name, size in widths.items() if size and name not in dropped]
         room = width - sum(widths[name] + len(_GAP) for name in kept)
         bar = 0 if "bar" in dropped else _LEAST_BAR + len(_GAP)
-        name_width = min(names, max(_LEAST_NAME, room * 3 // 5) if bar else room, room - bar)
+        name_width = min(names, max(_LEAST_NAME, room * 2 // 3) if bar else room, room - bar)
         if name_width >= min(names, _LEAST_NAME):
             bar_width = min(room - name_width - len(_GAP), _MOST_BAR) if bar else 0
             break
@@ -195,7 +198,7 @@ def _format_bar(task: Task, width: int, ascii_only: bool) -> str:
     return full * filled + empty * (width - filled)
 
 
-# ---- a log ----
+# ---- plain lines ----
 
 
 def find_next_line_time(elapsed: float) -> float:
@@ -215,15 +218,20 @@ def format_log_line(task: Task, now: float) -> str:
     return f"{task.name}: {', '.join(filter(None, parts))}"
 
 
-def format_last_line(task: Task, now: float) -> str:
-    """Return a task's last line: count, per cent, total time, mean rate, notes."""
+def format_last_lines(task: Task, now: float, width: int | None = None) -> list[str]:
+    """Return a task's end: count, per cent, total time, mean rate, notes.
+
+    It is one line, but where a terminal of `width` columns has no room for the notes beside the others.
+    """
     seconds = now - task.started_at
-    parts = [
-        f"{_format_counted(task)} in {f'{seconds:.1f} s' if seconds < 10 else format_duration(seconds)}",
-        format_rate(task.compute_mean_rate(), task.unit),
-        *task.notes,
-    ]
-    return f"{task.name}: {', '.join(filter(None, parts))}"
+    duration = f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
+    parts = [f"{_format_counted(task)} in {duration}", format_rate(task.compute_mean_rate(), task.unit)]
+    text, notes = ", ".join(filter(None, parts)), ", ".join(task.notes)
+    line = f"{task.name}: {text}{f', {notes}' if notes else ''}"
+    if width is None or len(line) <= width:
+        return [line]
+    name = cut_middle(task.name, max(width - len(text) - 2, _LEAST_NAME))
+    return [f"{name}: {text}"[:width], *([f"{_GAP}{notes}"[:width]] if notes else [])]
 
 
 def _format_counted(task: Task) -> str:

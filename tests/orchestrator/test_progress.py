@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from orchestrator.tracking.activity import ActivityFile, read_activity
 from orchestrator.tracking.follow import TrainingState, follow_steps
 from orchestrator.tracking.progress import ProgressMeter, RowCounter
 from orchestrator.tracking.progress_lines import (
@@ -95,7 +97,7 @@ def test_a_task_that_waits_is_measured_from_when_it_begins() -> None:
         task.report(step, 100, now)
     assert task.compute_rate(125) == pytest.approx(1)
     assert task.compute_mean_rate() == pytest.approx(1)
-    assert format_log_line(task, 125) == "training: 65/100 steps (65 %), 8 pairs/s, 2:05 elapsed, ETA 0:35"
+    assert format_log_line(task, 125) == "training: 65/100 steps (65 %), 8.00 pairs/s, 2:05 elapsed, ETA 0:35"
 
 
 def test_many_reports_take_no_memory() -> None:
@@ -118,7 +120,12 @@ def test_durations(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "text"),
-    [(12_345, "12,345 rows/s"), (12.34, "12.3 rows/s"), (0.01234, "0.0123 rows/s"), (1e-5, "1.0e-05 rows/s")],
+    [
+        (12_345, "12,345 rows/s"),
+        (12.0, "12.0 rows/s"),
+        (1.5, "1.50 rows/s"),
+        (0.01234, "0.012 rows/s"),
+    ],
 )
 def test_rates(rate: float, text: str) -> None:
     assert format_rate(rate, ROWS) == text
@@ -169,7 +176,7 @@ def test_eighty_columns_show_everything_and_more_columns_a_longer_bar(task: Task
 def test_the_lines_of_a_training() -> None:
     task = task_of("training", count_steps(8), [(0, 0), (10, 20)], 100, **TRAINING)
     assert format_bars([task], 10, 80) == [
-        "training  ━━━━────────────────────  20/100 steps     16 pairs/s  0:10   ETA 0:40",
+        "training  ━━━━────────────────────  20/100 steps   16.0 pairs/s  0:10   ETA 0:40",
         "  loss 0.6931  margin 0.1234  accuracy 0.625 @1000  stall 12 %",
     ]
 
@@ -177,7 +184,7 @@ def test_the_lines_of_a_training() -> None:
 def test_several_tasks_are_aligned() -> None:
     lines = format_bars(BUSY[2:], 7200, 80)
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].index("━") == lines[1].index("━")
+    assert lines[0].index("─") == lines[1].index("━")
 
 
 # ------------------------------------------------------------ a log
@@ -196,11 +203,12 @@ def test_a_log_gets_lines_after_seconds_then_every_20_s_then_every_minute() -> N
     assert lines_at == [5, 25, 45, 65, 85, 105, 125, 185, 245]
     lines = out.getvalue().splitlines()
     assert lines[0] == (
-        "scoring train, base: 1,050/5,000 responses (21 %), 10 responses/s, 0:05 elapsed, ETA 6:35, "
+        "scoring train, base: 1,050/5,000 responses (21 %), 10.0 responses/s, 0:05 elapsed, ETA 6:35, "
         "20 % from store, queue 14"
     )
     assert lines[-1] == (
-        "scoring train, base: 4,000/5,000 responses (80 %) in 5:00, 10 responses/s, 20 % from store, queue 14"
+        "scoring train, base: 4,000/5,000 responses (80 %) in 5:00, 10.0 responses/s, "
+        "20 % from store, queue 14"
     )
 
 
@@ -278,6 +286,34 @@ def test_a_resumed_training_tells_no_earlier_line_again() -> None:
     assert state.add_line(line_of(3, **{"eval/accuracy": 0.6}) | {"time": 201.0}) is not None
 
 
+def test_activities_between_steps_have_their_own_line(tmp_path: Path) -> None:
+    left_behind, told, out = ActivityFile(tmp_path), ActivityFile(tmp_path), io.StringIO()
+    left_behind.report("sampling @0", "samples", 8, 64)
+    console = Console(file=out, width=80, force_terminal=True)
+    with follow_steps(tmp_path, 4, 8, console):
+        time.sleep(0.6)
+        assert "sampling" not in out.getvalue(), "a worker that was killed does nothing"
+        told.report("evaluating @2", "pairs", 16, 64)
+        wait_until(lambda: "evaluating @2" in out.getvalue())
+        told.end()
+        told.report("sampling @2", "samples", 8, 32)
+        wait_until(lambda: "sampling @2" in out.getvalue())
+        told.end()
+        assert read_activity(tmp_path) is None
+    bars = [line for line in read_screen(out.getvalue()) if " @2 " in line]
+    assert any(re.match(r"evaluating @2 .* 16/64 ", line) for line in bars)
+    assert any(re.match(r"sampling @2 .* 8/32 ", line) for line in bars)
+    ActivityFile(None).report("sampling @2", "samples", 8, 32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def wait_until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_log_of_a_training_has_evaluations_and_a_last_line(tmp_path: Path) -> None:
     metrics, out = tmp_path / "metrics.jsonl", io.StringIO()
     metrics.write_text(
@@ -308,11 +344,22 @@ def test_bars_are_drawn_within_the_terminal_and_leave_their_last_line(width: int
             for name in ("base", "HuggingFaceTB-SmolLM2-1.7B-Instruct-of-the-lab"):
                 meter.update(name, 1_000 + 10 * second, 5_000, ["20 % from store", "queue 14"])
         meter._live.refresh()
-        drawn = read_screen(out.getvalue())
+        drawn, end = read_screen(out.getvalue()), len(out.getvalue())
     assert max(map(len, drawn)) <= width
     assert any("ETA" in line and "━" in line and "responses/s" in line for line in drawn)
-    left = read_screen(out.getvalue())[-2:]
-    assert left[0].startswith("scoring train, base: 1,090/5,000 responses (21 %) in 9.0 s")
+    left = [line for line in read_screen(out.getvalue()[end:]) if " ETA " not in line]
+    assert max(map(len, left)) <= width
+    counts = "1,090/5,000 responses (21 %) in 9.0 s, 10.0 responses/s"
+    notes = "20 % from store, queue 14"
+    if width == 80:
+        assert left[-4:] == [
+            f"scoring train, base: {counts}",
+            f"  {notes}",
+            f"scoring train…f-the-lab: {counts}",
+            f"  {notes}",
+        ]
+    else:
+        assert left[-3] == f"scoring train, base: {counts}, {notes}"
 
 
 def read_screen(text: str) -> list[str]:
@@ -324,13 +371,13 @@ def read_screen(text: str) -> list[str]:
 def test_a_command_on_a_terminal_draws_a_bar_of_what_it_reads(tmp_path: Path) -> None:
     row = {"prompt": "Film 1 is ", "chosen": "good.", "rejected": "bad!"}
     data = tmp_path / "pairs.jsonl"
-    data.write_text((json.dumps(row) + "\n") * 20_000)
+    data.write_text((json.dumps(row) + "\n") * 3_000)
     out = run_on_terminal([sys.executable, "-m", "orchestrator", "data", "show", str(data)], columns=80)
     bars = [line for line in read_screen(out) if line.startswith("reading ")]
     assert bars, out
     assert all(re.match(r"reading \S+ .* rows .* \d:\d\d$", line) for line in bars), bars
     assert max(map(len, bars)) <= 80
-    assert "20,000 pairs of 20,000 rows" in out
+    assert "3,000 pairs of 3,000 rows" in out
 
 
 def run_on_terminal(command: list[str], *, columns: int) -> str:
