@@ -36,17 +36,16 @@ class TrainingState:
     """
 
     def __init__(self, lines: list[dict[str, Any]], pairs_per_step: int) -> None:
+        self.step, self.is_training = 0, False
+        """The last step that is done, and whether this start has taken one."""
         self._pairs_per_step = pairs_per_step
-        self._newest = 0.0
+        self._newest = 0.0  # time of the newest line
         self._latest: dict[str, float] = {}
         self._stalls: deque[float] = deque(maxlen=_STALL_STEPS)
         self._evaluation: tuple[int, Mapping[str, float]] | None = None
-        self.step = 0
-        """The last step that is done."""
         for line in lines:
             self.add_line(line)
         self.is_training = False
-        """Whether this start has taken a step."""
         self._stalls.clear()
 
     def add_line(self, line: Mapping[str, Any]) -> str | None:
@@ -123,7 +122,7 @@ def follow_steps(folder: Path, total: int, pairs_per_step: int, console: Console
             for line in news:
                 if FINDING not in line:
                     evaluation = state.add_line(line)
-                    if evaluation and not console.is_terminal:
+                    if evaluation and not console.is_interactive:
                         console.print(evaluation)
                 elif line["message"] not in findings:
                     findings.add(line["message"])

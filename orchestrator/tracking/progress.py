@@ -34,7 +34,8 @@ class ProgressMeter:
     """Progress of named tasks on `console`. A context manager: leaving it prints each task's last line.
 
     Args:
-        console: where bars are drawn while the tasks run if it is a terminal, else a line now and then.
+        console: where bars are drawn while the tasks run if it is a terminal that can, else a line now and
+            then is printed.
         unit: what the tasks count.
         prefix: put before each task's name.
         clock: returns seconds.
@@ -83,7 +84,7 @@ class ProgressMeter:
         """Remove a task before the others end; a log gets its last line if it took `FIRST_LINE_S` or more."""
         with self._lock:
             task = self._tasks.pop(name)
-        if self._clock() - task.started_at >= FIRST_LINE_S and not self.console.is_terminal:
+        if self._clock() - task.started_at >= FIRST_LINE_S and not self.console.is_interactive:
             self._print_last_lines(task)
 
     def update(
@@ -110,7 +111,7 @@ class ProgressMeter:
             task = self._tasks[name]
             task.report(done, total, now, waits=waits)
             task.notes, task.notes_below = notes, notes_below
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self._live.start()
         else:
             self.print_due_lines()
@@ -120,12 +121,12 @@ class ProgressMeter:
         now = self._clock()
         for name, task in self._tasks.items():
             age = now - task.started_at
-            if age >= self._line_due_at[name] and not task.is_complete and not self.console.is_terminal:
+            if age >= self._line_due_at[name] and not task.is_complete and not self.console.is_interactive:
                 self._line_due_at[name] = find_next_line_time(age)
                 self.console.print(format_log_line(task, now))
 
     def _print_last_lines(self, task: Task) -> None:
-        width = self.console.width if self.console.is_terminal else None
+        width = self.console.width if self.console.is_interactive else None
         for line in format_last_lines(task, self._clock(), width):
             self.console.print(line)
 

@@ -30,8 +30,6 @@ class Unit:
 
 RESPONSES = Unit("responses", "responses/s")
 ROWS = Unit("rows", "rows/s")
-SAMPLES = Unit("samples", "samples/s")
-MEGABYTES = Unit("MB", "MB/s")
 
 
 def count_steps(pairs_per_step: int) -> Unit:

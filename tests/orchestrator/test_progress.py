@@ -20,10 +20,8 @@ from orchestrator.tracking.activity import ActivityFile, read_activity
 from orchestrator.tracking.follow import TrainingState, follow_steps
 from orchestrator.tracking.progress import ProgressMeter, RowCounter
 from orchestrator.tracking.progress_lines import (
-    MEGABYTES,
     RESPONSES,
     ROWS,
-    SAMPLES,
     Task,
     Unit,
     count_steps,
@@ -36,6 +34,7 @@ from orchestrator.tracking.progress_lines import (
 from orchestrator.tracking.rates import WINDOW_S, RecentRate
 
 ROOT = Path(__file__).parents[2]
+SAMPLES, MEGABYTES = Unit("samples", "samples/s"), Unit("MB", "MB/s")
 LONG = "scoring train, HuggingFaceTB-SmolLM2-1.7B-Instruct-of-the-lab"
 
 
@@ -286,7 +285,10 @@ def test_a_resumed_training_tells_no_earlier_line_again() -> None:
     assert state.add_line(line_of(3, **{"eval/accuracy": 0.6}) | {"time": 201.0}) is not None
 
 
-def test_activities_between_steps_have_their_own_line(tmp_path: Path) -> None:
+def test_activities_between_steps_have_their_own_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     left_behind, told, out = ActivityFile(tmp_path), ActivityFile(tmp_path), io.StringIO()
     left_behind.report("sampling @0", "samples", 8, 64)
     console = Console(file=out, width=80, force_terminal=True)
@@ -335,7 +337,10 @@ def test_a_log_of_a_training_has_evaluations_and_a_last_line(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_bars_are_drawn_within_the_terminal_and_leave_their_last_line(width: int) -> None:
+def test_bars_are_drawn_within_the_terminal_and_leave_their_last_line(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     clock, out = Clock(), io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, soft_wrap=True, highlight=False)
     with ProgressMeter(console, RESPONSES, "scoring train, ", clock) as meter:
@@ -360,6 +365,19 @@ def test_bars_are_drawn_within_the_terminal_and_leave_their_last_line(width: int
         ]
     else:
         assert left[-3] == f"scoring train, base: {counts}, {notes}"
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    clock, out = Clock(), io.StringIO()
+    with ProgressMeter(Console(file=out, force_terminal=True, width=80), ROWS, clock=clock) as meter:
+        for second in (0, 6):
+            clock.now = 1000.0 + second
+            meter.update("reading", 10 + second, 100)
+    assert out.getvalue().splitlines() == [
+        "reading: 16/100 rows (16 %), 1.00 rows/s, 0:06 elapsed, ETA 1:24",
+        "reading: 16/100 rows (16 %) in 6.0 s, 1.00 rows/s",
+    ]
 
 
 def read_screen(text: str) -> list[str]:
