@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-long test-faults test-cluster check lint types floors wheel lock audit
+.PHONY: help install demo test test-fast test-long test-faults test-cluster check lint types floors wheel lock audit docs
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -35,18 +35,18 @@ ifdef PYTEST
 else
 	$(TESTS) -n 2 --dist loadgroup tests --ignore tests/orchestrator --ignore tests/references \
 	  --ignore tests/cluster --ignore tests/faults
-	$(TESTS) -m "not long" tests/orchestrator tests/references  # on Ray, which fills a machine
+	$(TESTS) -n 2 --dist loadfile -m "not long" tests/orchestrator tests/references  # on Ray
 endif
 
 FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs/test_docs.py tests/models \
   --ignore tests/models/test_strategies.py --ignore tests/models/test_parallel.py \
-  $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config metrics placement record report search step sweep))
+  $(addprefix tests/orchestrator/test_,$(addsuffix .py,checkpoint config examples explain metrics placement record report search step sweep))
 
 test-fast: install $(VENV)/quantization  ## the ground floors and most of what needs no Ray: under two minutes on 2 cores
 	$(TESTS) -n 2 --dist loadgroup -m "not smollm2 and not long" $(FAST)
 
 test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
-	$(TESTS) -m long tests/orchestrator
+	$(TESTS) -n 2 --dist loadfile -m long tests/orchestrator
 
 test-faults: install  ## kill, stop, damage, fill and cut off what a run needs, for real (root on Linux)
 	rm -f .faults.csv
@@ -74,6 +74,9 @@ wheel: install   ## build the wheel, install it elsewhere and run it there
 
 lock: install $(VENV)/quantization  ## write the installed versions to constraints.txt, and with hashes to constraints.hashed.txt
 	.ci/lock $(BIN)/python
+
+docs: install    ## write the tables of fields and of other trainers' settings into docs/
+	$(BIN)/python docs/generate.py
 
 audit: install   ## known faults of the locked versions; says so where no advisory service answers
 	$(BIN)/python .ci/audit

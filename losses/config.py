@@ -24,9 +24,19 @@ class ReferenceStageConfig(FrozenSettings):
     """
 
     combine: CombineRule = "single"
-    weights: WeightRule | tuple[float, ...] = "uniform"
-    trust_region: Annotated[float, Bounds(0.1, above=0, below=1)] | None = None
+    """How the references' log-probs become one: none reads no reference, single the primary alone,
+    harmonic and geometric a weighted mean, multi_loss takes the weighted mean of the losses against
+    each."""
+    weights: Annotated[WeightRule | tuple[float, ...], Field(examples=["adaptive"])] = "uniform"
+    """A rule, or a number per reference, the primary's first; a run file may give them by name. They need not
+    sum to 1."""
+    trust_region: Annotated[Annotated[float, Bounds(0.1, above=0, below=1)] | None, Field(examples=[0.1])] = (
+        None
+    )
+    """Clip further references around the primary, by this share; null: do not."""
     trust_region_mode: Literal["adaptive", "fixed"] = "adaptive"
+    """fixed: both responses get the whole share; adaptive: it is divided between them by their mean
+    log-probs."""
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -74,6 +84,8 @@ class SoftLabelConfig(FrozenSettings):
     """Settings for the probability p that chosen really beats rejected (losses.soft_labels)."""
 
     type: Literal["none", "geometric", "mixture"] = "none"
+    """none: labels are not used; geometric: multiply h by 2p - 1 (GDPO); mixture: weigh the losses of both
+    orders by p and 1 - p (cDPO)."""
 
 
 # ---------------------------------------------------------------- stage 3: dispersion
@@ -83,6 +95,7 @@ class NoDispersion(FrozenSettings):
     """No dispersion: all pairs count equally."""
 
     type: Literal["none"] = "none"
+    """No dispersion: all pairs count equally."""
 
 
 class EntropyDispersion(FrozenSettings):
@@ -92,7 +105,9 @@ class EntropyDispersion(FrozenSettings):
     """
 
     type: Literal["entropy"] = "entropy"
+    """Dispersion from the primary reference's entropy: pairs where people scatter count less."""
     phi_star: Annotated[float | Literal["auto"], Bounds(0.29, at_least=1e-3)] = 0.29
+    """Factor of the neg-log-dispersion; auto: the value that makes its mean over the training pairs 1."""
 
     @field_validator("phi_star", mode="before")
     @classmethod
@@ -107,8 +122,10 @@ class ConstantDispersion(FrozenSettings):
     """One neg-log-dispersion for all pairs."""
 
     type: Literal["constant"] = "constant"
+    """One dispersion for all pairs."""
     # Below 1e-6 the Mallows distribution is practically uniform, and its loss no longer has a slope.
-    value: Annotated[float, Bounds(1.0, at_least=1e-6)]
+    value: Annotated[float, Bounds(1.0, at_least=1e-6), Field(examples=[1.0])]
+    """The neg-log-dispersion of every pair."""
 
 
 DispersionConfig = Annotated[
@@ -124,6 +141,7 @@ class DifferenceLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["sigmoid", "ipo", "hinge", "none"]
+    """A link of h without parameters; none is for supervised fine-tuning."""
 
 
 class TwoSidedLink(FrozenSettings):
@@ -131,6 +149,7 @@ class TwoSidedLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = True
     type: Literal["nca", "bco_pair", "apo_zero", "apo_down", "sppo", "orpo"]
+    """A link that reads both responses' log-ratios separately, without parameters."""
 
 
 class RobustLink(FrozenSettings):
@@ -138,7 +157,9 @@ class RobustLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["robust"]
+    """rDPO, for labels that are flipped with a known probability."""
     flip_probability: Annotated[float, Bounds(0.1, at_least=0, below=0.5)] = 0.1
+    """The probability with which a label is flipped."""
 
 
 class RopoLink(FrozenSettings):
@@ -146,7 +167,9 @@ class RopoLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["ropo"]
+    """ROPO, whose bounded term learns little from pairs that the policy finds unlikely."""
     alpha: Annotated[float, Bounds(14, above=0)] = 14.0
+    """Weight of the bounded term against the logistic one."""
 
 
 class MallowsPhiLink(FrozenSettings):
@@ -154,7 +177,9 @@ class MallowsPhiLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["mallows_phi"]
+    """MallowsPO-phi, the exact Mallows probability of a pair; needs a dispersion."""
     smoothing: Annotated[float, Bounds(0.5, at_least=1e-3)] = 0.5
+    """The loss is smoothed where |beta * h| is below this."""
 
 
 class ExoLink(FrozenSettings):
@@ -162,7 +187,9 @@ class ExoLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["exo"]
+    """EXO, the reverse Kullback-Leibler divergence to the smoothed label."""
     label_smoothing: Annotated[float, Bounds(0.001, above=0, below=0.5)] = 0.001
+    """How far the label is moved from 1 towards one half."""
 
 
 class DiscopopLink(FrozenSettings):
@@ -170,16 +197,21 @@ class DiscopopLink(FrozenSettings):
 
     two_sided: ClassVar[bool] = False
     type: Literal["discopop"]
+    """DiscoPOP, a blend of the logistic and the exponential loss."""
     # Above 1 the blend no longer bounds the exponential part, which overflows on wrongly ranked pairs.
     temperature: Annotated[float, Bounds(0.05, above=0, at_most=1)] = 0.05
+    """Temperature of the sigmoid that blends the two losses."""
 
 
 class FunctionLink(FrozenSettings):
     """A Python function of the user's own, of h, or with `two_sided` of u_chosen and u_rejected."""
 
     type: Literal["function"]
-    function: str = Field(min_length=1, description="package.module:function, elementwise, keyword beta")
+    """A link of your own, a Python function."""
+    function: Annotated[str, Field(min_length=1, examples=["my_losses:squared_hinge"])]
+    """`package.module:function`, elementwise on tensors, with the keyword beta."""
     two_sided: bool = False
+    """Whether the function reads both responses' log-ratios instead of their difference h."""
 
 
 LinkConfig = Annotated[
@@ -199,20 +231,25 @@ LinkConfig = Annotated[
 
 
 class LossConfig(FrozenSettings):
-    """A preference loss: one setting per stage. Without arguments it is DPO at beta 0.1.
-
-    `margin` is in units of h (nats, or nats per token when length-normalised); `sft_weight` is the weight of
-    the chosen response's negative log-likelihood per token, which is added to the loss.
-    """
+    """A preference loss: one setting per stage. Without arguments it is DPO at beta 0.1."""
 
     beta: Annotated[float, Bounds(0.1, above=0)] = 0.1
+    """Inverse temperature: the larger, the closer the policy stays to its reference."""
     length_normalized: bool = False
-    margin: Annotated[float, Bounds(0.0)] = 0.0
-    sft_weight: Annotated[float, Bounds(1.0, at_least=0)] = 0.0
+    """Divide a response's log-probs by its number of tokens."""
+    margin: Annotated[float, Bounds(0.0), Field(examples=[0.3])] = 0.0
+    """What is taken off h, in its units: nats, or nats per token when length-normalised. Refused with links
+    that read both responses separately."""
+    sft_weight: Annotated[float, Bounds(1.0, at_least=0), Field(examples=[0.5])] = 0.0
+    """Weight of the chosen response's negative log-likelihood per token, which is added to the loss."""
     link: LinkConfig = DifferenceLink(type="sigmoid")
+    """The function that turns h, or both responses' log-ratios, into a loss."""
     references: ReferenceStageConfig = ReferenceStageConfig()
+    """How several references are combined into one."""
     soft_label: SoftLabelConfig = SoftLabelConfig()
+    """What labels below 1 do."""
     dispersion: DispersionConfig = NoDispersion()
+    """What people's disagreement about a pair does."""
 
     @field_validator("link", "soft_label", "dispersion", mode="before")
     @classmethod

@@ -88,7 +88,7 @@ class Bounds:
 class FrozenSettings(BaseModel):
     """Base of frozen settings; an unknown field is refused with the nearest known one in the message."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -19,26 +19,33 @@ class ModelConfig(BaseModel):
     `models:/name@alias` is resolved to a local folder before a `ModelConfig` reaches this package.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    model: str
-    """Hub id, model folder, .gguf file or adapter folder."""
-    revision: str | None = None
+    model: Annotated[str, Field(examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])]
+    """Hub id, model folder, `.gguf` file, PEFT adapter folder, `models:/name@alias` or `models:/name/3`;
+    of a reference also `policy`, the policy's own start with its adapter off."""
+    revision: Annotated[str | None, Field(examples=["main"])] = None
     """Branch, tag or commit on the hub; pinned to a commit in the run's record."""
-    gguf_file: str | None = None
+    gguf_file: Annotated[str | None, Field(examples=["model-q8_0.gguf"])] = None
     """The file to read inside a hub repository or folder that holds GGUF files."""
-    base: str | None = None
-    """For an adapter folder: the base model, if it is not where adapter_config.json says."""
+    base: Annotated[str | None, Field(examples=["meta-llama/Llama-3.2-1B"])] = None
+    """For an adapter: its base model, if it is not where `adapter_config.json` says, or to trust its code.
+    The revision that the adapter names is then not used."""
     dtype: DTypeName = "auto"
-    """auto: float32 on a CPU unless quantised, else bfloat16."""
+    """The dtype of the weights; auto: float32 on a CPU unless quantised, else bfloat16. float16 is for
+    references only. The policy computes in it as a reference does; AdamW steps float32 masters."""
     quantization: Quantization = "none"
+    """Load the weights in 8 or 4 bits, with the extra `polyref[quantization]`. A quantised policy needs an
+    `adapter` and a GPU."""
     trust_remote_code: bool = False
+    """Run code that comes with the model; of an adapter's base only where `base` names it."""
     attention: Attention = "auto"
-    """auto: sdpa, or eager where the architecture has no sdpa."""
-    chat_template: str | None = None
+    """The implementation of attention; auto: sdpa, or eager where the architecture has no sdpa. flex needs a
+    GPU."""
+    chat_template: Annotated[str | None, Field(examples=["chat.jinja"])] = None
     """A template file, or the template itself, that replaces the tokenizer's own."""
     prefix_sharing: Literal["auto", "off"] = "auto"
-    """auto: compute a prompt once for all its responses if that is exact for the model."""
+    """auto: compute a prompt once for all its responses wherever that is exact for the model; off: never."""
 
     @field_validator("model", "base", "gguf_file", "revision")
     @classmethod
@@ -80,13 +87,18 @@ class ModelConfig(BaseModel):
 class LoraSettings(BaseModel):
     """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) B A, B = 0 at the start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale of the adapter: W + (alpha / r) B A."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Module names or suffixes; all-linear: every linear layer but the head."""
+    """Dropout on the adapter's input; its masks change with workers and micro-batches. A model's own dropout
+    is always off."""
+    target_modules: Annotated[str | tuple[str, ...], Field(examples=[["q_proj", "v_proj"]])] = "all-linear"
+    """Module names or suffixes; all-linear: every linear layer but the head. `polyref check` and `train` say
+    which modules that is, and what it does not reach."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA; Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
@@ -103,8 +115,8 @@ class LoraSettings(BaseModel):
 class PolicyConfig(ModelConfig):
     """The model that is trained: all its weights, or a LoRA adapter."""
 
-    adapter: LoraSettings | None = None
-    """None trains every weight."""
+    adapter: Annotated[LoraSettings | None, Field(examples=[{"r": 16, "alpha": 32}])] = None
+    """The LoRA adapter to train; null trains every weight."""
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:

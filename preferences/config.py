@@ -42,18 +42,43 @@ class RowSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    subset: str | None = Field(default=None, description="configuration of a hub data set")
-    split: str = Field(default="train", description="split of a hub data set or of a folder with splits")
-    revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
-    columns: dict[str, str | None] = Field(default_factory=dict, description="field: column, or null")
+    subset: str | None = Field(
+        default=None, description="configuration of a hub data set", examples=["default"]
+    )
+    split: str = Field(
+        default="train",
+        description="split of a hub data set or of a folder with splits",
+        examples=["train_prefs"],
+    )
+    revision: str | None = Field(
+        default=None, description="commit, tag or branch of a hub data set", examples=["main"]
+    )
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="which column a field is read from, as field: column; null: the field is not read",
+        examples=[{"chosen": "better", "rejected": "worse"}],
+    )
     pair: tuple[str, str] | None = Field(
-        default=None, description="columns of the two responses, where neither is the better one by name"
+        default=None,
+        description="columns of the two responses, where neither is the better one by name",
+        examples=[["response_a", "response_b"]],
     )
     label: LabelRule | None = Field(
-        default=None, description="how a column says which response people preferred, and by how much"
+        default=None,
+        description="how a column says which response people preferred, and by how much",
+        examples=[{"type": "scores", "columns": ["score_a", "score_b"]}],
     )
-    weight: str | None = Field(default=None, description="column of each pair's weight in the loss")
-    ignore: tuple[str, ...] = Field(default=(), description="further columns not to read; patterns allowed")
+    weight: str | None = Field(
+        default=None,
+        description="column of each pair's weight in the loss and in metrics",
+        examples=["weight"],
+    )
+    ignore: tuple[str, ...] = Field(
+        default=(),
+        description="columns that are passed over although they look like misspellings of a field; "
+        "patterns allowed",
+        examples=[["scores_*"]],
+    )
     ranked_pairs: Literal["all", "adjacent"] = Field(
         default="all", description="pairs made of ranked completions: every two, or neighbours in rank only"
     )
@@ -87,7 +112,7 @@ class RowSettings(BaseModel):
             raise ValueError(f"pair names {self.pair[0]!r} twice; name the columns of both responses")
         return self
 
-    @field_validator("ignore", mode="before")
+    @field_validator("ignore", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _wrap_single_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -99,15 +124,35 @@ class SourceConfig(RowSettings):
     In a run file, settings that a source leaves out are those of `data`.
     """
 
-    source: str = Field(description="file, folder, URI or hub id")
+    source: str = Field(
+        description="file, folder, URI or hub id; a text alone means this", examples=["data/helpful.jsonl"]
+    )
     name: str | None = Field(
-        default=None, min_length=1, description="what metrics call it; default: its file or hub name"
+        default=None,
+        min_length=1,
+        description="what metrics and counts call it; null: the name of its file or data set",
+        examples=["helpful"],
     )
     share: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="of the mixture, relative to the other shares"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="relative share of the mixture: as many pairs as possible in these proportions, none "
+        "twice",
+        examples=[0.5],
     )
-    count: int | None = Field(default=None, ge=1, description="pairs taken from it, drawn by the seed")
-    cap: int | None = Field(default=None, ge=1, description="most pairs taken from it, drawn by the seed")
+    count: int | None = Field(
+        default=None,
+        ge=1,
+        description="that many pairs are taken from it, drawn by `training.seed`",
+        examples=[1000],
+    )
+    cap: int | None = Field(
+        default=None,
+        ge=1,
+        description="at most so many pairs are taken from it, drawn by `training.seed`",
+        examples=[1000],
+    )
 
 
 class DataConfig(RowSettings):
@@ -118,40 +163,69 @@ class DataConfig(RowSettings):
     """
 
     train: str | tuple[SourceConfig, ...] = Field(
-        min_length=1, description="file, folder, URI or hub id of the training pairs, or a list of sources"
+        min_length=1,
+        description="the training pairs: file, folder, URI or hub id, or a list of sources",
+        examples=["data/train.jsonl"],
     )
     eval: str | dict[str, SourceConfig] | None = Field(
-        default=None, min_length=1, description="the same for held-out pairs, or named sets of them"
+        default=None,
+        min_length=1,
+        description="held-out pairs: another file, folder, URI or hub id, or several sets as name: source",
+        examples=["data/eval.jsonl"],
     )
     eval_fraction: float | None = Field(
-        default=None, description="share of the training pairs held out, by prompt, when there is no `eval`"
+        default=None,
+        description="share of the training prompts that is held out, where there is no `eval`",
+        examples=[0.05],
+        json_schema_extra={"exclusiveMinimum": 0, "exclusiveMaximum": 1},
     )
     eval_split: str | None = Field(
-        default=None, description="split that holds the held-out pairs: of `eval` if given, else of `train`"
+        default=None,
+        description="split that has the held-out pairs: of `eval` if given, else of `train`",
+        examples=["test"],
     )
-    max_length: int = Field(default=1024, description="tokens of a prompt with one response")
-    max_prompt_length: int = Field(default=512, description="tokens of a prompt")
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    on_long_row: Literal["skip", "stop", "truncate"] = "skip"
+    max_length: int = Field(
+        default=1024,
+        description="longest prompt with one response, in the policy's tokens; above `max_prompt_length`",
+        json_schema_extra={"minimum": 2},
+    )
+    max_prompt_length: int = Field(
+        default=512, description="longest prompt, in the policy's tokens", json_schema_extra={"minimum": 1}
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what a row that cannot be used does: stop the run, or be left out and counted",
+    )
+    on_long_row: Literal["skip", "stop", "truncate"] = Field(
+        default="skip",
+        description="what a pair that is too long does: be left out and counted, stop the run, or be cut",
+    )
     template_date: datetime.date | None = Field(
         default=None,
-        description="today's date for chat templates that write it; null: the day on which the run begins",
+        description="today's date for chat templates that write it (Llama 3.2, SmolLM3, gpt-oss); null: the "
+        "day on which the run begins, kept for every resume. Runs of different days share "
+        "stored scores only under the same date",
+        examples=["2026-11-25"],
     )
     allow_hard_labels: bool = Field(
         default=False, description="let a loss that reads soft labels train on pairs that have none"
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="passed to every model's chat template, e.g. enable_thinking"
+        default_factory=dict,
+        description="what every model's chat template is given besides",
+        examples=[{"enable_thinking": False}],
     )
 
-    @field_validator("train", mode="before")
+    @field_validator(
+        "train", mode="before", json_schema_input_type=str | SourceConfig | tuple[str | SourceConfig, ...]
+    )
     @classmethod
     def _read_source_list(cls, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return tuple(_expand_source(source) for source in value)
         return (value,) if isinstance(value, Mapping) else value
 
-    @field_validator("eval", mode="before")
+    @field_validator("eval", mode="before", json_schema_input_type=str | dict[str, str | SourceConfig] | None)
     @classmethod
     def _read_named_sources(cls, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -19,4 +19,20 @@ PY
 "$python" -m orchestrator --version
 "$python" -m orchestrator schema run > schema.json
 "$python" -c "import json; assert 'loss' in json.load(open('schema.json'))['properties']"
+"$python" -m orchestrator explain training.pairs_per_step > explained.txt
+grep -q "default *64" explained.txt
+# Every example is in the wheel, and one of each kind can be written and read.
+diff <(cd "$source/configs" && ls *.yaml sweeps/*.yaml) <(cd site/orchestrator/examples && ls *.yaml sweeps/*.yaml)
+"$python" -m orchestrator init --list > examples.txt
+grep -q "^sweeps/which-loss" examples.txt
+"$python" -m orchestrator init dpo
+"$python" -m orchestrator init sweeps/which-loss
+! "$python" -m orchestrator init dpo 2> refusal.txt
+grep -q "dpo.yaml exists" refusal.txt
+"$python" - <<'PY'
+from orchestrator.config.run import load_run
+from orchestrator.config.sweep import load_sweep
+assert load_run("dpo.yaml").preset == "dpo"
+assert load_sweep("which-loss.yaml").base.preset == "gdpo"
+PY
 echo "the wheel installs and runs"

@@ -25,6 +25,7 @@ class FifoConfig(FrozenSettings):
     """No scheduling: every trial runs to its end."""
 
     type: Literal["fifo"] = "fifo"
+    """Every trial runs to its end."""
 
 
 class AshaConfig(FrozenSettings):
@@ -35,9 +36,14 @@ class AshaConfig(FrozenSettings):
     """
 
     type: Literal["asha"] = "asha"
-    grace_steps: int | None = Field(default=None, ge=1)
+    """Asynchronous successive halving: the best at each rung continue."""
+    grace_steps: int | None = Field(default=None, ge=1, examples=[100])
+    """Step of the first rung; null: the run's length over reduction_factor squared, rounded up to an
+    evaluation."""
     reduction_factor: float = Field(default=3, gt=1, allow_inf_nan=False)
+    """One in so many trials continues past a rung, and each next rung is at so many times the step."""
     brackets: int = Field(default=1, ge=1)
+    """Groups of trials with different first rungs."""
 
 
 class PbtConfig(FrozenSettings):
@@ -48,9 +54,13 @@ class PbtConfig(FrozenSettings):
     """
 
     type: Literal["pbt"] = "pbt"
-    perturb_every_steps: int | None = Field(default=None, ge=1)
+    """Population based training: the worst trials copy weights and settings of the best."""
+    perturb_every_steps: int | None = Field(default=None, ge=1, examples=[100])
+    """Steps between two exchanges; null: an eighth of the run, rounded up to an evaluation."""
     quantile_fraction: float = Field(default=0.25, gt=0, le=0.5)
+    """Share of the trials that copy, and of those that are copied."""
     resample_probability: float = Field(default=0.25, ge=0, le=1)
+    """How often a copied number is drawn anew instead of changed a little."""
 
 
 SchedulerConfig = Annotated[FifoConfig | AshaConfig | PbtConfig, Field(discriminator="type")]

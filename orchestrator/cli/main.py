@@ -18,6 +18,7 @@ from orchestrator.cli import data as data_cli
 from orchestrator.cli import label as label_cli
 from orchestrator.cli import models as models_cli
 from orchestrator.cli.dispersion import dispersion_command
+from orchestrator.cli.explain import explain_command, list_run_overrides, list_sweep_overrides
 from orchestrator.cli.interruption import Interrupted, turn_ctrl_c_into_interruption
 from orchestrator.cluster.job_secrets import load_secrets
 from orchestrator.config.run import build_run_schema, load_run
@@ -37,13 +38,24 @@ app.add_typer(data_cli.app, name="data")
 app.command("init")(data_cli.init_command)
 app.command("dispersion")(dispersion_command)
 app.command("label")(label_cli.label_command)
+app.command("explain")(explain_command)
 
-_LONGEST_MESSAGE = 3000
+_LONGEST_MESSAGE = 3800
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it
 
 RunFile = Annotated[str, typer.Argument(help="The run file (YAML).", metavar="RUN.YAML")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Fields to override, e.g. loss.beta=0.2 parallel.workers=4.")
+    list[str] | None,
+    typer.Argument(
+        help="Fields to override, e.g. loss.beta=0.2 parallel.workers=4.", autocompletion=list_run_overrides
+    ),
+]
+SweepOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Fields to override, e.g. search.trials=64 run.training.epochs=2.",
+        autocompletion=list_sweep_overrides,
+    ),
 ]
 
 
@@ -76,7 +88,7 @@ def train_command(
 @app.command("tune")
 def tune_command(
     sweep: Annotated[str, typer.Argument(help="The sweep file (YAML).", metavar="SWEEP.YAML")],
-    overrides: Overrides = None,
+    overrides: SweepOverrides = None,
     fresh: Annotated[bool, typer.Option(help="Forget an earlier search of this name.")] = False,
     dry_run: Annotated[
         bool,
@@ -229,11 +241,22 @@ def _explain_command_line_error(error: Any) -> str:
 
 
 def _exit_with_message(message: str, *, code: int) -> NoReturn:
-    if len(message) > _LONGEST_MESSAGE:
-        # It repeats a long input: its beginning has the place, its end the remedy.
-        message = f"{message[: _LONGEST_MESSAGE // 2]} [...] {message[-_LONGEST_MESSAGE // 2 :]}"
-    print(f"polyref: {redact(message)}", file=sys.stderr)
+    print(f"polyref: {redact(_shorten_message(message))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _shorten_message(message: str) -> str:
+    """Shorten a message that repeats a long input, or has a line for each of very many problems."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    lines = message.splitlines()
+    while len(lines) > 1 and sum(len(line) + 1 for line in lines) > _LONGEST_MESSAGE - 50:
+        lines.pop()
+    left_out = len(message.splitlines()) - len(lines)
+    if left_out and len(lines[0]) <= _LONGEST_MESSAGE:
+        return "\n".join([*lines, f"and {left_out} more; correct these first"])
+    # A single one: its beginning has the place, its end the remedy.
+    return f"{message[: _LONGEST_MESSAGE // 2]} [...] {message[-_LONGEST_MESSAGE // 2 :]}"
 
 
 def _quiet_libraries() -> None:

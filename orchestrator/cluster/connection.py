@@ -14,12 +14,7 @@ import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 
-from orchestrator.cluster.ray_token import (
-    check_token,
-    is_authentication_set,
-    protect_local_ray,
-    use_machine_token,
-)
+from orchestrator.cluster.ray_token import check_token, protect_local_ray, use_machine_token
 from orchestrator.cluster.worker_environment import (
     DRIVER_ENVIRONMENT,
     LOCAL_ENVIRONMENT,
@@ -71,12 +66,11 @@ def connect_to_ray(*, wait_minutes: float = 10) -> Iterator[None]:
 def start_local_ray(**options: Any) -> Iterator[None]:
     """Start a Ray on this machine that serves this process alone, and end it after the block.
 
-    It has a dashboard, which makes its start seconds longer, only where somebody knows the token to see it.
+    Ray Train needs its dashboard: there it learns that a trial has failed, and frees what the trial held.
 
     Args:
         options: of `ray.init`.
     """
-    options.setdefault("include_dashboard", is_authentication_set())
     for name, value in (WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT).items():
         os.environ.setdefault(name, value)  # the processes of the new Ray inherit them
     with protect_local_ray():

@@ -22,15 +22,10 @@ def protect_local_ray() -> Iterator[None]:
     Its servers listen on loopback, and it has a random token that lies in the environment of its processes
     and nowhere else. Where the environment says how Ray authenticates, that is kept.
     """
-    random = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    token = {} if is_authentication_set() else random
+    given = any(name in os.environ for name in _TOKEN_SETTINGS)
+    token = {} if given else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with _listen_on_loopback(), _set_authentication(token):
         yield
-
-
-def is_authentication_set() -> bool:
-    """Return whether this process's environment says how Ray authenticates."""
-    return any(name in os.environ for name in _TOKEN_SETTINGS)
 
 
 @contextlib.contextmanager

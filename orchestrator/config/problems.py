@@ -1,67 +1,19 @@
 """Turn validation errors of a run or sweep file into messages: file, field, problem, remedy."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from losses.settings import UnknownFieldError
+from orchestrator.config.fields import ANY_NUMBER, FileField, find_fields_by_name, list_fields
+from orchestrator.config.other_trainers import BY_NAME
 from orchestrator.config.sections import Section
 from orchestrator.errors import UsageError, did_you_mean
 from orchestrator.redaction import shorten_input
 from preferences.config import SourceConfig
-
-_LENGTHS = "set data.max_length for prompt and response together, data.max_prompt_length for the prompt"
-_ADAPTER = "set policy.adapter, such as {r: 16, alpha: 32}"
-_FIELDS_OF_TRL = {
-    "activation_offloading": "set training.gradient_checkpointing: true to save the memory of activations",
-    "beta": "set loss.beta",
-    "bf16": "set training.precision: bfloat16; auto means it on a GPU",
-    "dataset_name": "set data.train to a hub id or a file",
-    "eval_steps": "set evaluation.every_steps",
-    "fp16": "set training.precision: bfloat16, as policies do not train in float16",
-    "gradient_accumulation_steps": "set training.pairs_per_step to the pairs of a whole step; "
-    "training.tokens_per_microbatch is what a worker takes at a time",
-    "gradient_checkpointing": "set training.gradient_checkpointing",
-    "label_smoothing": "set loss.link.flip_probability of preset robust_dpo, or loss.link.label_smoothing of "
-    "exo; preset cdpo reads a label per pair instead",
-    "learning_rate": "set training.learning_rate",
-    "load_in_4bit": "set policy.quantization: 4bit",
-    "load_in_8bit": "set policy.quantization: 8bit",
-    "logging_steps": "leave it out: every step is logged",
-    "lora_alpha": "set policy.adapter.alpha",
-    "lora_dropout": "set policy.adapter.dropout",
-    "lora_r": "set policy.adapter.r",
-    "lora_target_modules": "set policy.adapter.target_modules",
-    "loss_type": "set loss.preset, which takes TRL's names too",
-    "loss_weights": "set loss.sft_weight for supervised fine-tuning beside a loss, as preset rpo does",
-    "lr_scheduler_type": "set training.schedule",
-    "max_completion_length": _LENGTHS,
-    "max_grad_norm": "set training.clip_norm",
-    "max_length": _LENGTHS,
-    "max_prompt_length": _LENGTHS,
-    "max_steps": "set training.max_steps",
-    "model_name_or_path": "set policy.model",
-    "num_train_epochs": "set training.epochs",
-    "output_dir": "set name and storage_path; a run's files are in <storage_path>/<name>",
-    "peft_config": _ADAPTER,
-    "per_device_eval_batch_size": "set training.tokens_per_microbatch, in tokens",
-    "per_device_train_batch_size": "set training.pairs_per_step to the pairs of a step over all workers",
-    "precompute_ref_log_probs": "set references.mode: precompute",
-    "ref_model": "set references.models, by name, and references.primary",
-    "reference_free": "set loss.references: {combine: none}",
-    "report_to": "set tracking.uri to an MLflow server",
-    "run_name": "set name, at the top of the file",
-    "save_steps": "set training.save_every",
-    "save_total_limit": "set training.keep_last",
-    "simpo_gamma": "set loss.margin to gamma / beta",
-    "use_peft": _ADAPTER,
-    "warmup_ratio": "set training.warmup",
-    "warmup_steps": "set training.warmup to a share of all steps",
-    "weight_decay": "set training.weight_decay",
-}
-"""The remedy for each setting of TRL that a run file has under another name or in another section."""
 
 
 def explain_validation_error(error: ValidationError, *, source: str, model: type[BaseModel]) -> str:
@@ -78,12 +30,8 @@ def explain_validation_error(error: ValidationError, *, source: str, model: type
         field = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         unknown = _find_unknown_field(problem)
-        if unknown in _FIELDS_OF_TRL:
-            message = f"unknown field {unknown!r}; {_FIELDS_OF_TRL[unknown]}"
-        elif problem["type"] == "extra_forbidden":
-            message = "unknown field" + did_you_mean(
-                str(problem["loc"][-1]), _list_sibling_fields(problem["loc"], model)
-            )
+        if unknown is not None:
+            message = _explain_unknown_field(unknown, problem, model)
         elif problem["type"] == "missing":
             message = "is required and missing"
         elif problem["type"] != "value_error" and not isinstance(problem["input"], dict | list):
@@ -137,6 +85,27 @@ def _find_unknown_field(problem: ErrorDetails) -> str | None:
         return str(problem["loc"][-1])
     error = problem.get("ctx", {}).get("error")
     return error.field if isinstance(error, UnknownFieldError) else None
+
+
+def _explain_unknown_field(name: str, problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """Say what a field may mean that its section does not have: another trainer's, a typo, another place."""
+    # An unknown field of the loss is reported for its section, and so not named by the place.
+    unknown = "unknown field" if problem["loc"][-1:] == (name,) else f"unknown field {name!r}"
+    counterpart = BY_NAME.get(name)
+    if counterpart and all(field.partition(".")[0] in model.model_fields for field in counterpart.fields):
+        return f"{unknown}; {counterpart.remedy}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = unknown + did_you_mean(name, _list_sibling_fields(problem["loc"], model))
+    elsewhere = [field.path for field in find_fields_by_name(_list_model_fields(model), name)]
+    if "did you mean" not in message and len(elsewhere) == 1 and f".{ANY_NUMBER}." not in elsewhere[0]:
+        return f"{unknown}; set {elsewhere[0]}"
+    return f"{unknown}; in the run file, {counterpart.remedy}" if counterpart else message
+
+
+@cache
+def _list_model_fields(model: type[BaseModel]) -> list[FileField]:
+    return list_fields(model.model_json_schema())
 
 
 def _list_sibling_fields(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

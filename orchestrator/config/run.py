@@ -56,17 +56,43 @@ def _parse_loss(value: Any) -> Any:
 class RunConfig(Section):
     """A whole run file."""
 
-    name: RunName
-    policy: PolicyConfig
-    references: ReferencesConfig = ReferencesConfig()
-    data: DataConfig
-    loss: Annotated[LossConfig, BeforeValidator(_parse_loss)]
-    training: TrainingConfig = TrainingConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    placement: PlacementConfig = PlacementConfig()
-    storage_path: str = Field(default="./runs", min_length=1)
+    name: RunName = Field(
+        description="letters, digits, `.`, `_`, `-`; the run's folder is `<storage_path>/<name>`",
+        examples=["sentiment"],
+    )
+    policy: PolicyConfig = Field(description="the model that is trained: all its weights, or a LoRA adapter")
+    references: ReferencesConfig = Field(
+        default=ReferencesConfig(), description="the frozen models that the policy is compared with"
+    )
+    data: DataConfig = Field(
+        description="where pairs come from, which of their columns are read, and how long they may be"
+    )
+    loss: Annotated[LossConfig, BeforeValidator(_parse_loss)] = Field(
+        description="a named loss, or one of your own, stage by stage"
+    )
+    training: TrainingConfig = Field(
+        default=TrainingConfig(), description="the optimisation: how long, how much per step, how fast"
+    )
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="how many policy workers, and how they share the policy"
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="what is measured on held-out pairs, and when"
+    )
+    tracking: TrackingConfig = Field(
+        default=TrackingConfig(),
+        description="where MLflow records the run, and what its result is registered as",
+    )
+    placement: PlacementConfig = Field(
+        default=PlacementConfig(), description="how long the run waits for room on the cluster"
+    )
+    storage_path: str = Field(
+        default="./runs",
+        min_length=1,
+        description="folder that every node sees, or the URI of an object store: runs, scores, the default "
+        "registry",
+        examples=["s3://bucket/runs"],
+    )
     _written_preset: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
@@ -278,13 +304,22 @@ def parse_run(content: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def build_run_schema() -> dict[str, Any]:
-    """Build the JSON Schema of the run file for editors, with `loss.preset`."""
+    """Build the JSON Schema of the run file for editors, with what only a file may say of a loss."""
     schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
     aliases = ", ".join(f"{theirs} is {ours}" for theirs, ours in ALIASES.items())
     preset = {
         "enum": sorted([*PRESETS, *ALIASES]),
-        "description": "a named loss; other fields override it. Of TRL's names, "
-        f"{aliases}, and its ipo is ipo_length_normalized",
+        "default": None,
+        "description": "a named loss to start from; other fields override it; null: `link` is required. Of "
+        f"TRL's names, {aliases}, and its ipo is ipo_length_normalized",
+        "examples": ["dpo"],
     }
-    schema["$defs"]["LossConfig"]["properties"]["preset"] = preset
+    loss = definitions["LossConfig"]["properties"]
+    definitions["LossConfig"]["properties"] = {"preset": preset, **loss}
+    by_name = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
+    definitions["ReferenceStageConfig"]["properties"]["weights"]["anyOf"].append(by_name)
+    for stage in loss["link"]["oneOf"]:  # a link without a type changes a knob of the preset's
+        link = definitions[stage["$ref"].rpartition("/")[2]]
+        link["required"] = [name for name in link["required"] if name != "type"]
     return schema

@@ -44,9 +44,23 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Resources(Section):
     """What one replica or worker requests from Ray; `null` means the default for the connected cluster."""
 
-    cpu: float | None = Field(default=None, ge=0)
-    gpu: float | None = Field(default=None, ge=0)
-    custom: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    cpu: float | None = Field(
+        default=None,
+        ge=0,
+        description="CPUs; null: 1 where the cluster has GPUs, else 0.75 for a worker and 0.1 for a replica",
+        examples=[2],
+    )
+    gpu: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs, a part of one or whole ones; null: 1 where the cluster has any",
+        examples=[0.5],
+    )
+    custom: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="custom resources of Ray's nodes, by name",
+        examples=[{"highmem": 1}],
+    )
 
     @model_validator(mode="after")
     def _refuse_what_ray_cannot_give(self) -> "Resources":
@@ -67,8 +81,8 @@ class Resources(Section):
 class ReferenceConfig(ModelConfig):
     """One frozen reference model: what it is, and how many copies serve it with which resources."""
 
-    replicas: int = Field(default=1, ge=1)
-    resources: Resources = Resources()
+    replicas: int = Field(default=1, ge=1, description="copies of the reference that serve it")
+    resources: Resources = Field(default=Resources(), description="what one replica requests from Ray")
 
     @property
     def scored_by_workers(self) -> bool:
@@ -90,10 +104,27 @@ class ReferenceConfig(ModelConfig):
 class ReferencesConfig(Section):
     """The references by name. `primary` centres the trust region and gives entropy and accuracy."""
 
-    primary: str | None = None
-    mode: Literal["live", "precompute"] = "live"
-    models: dict[str, ReferenceConfig] = Field(default_factory=dict)
-    use: tuple[str, ...] | None = Field(default=None, description="those of models to use; default all")
+    primary: str | None = Field(
+        default=None,
+        description="one of the names under `models`, required where there are any: centre of the trust "
+        "region, source of the entropy, zero of `eval/accuracy`",
+        examples=["base"],
+    )
+    mode: Literal["live", "precompute"] = Field(
+        default="live",
+        description="live: score while training; precompute: score everything, free the devices, then train",
+    )
+    models: dict[str, ReferenceConfig] = Field(
+        default_factory=dict,
+        description="the references by name. The primary comes first, the others follow in the file's order",
+        examples=[{"base": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}],
+    )
+    use: tuple[str, ...] | None = Field(
+        default=None,
+        description="names of the references that the run uses, the primary among them; null: all. The "
+        "others are as good as not in the file",
+        examples=[["base"]],
+    )
     load_minutes: float = Field(
         default=60, gt=0, le=_YEAR, description="how long a replica may load its model before it is replaced"
     )
@@ -101,7 +132,8 @@ class ReferencesConfig(Section):
         default=5,
         gt=0,
         le=_YEAR,
-        description="how long a replica may take for any batch before it is replaced; long batches get more",
+        description="how long a replica may take for any batch before it is replaced; one that should take "
+        "long by the speed seen gets 20 times that",
     )
     audit: int = Field(
         default=0, ge=0, description="stored responses per reference that are scored anew before training"
@@ -145,35 +177,72 @@ class ReferencesConfig(Section):
 class TrainingConfig(Section):
     """The optimisation: how long, how much per step, how fast."""
 
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    pairs_per_step: int = Field(default=64, ge=1)
-    tokens_per_microbatch: int = Field(default=8192, ge=1)
-    learning_rate: float = Field(default=5.0e-6, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = False
-    save_every: int = Field(default=200, ge=1)
-    keep_last: int = Field(default=2, ge=1)
-    seed: Seed = 0
+    epochs: int = Field(default=1, ge=1, description="passes over the training pairs")
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps; overrules `epochs`, and may exceed one epoch",
+        examples=[500],
+    )
+    pairs_per_step: int = Field(
+        default=64,
+        ge=1,
+        description="pairs of one optimizer step over all workers. The last step of an epoch may be "
+        "smaller; no pair is dropped",
+    )
+    tokens_per_microbatch: int = Field(
+        default=8192,
+        ge=1,
+        description="tokens that go through the policy at once on one worker, padding included: a matter of "
+        "memory, not of results",
+    )
+    learning_rate: float = Field(default=5.0e-6, gt=0, description="AdamW's learning rate, at its peak")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="course of the learning rate after the warmup"
+    )
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="share of all steps over which the learning rate rises linearly"
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's weight decay; not on biases and norms", examples=[0.01]
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="dtype that the policy computes in, if `policy.dtype` does not say; auto: float32 on a "
+        "CPU unless quantised, else bfloat16. What is trained has float32 masters in either",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="less memory for activations, for more time"
+    )
+    save_every: int = Field(
+        default=200, ge=1, description="steps between checkpoints; the last step always has one"
+    )
+    keep_last: int = Field(default=2, ge=1, description="checkpoints that are kept")
+    seed: Seed = Field(
+        default=0,
+        description="seed of the order of pairs, the adapter's start, dropout and the held-out share",
+    )
 
 
 class ParallelConfig(Section):
     """How many policy workers, what each requests from the cluster, and how they share the policy."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, description="policy workers, each a process of its own")
     strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        default="ddp", description="a whole policy per worker; shards by FSDP2; ZeRO by DeepSpeed"
+        default="ddp",
+        description="ddp: a whole policy per worker; fsdp: shards by FSDP2; deepspeed: ZeRO by DeepSpeed",
     )
     zero_stage: Literal[1, 2, 3] | None = Field(
         default=None,
-        description="deepspeed shards the optimizer (1), gradients too (2, the default), weights too (3)",
+        description="of deepspeed, which shards the optimizer (1), gradients too (2), weights too (3); "
+        "null: 2",
+        examples=[3],
     )
-    offload: bool = Field(default=False, description="keep what is sharded in main memory (fsdp, deepspeed)")
-    resources: Resources = Resources()
+    offload: bool = Field(
+        default=False, description="of fsdp and deepspeed: keep what is sharded in main memory"
+    )
+    resources: Resources = Field(default=Resources(), description="what one worker requests from Ray")
     max_failures: int = Field(
         default=3,
         ge=0,
@@ -212,12 +281,28 @@ class RewardConfig(Section):
     """The reward of sampled responses: a Python function, or a model that classifies text, as an actor."""
 
     function: str | None = Field(
-        default=None, description="package.module:function, (prompts, responses) -> one number each"
+        default=None,
+        description="`package.module:function`, of two lists of texts, prompts and responses, to a number "
+        "per response; found in the working folder or installed, and called by the workers",
+        examples=["my_rewards:helpfulness"],
     )
-    model: str | None = Field(default=None, description="a sequence classifier: hub id or folder")
-    revision: str | None = None
-    label: str | int | None = Field(default=None, description="the class whose probability is the reward")
-    resources: Resources = Resources()
+    model: str | None = Field(
+        default=None,
+        description="a sequence classifier: hub id or folder, safetensors only; one actor serves it",
+        examples=["a/classifier"],
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of the classifier on the hub", examples=["main"]
+    )
+    label: str | int | None = Field(
+        default=None,
+        description="the class, by name or index, whose probability is the reward; left out where the model "
+        "has one output",
+        examples=["helpful"],
+    )
+    resources: Resources = Field(
+        default=Resources(), description="what the classifier's actor requests from Ray"
+    )
 
     @model_validator(mode="after")
     def _require_one_scorer(self) -> "RewardConfig":
@@ -235,12 +320,27 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """Responses that the policy writes at every evaluation, for KL and reward."""
 
-    prompts: int = Field(default=64, ge=1, description="held-out prompts, the first of the judged set")
-    max_new_tokens: int = Field(default=64, ge=1)
-    kl_budget: float | None = Field(
-        default=None, gt=0, description="nats per response to the primary, for the metrics at a KL budget"
+    prompts: int = Field(
+        default=64,
+        ge=1,
+        description="that many different held-out prompts, the first of the file or of the judged set",
     )
-    reward: RewardConfig | None = None
+    max_new_tokens: int = Field(
+        default=64,
+        ge=1,
+        description="longest response; it ends earlier with the end token. Drawn at temperature 1",
+    )
+    kl_budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats per response to the primary reference, for the metrics at a KL budget",
+        examples=[10],
+    )
+    reward: RewardConfig | None = Field(
+        default=None,
+        description="what judges the samples: `function` or `model`",
+        examples=[{"function": "my_rewards:helpfulness"}],
+    )
 
 
 METRICS: Mapping[str, Literal["max", "min"]] = {
@@ -261,18 +361,30 @@ KL_PREFIX = "eval/kl/"
 class EvaluationConfig(Section):
     """Held-out evaluation: before the first step, every so many steps, and at the end."""
 
-    every_steps: int = Field(default=50, ge=1)
+    every_steps: int = Field(
+        default=50,
+        ge=1,
+        description="held-out pairs are evaluated before the first step, after every so many, and after the "
+        "last",
+    )
     metric: str = Field(
         default="eval/accuracy",
         description="what the run is judged by; shown first at its end",
         json_schema_extra={"enum": list(METRICS)},
     )
     set: str | None = Field(
-        default=None, description="the named held-out set that the run is judged by; default: the first"
+        default=None,
+        description="which of the named sets of `data.eval` the run is judged by; null: the first",
+        examples=["safety"],
     )
-    sampling: SamplingConfig | None = None
+    sampling: SamplingConfig | None = Field(
+        default=None,
+        description="let the policy write responses at every evaluation, for KL and reward",
+        examples=[{"prompts": 64, "kl_budget": 10}],
+    )
     keep: Literal["last", "best"] = Field(
-        default="last", description="which weights are exported: the last, or the best by metric"
+        default="last",
+        description="which weights are exported: the last, or the best by `metric` of all evaluations",
     )
 
     @model_validator(mode="after")
@@ -304,14 +416,31 @@ class TrackingConfig(Section):
     """Where MLflow records the run, and the registered model that gets a version of its result."""
 
     uri: str | None = Field(
-        default=None, description="default: MLFLOW_TRACKING_URI, else sqlite under storage_path"
+        default=None,
+        description="MLflow's server or database; null: `$MLFLOW_TRACKING_URI`, else a sqlite file under "
+        "`storage_path`",
+        examples=["http://mlflow.example.com:5000"],
     )
-    experiment: str = "polyref"
-    registered_model: str | None = None
-    alias: str | None = Field(default=None, description="alias that the version requests")
+    experiment: str = Field(default="polyref", description="MLflow experiment that the run is in")
+    registered_model: str | None = Field(
+        default=None,
+        description="registered model that the result becomes a version of; null: none",
+        examples=["sentiment"],
+    )
+    alias: str | None = Field(
+        default=None,
+        description="alias for that version, given with the checks of `polyref models promote`",
+        examples=["champion"],
+    )
 
 
 class PlacementConfig(Section):
     """How long references and workers that fit the cluster may wait for other jobs to make room."""
 
-    wait_minutes: float = Field(default=10, gt=0, le=_YEAR)
+    wait_minutes: float = Field(
+        default=10,
+        gt=0,
+        le=_YEAR,
+        description="how long references and workers may wait for other jobs to make room, and for an "
+        "autoscaler's nodes",
+    )

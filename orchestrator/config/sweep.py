@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -20,7 +21,7 @@ from losses.config import LossConfig
 from losses.presets import ALIASES
 from orchestrator.config.paths import resolve_path
 from orchestrator.config.problems import explain_validation_error, refuse_booleans
-from orchestrator.config.run import RunConfig, parse_run
+from orchestrator.config.run import RunConfig, build_run_schema, parse_run
 from orchestrator.config.sections import KL_PREFIX, METRICS, EvaluationConfig, RunName, Section, Seed
 from orchestrator.config.yaml import apply_overrides, read_yaml
 from orchestrator.errors import UsageError, did_you_mean
@@ -45,15 +46,23 @@ _NOT_SEARCHED = {
 class SearchConfig(Section):
     """How points are chosen, and how often each point is run."""
 
-    algorithm: Literal["random", "grid", "tpe"] = "random"
+    algorithm: Literal["random", "grid", "tpe"] = Field(
+        default="random",
+        description="random: independent draws; grid: every combination once; tpe: Optuna's sampler",
+    )
     trials: int | None = Field(
-        default=None, ge=1, description="points to try; repeats and controls come on top"
+        default=None,
+        ge=1,
+        description="points to try; null only with grid: all of them. Repeats and controls come on top",
+        examples=[32],
     )
-    repeats: int = Field(default=1, ge=1, description="seeds per point")
+    repeats: int = Field(default=1, ge=1, description="seeds per point", examples=[3])
     controls: bool = Field(
-        default=False, description="a DPO of matched beta for each soft or dispersed point"
+        default=False,
+        description="add the matched control of each soft or dispersed point: the same loss without either, "
+        "which pulls as hard at the start",
     )
-    seed: Seed = 0
+    seed: Seed = Field(default=0, description="seed of what is drawn")
 
     @model_validator(mode="after")
     def _require_trials(self) -> "SearchConfig":
@@ -68,8 +77,15 @@ class SearchConfig(Section):
 class Objective(Section):
     """A metric and its direction, by default that of the known metric, and min for `eval/kl/<reference>`."""
 
-    metric: str
-    mode: Literal["max", "min"]
+    model_config = ConfigDict(json_schema_extra={"required": ["metric"]})
+
+    metric: str = Field(
+        description="one of the metrics that a run can be judged by, or `eval/kl/<reference>`",
+        examples=["eval/accuracy"],
+    )
+    mode: Literal["max", "min"] = Field(
+        description="whether more or less is better; left out: what the metric means"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -89,8 +105,10 @@ class Objective(Section):
 class PlateauConfig(Section):
     """When to stop a trial whose metric no longer moves, by the standard deviation of its last results."""
 
-    std: float = Field(default=0.005, gt=0)
-    results: int = Field(default=4, ge=2)
+    std: float = Field(
+        default=0.005, gt=0, description="the standard deviation below which the objective no longer moves"
+    )
+    results: int = Field(default=4, ge=2, description="last evaluations that it is taken over")
     grace: int = Field(default=4, ge=1, description="evaluations before a trial may be stopped")
 
 
@@ -99,27 +117,64 @@ def _wrap_objective(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+_WrappedObjective = BeforeValidator(
+    _wrap_objective, json_schema_input_type=str | Objective | tuple[str | Objective, ...]
+)
+
+
 class SweepFile(Section):
     """A sweep file as the user writes it."""
 
-    name: RunName
+    name: RunName = Field(
+        description="letters, digits, `.`, `_`, `-`; the search's folder is `<storage_path>/<name>`",
+        examples=["which-loss"],
+    )
     run: dict[str, Any] = Field(
-        description="the run file that every trial starts from: its path, or its content"
+        description="the run file that every trial starts from: its path, relative to the sweep file, or "
+        "its content; overridden by `run.<field>=value`",
+        examples=["run.yaml"],
     )
-    spaces: tuple[str, ...] = ()
-    space: dict[str, Any] = Field(default_factory=dict, description="dotted run-file field: domain or value")
-    search: SearchConfig
-    scheduler: SchedulerConfig = FifoConfig()
-    plateau: PlateauConfig | None = None
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_wrap_objective), Field(min_length=1)] = (
-        Objective(metric="eval/accuracy", mode="max"),
+    spaces: tuple[str, ...] = Field(
+        default=(), description="named spaces: what is searched", examples=[["losses", "optimizer"]]
     )
-    max_concurrent: int | None = Field(default=None, ge=1, description="default: as many as fit")
+    space: dict[str, Any] = Field(
+        default_factory=dict,
+        description="dotted field of the run file: domain, or a value that is set",
+        examples=[{"training.learning_rate": {"loguniform": [1.0e-6, 1.0e-4]}}],
+    )
+    search: SearchConfig = Field(description="how points are chosen, and how often each point is run")
+    scheduler: SchedulerConfig = Field(default=FifoConfig(), description="which trials are stopped early")
+    plateau: PlateauConfig | None = Field(
+        default=None,
+        description="stop a trial whose objective no longer moves; null: none is",
+        examples=[{"std": 0.005}],
+    )
+    objective: Annotated[tuple[Objective, ...], _WrappedObjective, Field(min_length=1)] = Field(
+        default=(Objective(metric="eval/accuracy", mode="max"),),
+        description="what trials are ranked by: a metric, {metric: ..., mode: max}, or a list of them",
+        examples=["eval/label_nll"],
+    )
+    max_concurrent: int | None = Field(
+        default=None, ge=1, description="trials at a time; null: as many as fit", examples=[4]
+    )
     max_failures: int | None = Field(
-        default=None, ge=0, description="failed trials that end the search when exceeded"
+        default=None,
+        ge=0,
+        description="more failed trials than this end the search; null: none do",
+        examples=[5],
     )
-    time_budget: float | None = Field(default=None, gt=0, le=525_600, description="minutes of this call")
-    promote: Literal["best", "retrain"] | None = "best"
+    time_budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=525_600,
+        description="minutes until this call ends the search; the same command resumes it",
+        examples=[120],
+    )
+    promote: Literal["best", "retrain"] | None = Field(
+        default="best",
+        description="best: export and register the best trial; retrain: train its settings anew; null: "
+        "nothing",
+    )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "SweepFile":
@@ -216,8 +271,13 @@ def build_trial_run(sweep: SweepConfig, point: Point, *, repeat: int = 0, name: 
 
 def build_sweep_schema() -> dict[str, Any]:
     """Build the JSON Schema of the sweep file for editors; `run` is a path or a run file's content."""
-    schema = SweepFile.model_json_schema()
-    schema["properties"]["run"] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+    schema, run = SweepFile.model_json_schema(), build_run_schema()
+    schema["$defs"] = {**run.pop("$defs"), **schema["$defs"]}
+    written = schema["properties"]["run"]
+    schema["properties"]["run"] = {
+        "anyOf": [{"type": "string"}, run],
+        **{key: written[key] for key in ("description", "examples")},
+    }
     return schema
 
 

@@ -48,7 +48,7 @@ def read_yaml(
         _refuse_values(OmegaConf.to_container(loaded), f"{path}: ")
         content = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        remedy = "polyref init --data SOURCE writes a run file, and docs/ has examples"
+        remedy = "polyref init --data SOURCE writes a run file, polyref init --list has examples"
         raise UsageError(f"{path}: no such file ({what}); {remedy}") from None
     except IsADirectoryError:
         raise UsageError(f"{path}: is a folder; name the YAML file in it") from None

@@ -85,7 +85,7 @@ def _format_run_file(
     name = re.sub(r"[^A-Za-z0-9-]+", "-", Path(source.source.partition(".")[0]).name).strip("-") or "run"
     loss = find_preset(preset)
     lines = [
-        f"# Written for {source.source}. Every field: polyref schema run, or docs/run-file.md.",
+        f"# Written for {source.source}. Every field: polyref explain, or docs/run-file.md.",
         f"name: {name}-{preset.replace('_', '-')}",
         "",
         "# The model to train. Without `adapter` all of its weights are trained.",

@@ -3,12 +3,21 @@
 `first` and `second` are the responses in the order of `data.pair`, or chosen and rejected.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Scalar = str | int | float | bool | None
+
+
+def _wrap_single_value(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Values = Annotated[
+    tuple[Scalar, ...],
+    BeforeValidator(_wrap_single_value, json_schema_input_type=Scalar | tuple[Scalar, ...]),
+]
 Side = Literal["first", "second"]
 
 
@@ -30,9 +39,11 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
 class StrengthLabel(_LabelRule):
     """How much better one response is, as a number: the label is linear over the range."""
 
-    type: Literal["strength"]
-    column: str = Field(min_length=1)
-    range: tuple[float, float] = Field(description="the numbers at which every rater prefers one response")
+    type: Literal["strength"] = Field(description="how much better one response is: linear over the range")
+    column: str = Field(min_length=1, description="column of the strength", examples=["overall_preference"])
+    range: tuple[float, float] = Field(
+        description="the numbers at which every rater prefers one response", examples=[[-3, 3]]
+    )
     prefers: Side = Field(description="the response that the upper end of the range favours")
 
     _check_range = field_validator("range")(_check_range)
@@ -46,10 +57,19 @@ class StrengthLabel(_LabelRule):
 class RatersLabel(_LabelRule):
     """One number of each rater: the label is the share who preferred a response; the middle counts half."""
 
-    type: Literal["raters"]
-    column: str = Field(min_length=1)
-    field: str | None = Field(default=None, description="where the number is, if raters gave more than one")
-    range: tuple[float, float] = Field(description="least and most that a rater can give; ties in the middle")
+    type: Literal["raters"] = Field(
+        description="a number of each rater: the share of those who preferred the first response; the middle "
+        "of the range counts half"
+    )
+    column: str = Field(min_length=1, description="column of the raters' numbers", examples=["preferences"])
+    field: str | None = Field(
+        default=None,
+        description="where a rater's number is, if each gave more than one",
+        examples=["helpfulness"],
+    )
+    range: tuple[float, float] = Field(
+        description="least and most that a rater can give; ties in the middle", examples=[[1, 5]]
+    )
     prefers: Side = Field(description="the response that the upper end of the range favours")
 
     _check_range = field_validator("range")(_check_range)
@@ -63,9 +83,16 @@ class RatersLabel(_LabelRule):
 class ScoresLabel(_LabelRule):
     """A score of each response: the label is sigma((first - second) / temperature) (Bradley and Terry)."""
 
-    type: Literal["scores"]
-    columns: tuple[str, str] = Field(description="of the first and of the second response")
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    type: Literal["scores"] = Field(
+        description="a score of each response: sigma((first - second) / temperature)"
+    )
+    columns: tuple[str, str] = Field(
+        description="columns of the first and of the second response's score",
+        examples=[["score_a", "score_b"]],
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="what the difference of the scores is divided by"
+    )
 
     @property
     def columns_read(self) -> tuple[str, ...]:
@@ -76,22 +103,19 @@ class ScoresLabel(_LabelRule):
 class WinnerLabel(_LabelRule):
     """Who won, in a column: values that mean the first or the second response, or a tie."""
 
-    type: Literal["winner"]
-    column: str = Field(min_length=1)
-    first: tuple[Scalar, ...]
-    second: tuple[Scalar, ...]
-    tie: tuple[Scalar, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _wrap_single_values(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        sides = ("first", "second", "tie")
-        return {
-            name: [value] if name in sides and not isinstance(value, list | tuple) else value
-            for name, value in values.items()
-        }
+    type: Literal["winner"] = Field(
+        description="who won, by the value in a column: 1, 0, or one half for a tie"
+    )
+    column: str = Field(min_length=1, description="column of the winner", examples=["winner"])
+    first: Values = Field(
+        description="a value, or a list of them, that means the first response", examples=[["model_a"]]
+    )
+    second: Values = Field(
+        description="a value, or a list of them, that means the second response", examples=[["model_b"]]
+    )
+    tie: Values = Field(
+        default=(), description="a value, or a list of them, that means a tie", examples=[["tie"]]
+    )
 
     @model_validator(mode="after")
     def _refuse_value_twice(self) -> "WinnerLabel":
@@ -110,7 +134,7 @@ class WinnerLabel(_LabelRule):
 class FirstLabel(_LabelRule):
     """The first response is the better one in every row, though its column's name does not say so."""
 
-    type: Literal["first"]
+    type: Literal["first"] = Field(description="the first response is the better one in every row")
 
 
 LabelRule = Annotated[

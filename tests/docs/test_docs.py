@@ -3,16 +3,23 @@
 import contextlib
 import io
 import re
+import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from losses.presets import PRESETS, loss_config_from_settings
 from models.config import LoraSettings
+from orchestrator.cli.explain import explain_field
+from orchestrator.config.fields import list_fields
 from orchestrator.config.run import build_run_schema, parse_run
+from orchestrator.config.sweep import build_sweep_schema
 from orchestrator.driver.record import _MAY_CHANGE_PER_REFERENCE, MAY_CHANGE
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +100,43 @@ def test_every_field_of_a_run_file_is_explained() -> None:
     page = (ROOT / "docs" / "run-file.md").read_text()
     schema = build_run_schema()
     for name in sorted({*fields(schema, schema["$defs"]), *LoraSettings.model_fields}):
-        assert re.search(rf"`(\w+\.)?{name}[`:]", page), f"{name} is not mentioned in docs/run-file.md"
+        assert re.search(rf"`(\w+\.)*{name}[`:]", page), f"{name} is not mentioned in docs/run-file.md"
+
+
+def test_tables_of_fields_and_settings_are_what_the_generator_writes() -> None:
+    command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_generator_restores_a_page_that_was_changed() -> None:
+    write_tables = runpy.run_path(str(ROOT / "docs" / "generate.py"))["write_tables"]
+    for name, row in (
+        ("run-file.md", "| `pairs_per_step` | `64` | whole number, 1 or more | Pairs of one optimizer step"),
+        ("search.md", "| `search.trials` | `null` | whole number or null, 1 or more | Points to try"),
+        ("coming-from.md", "| `lora_r`, `lora_rank` | `policy.adapter.r` |  |"),
+    ):
+        page = (ROOT / "docs" / name).read_text()
+        assert page.count(row) == 1
+        assert write_tables(page.replace(row, "| another | row |")) == page
+
+
+def test_every_field_is_in_a_table() -> None:
+    """What the pages show is all there is, but for what a section has in common with another."""
+    for page, schema in (("run-file.md", build_run_schema()), ("search.md", build_sweep_schema())):
+        rows = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+        shown = {row.rpartition(".")[2] for row in rows}
+        fields = list_fields(schema)
+        top = {field.path for field in fields if field.type == "section" and not field.parent}
+        assert {field.name for field in fields} - shown - top == set()
+
+
+def test_what_explain_prints_is_as_the_page_shows_it() -> None:
+    page = (ROOT / "docs" / "run-file.md").read_text()
+    shown = re.findall(r"^\$ polyref explain (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert shown
+    for name, printed in shown:
+        assert "\n".join(explain_field(name)) + "\n" == printed
 
 
 def test_what_may_change_between_restarts_is_listed() -> None:
@@ -117,7 +160,7 @@ def test_default_values_are_those_of_the_code() -> None:
             row = re.search(rf"^\| (.*`(?:{section}\.)?{name}`.*?) \| (.*?) \|", page, re.MULTILINE)
             assert row is not None, name
             place = [cell.strip("` ").rpartition(".")[2] for cell in row[1].split(",")].index(name)
-            written = yaml.safe_load(row[2].split(", ")[place])
+            written = yaml.safe_load(row[2].strip("`").split(", ")[place])
             expected = getattr(getattr(config, section), name)
             assert float(written) == expected if isinstance(expected, float) else written == expected, name
 
@@ -130,6 +173,7 @@ def test_yaml_is_what_the_code_accepts(page: Path) -> None:
         if set(content) == {"loss"}:
             loss_config_from_settings(content["loss"])
         parse_run(BARE | content, source=text)
+        Draft202012Validator(build_run_schema()).validate(BARE | content)
 
 
 def test_python_on_losses_prints_what_the_page_says() -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from orchestrator.config.run import RunConfig, parse_run
-from tests.orchestrator.conftest import WORDS, cluster
+from tests.orchestrator.conftest import WORDS, whole_cluster
 from tests.support.driver import Driver
 from tests.support.faults import (
     SAVE_EVERY,
@@ -23,7 +23,7 @@ from tests.support.faults import (
     write_link_module,
 )
 
-__all__ = ["cluster"]
+__all__ = ["whole_cluster"]
 
 RunFile = Callable[..., dict[str, Any]]
 

@@ -21,7 +21,7 @@ from tests.support.faults import (
     sabotage,
 )
 
-pytestmark = pytest.mark.usefixtures("cluster", "whole")
+pytestmark = pytest.mark.usefixtures("whole_cluster", "whole")
 
 MakeRun = Callable[..., RunConfig]
 Report = Callable[..., None]

@@ -42,7 +42,7 @@ def fill_disk(folder: Path, *, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("whole_cluster")
 def test_a_disk_is_full_again_and_again(
     make_run: MakeRun, whole: Path, small_disk: Path, report: Report
 ) -> None:

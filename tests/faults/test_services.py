@@ -75,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     server.stop()
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("whole_cluster")
 def test_mlflow_is_away_for_30_seconds(
     make_run: MakeRun, whole: Path, server: MlflowServer, report: Report
 ) -> None:
@@ -100,7 +100,7 @@ def test_mlflow_is_away_for_30_seconds(
     report("MLflow does not answer for 30 s")
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("whole_cluster")
 def test_mlflow_goes_away_and_stays_away(
     make_run: MakeRun, whole: Path, server: MlflowServer, report: Report
 ) -> None:
@@ -132,7 +132,7 @@ def test_mlflow_goes_away_and_stays_away(
     )
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("whole_cluster")
 def test_the_clock_jumps(
     make_run: MakeRun, whole: Path, place: Path, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,20 @@ def run_of(pairs_file: Path, tiny_llama_folder: Path, tiny_llama_b_folder: Path,
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A small Ray for this process, never a cluster that happens to run here."""
+    """A small Ray for this process, never a cluster that happens to run here.
+
+    It has no dashboard, which takes longer to start than the rest, and which only runs that fail need.
+    """
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+    with start_local_ray(
+        num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, include_dashboard=False
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_cluster() -> Iterator[None]:
+    """A small Ray as commands start it, with its dashboard."""
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
     with start_local_ray(num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False):
         yield

@@ -20,7 +20,7 @@ from orchestrator.search.journal import Journal, TrialRecord
 from orchestrator.search.tune import run_sweep
 from orchestrator.tracking.metrics_file import read_metrics
 
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("whole_cluster")]
 
 
 def sweep_of(run: RunConfig, name: str, space: dict[str, Any], **settings: Any) -> SweepConfig:

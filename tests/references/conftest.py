@@ -40,7 +40,9 @@ class Table(list[TokenPair]):
 @pytest.fixture(scope="module")
 def ray_running() -> Iterator[None]:
     """A small Ray, gone with the module so that other tests may start theirs."""
-    with start_local_ray(num_cpus=4, object_store_memory=100 * 2**20, log_to_driver=False):
+    with start_local_ray(
+        num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+    ):
         yield
 
 

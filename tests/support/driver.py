@@ -32,13 +32,13 @@ class Driver:
             )
         self._family: dict[int, psutil.Process] = {}
 
-    def until(self, met: Callable[[], bool]) -> None:
-        """Wait for something the run does; fails if the run ends first."""
+    def until(self, met: Callable[[], bool], *, every: float = 0.02) -> None:
+        """Wait for something the run does, looking every few seconds; fails if the run ends first."""
         deadline = time.monotonic() + 300
         while not met():
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(every)
 
     def is_running(self) -> bool:
         """Whether the command has not ended yet."""
