@@ -17,8 +17,8 @@ from orchestrator.errors import RunFailed, RunStopped, UsageError
 from orchestrator.references.service import ReferenceService
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import run_location
+from orchestrator.tracking.follow import follow_steps
 from orchestrator.tracking.metrics_file import METRICS_FILE
-from orchestrator.tracking.progress import follow_steps
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.launch import run_workers
 from orchestrator.worker.rewards import RewardScorer
@@ -70,13 +70,14 @@ def train_on_cluster(
         Mirror(run_location(prepared.config)),
     )
     total_steps = count_total_steps(config, len(prepared.train))
+    pairs_per_step = min(config.training.pairs_per_step, len(prepared.train))
     with _mark_failure(tracker):
         prepare_references(service, prepared, console)
         # Checked again, because the autoscaler may have started nodes for the references.
         refuse_unshared(config.storage_path)
         console.print(f"training {total_steps} steps on {config.parallel.workers} worker(s)")
         with (
-            follow_steps(mirror.folder, total_steps, console),
+            follow_steps(mirror.folder, total_steps, pairs_per_step, console),
             mirror.pull_periodically(METRICS_FILE),
             mirror.write_probe() as probe_path,
             stop_on_sigterm(console) as stop_sign,

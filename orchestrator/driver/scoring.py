@@ -14,6 +14,7 @@ from orchestrator.references.audit import audit_scores
 from orchestrator.references.service import ReferenceService, build_reference_spec, start_references
 from orchestrator.references.tolerance import choose_tolerance
 from orchestrator.tracking.progress import ProgressMeter
+from orchestrator.tracking.progress_lines import RESPONSES
 from orchestrator.worker.rewards import RewardScorer, start_reward_scorer
 from preferences.split import TokenizedSplit
 from preferences.tokens.tables import TokenTable
@@ -141,7 +142,7 @@ def score_split(
     """Fill the references' stores with the scores of a split, "train" or "eval" by `name`."""
     tables = select_served_tables(split, config)
     if start_missing_references(service, tables):
-        with ProgressMeter(console, prefix=f"scoring {name}, ") as meter:
+        with ProgressMeter(console, RESPONSES, f"scoring {name}, ") as meter:
             service.score_all(tables, meter.update)
 
 

@@ -44,10 +44,9 @@ def show_run_data(config: RunConfig, *, pairs: int, console: Console) -> None:
     if data.on_long_row == "stop":
         stops.append("a row that is too long")
     lenient = {"on_bad_row": "skip"} | ({"on_long_row": "skip"} if data.on_long_row == "stop" else {})
-    prepared = prepare_run(
-        config.model_copy(update={"data": data.model_copy(update=lenient)}),
-        progress=RowCounter(console).update,
-    )
+    lenient_config = config.model_copy(update={"data": data.model_copy(update=lenient)})
+    with RowCounter(console, "tokenising") as counter:
+        prepared = prepare_run(lenient_config, progress=counter.update)
     for name, split in (("train", prepared.train), ("eval", prepared.eval)):
         if split is not None:
             _show_split(name, split, prepared, pairs, console)
@@ -129,7 +128,8 @@ def show_source(source: SourceConfig, *, pairs: int, console: Console) -> None:
     if understanding.text:
         console.print(f"{source.source}: read as\n{understanding.text}")
     source = understanding.source
-    summary = _summarize_source(source, pairs, RowCounter(console))
+    with RowCounter(console, "reading") as counter:
+        summary = _summarize_source(source, pairs, counter)
     console.print(
         f"{source.source}: {len(summary.labels):,} pairs of {summary.rows:,} rows, "
         f"{summary.swapped:,} swapped",

@@ -122,7 +122,8 @@ def prepare_and_report(config: RunConfig, console: Console, previous: RunRecord 
     """Prepare a run with all checks that need no cluster, and print a line on each split's rows."""
     if config.loss_notice:
         console.print(f"loss: {config.loss_notice}")
-    prepared = prepare_run(_resolve_config(config), previous, progress=RowCounter(console).update)
+    with RowCounter(console, "tokenising") as counter:
+        prepared = prepare_run(_resolve_config(config), previous, progress=counter.update)
     for split, counts in prepared.counts.items():
         text = f"{split}: {counts['pairs']} pairs"
         if "sources" in counts:

@@ -21,6 +21,7 @@ from orchestrator.labels.settings import EndpointSettings, JudgeChoice, LabelSet
 from orchestrator.labels.verdicts import Probabilities, Verdicts, compare_scores
 from orchestrator.redaction import redact
 from orchestrator.tracking.progress import ProgressMeter
+from orchestrator.tracking.progress_lines import RESPONSES
 from preferences.pairs import Pair
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class EndpointJudge:
         total = len(questions)
         with (
             ThreadPoolExecutor(self._endpoint.concurrency) as threads,
-            ProgressMeter(console, prefix="asking ") as meter,
+            ProgressMeter(console, RESPONSES, "asking ") as meter,
         ):
             pending: dict[Future[Any], Question] = {}
             waiting = iter(questions[1:])

@@ -21,6 +21,7 @@ from orchestrator.references.service import ReferenceService, build_reference_sp
 from orchestrator.registry.find import find_model
 from orchestrator.tracking.mlflow import resolve_tracking_uri
 from orchestrator.tracking.progress import ProgressMeter
+from orchestrator.tracking.progress_lines import RESPONSES
 from preferences.pairs import Pair
 from preferences.tokens.tables import TokenTable
 
@@ -136,7 +137,7 @@ def _score_table(service: ReferenceService, judge: LocalJudge, console: Console)
     missing = service.count_missing({name: table})[name]
     if missing:
         service.start_replicas()
-    with ProgressMeter(console, prefix="asking ") as meter:
+    with ProgressMeter(console, RESPONSES, "asking ") as meter:
         service.score_all({name: table}, meter.update)
     console.print(f"{name}: {2 * len(table) - missing:,} answers from the store, {missing:,} scored")
 

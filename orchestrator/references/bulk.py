@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,9 @@ class BulkPlan:
 
     def __init__(self, table: TokenTableLike, budget: int) -> None:
         self._table, self._budget = table, budget
-        self._keys = digest_table(table)
-        self._is_first = _mark_first(self._keys)
+        self.keys = digest_table(table)
+        """(S, 16): of the table's responses, row by row."""
+        self._is_first = _mark_first(self.keys)
 
     def __len__(self) -> int:
         """Return the number of different responses."""
@@ -53,6 +55,43 @@ class BulkPlan:
             groups = waiting.drain(math.inf)
             batches = split_into_batches([group.tokens for group in groups], self._budget)
             yield [ScoreRequest.pack([groups[i] for i in batch]) for batch in batches]
+
+
+@dataclass
+class BulkCounts:
+    """How far a table is scored, in different responses.
+
+    Attributes:
+        total: responses in all.
+        stored: those that the store had before.
+        scored: those that replicas have answered since.
+        queued: those that replicas were asked for and have not answered.
+    """
+
+    total: int
+    stored: int
+    scored: int = 0
+    queued: int = 0
+
+    @property
+    def done(self) -> int:
+        """Responses that have a score."""
+        return min(self.stored + self.scored, self.total)
+
+    def note_answer(self, responses: int) -> None:
+        """Move responses from the queue to those that are scored."""
+        self.queued -= responses
+        self.scored += responses
+
+    def complete(self) -> None:
+        """Count what other requests have brought meanwhile: all is done."""
+        self.scored = self.total - self.stored
+
+    def describe(self) -> list[str]:
+        """Return which share came from the store, and how many responses wait while not all are done."""
+        share = int(100 * self.stored / self.total) if self.total else 100
+        queue = [f"queue {self.queued:,}"] if self.done < self.total else []
+        return [f"{share} % from store", *queue]
 
 
 def _split_rows(count: int) -> list[range]:

@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from models.config import ModelConfig
 from orchestrator.cluster.connection import NAMESPACE
 from orchestrator.cluster.worker_environment import SealedSecrets
-from orchestrator.references.bulk import BulkPlan, digest_table
+from orchestrator.references.bulk import BulkCounts, BulkPlan, digest_table
 from orchestrator.references.client import PING_EVERY_S, TokenTableLike, wait_for_answer
 from orchestrator.references.messages import (
     ReferenceSpec,
@@ -43,8 +43,11 @@ BULK_REQUESTS = 64
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
 """Most tokens per batch of a replica: enough to fill the device, and a CPU answers within seconds."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a reference's name, and its different responses that are done and in all."""
+Progress = Callable[[str, int, int, Sequence[str]], None]
+"""Called with a reference's name, its different responses that are done and in all, and notes on them.
+
+The first call reports what the store has.
+"""
 
 
 class ReferenceService:
@@ -111,32 +114,37 @@ class ReferenceService:
         plans = {
             name: BulkPlan(table, self._specs[name].max_tokens_per_batch) for name, table in tables.items()
         }
-        done = dict.fromkeys(tables, 0)
+        counts = self._count_stored(plans)
         open_requests: dict[Any, tuple[str, int]] = {}
 
-        def report_progress(name: str, responses: int) -> None:
-            done[name] += responses
+        def report_progress(name: str) -> None:
             if on_progress is not None:
-                on_progress(name, done[name], len(plans[name]))
+                on_progress(name, counts[name].done, counts[name].total, counts[name].describe())
 
         def finish_request() -> None:
             done, waiting = ray.wait(list(open_requests), num_returns=1, timeout=PING_EVERY_S)
             answer = (done or waiting)[0]
-            name, responses = open_requests.pop(answer)
+            name, unknown = open_requests.pop(answer)
             wait_for_answer(name, self.routers[name], answer)
-            report_progress(name, responses)
+            counts[name].note_answer(unknown)
+            report_progress(name)
 
+        for name in tables:
+            report_progress(name)
         for name, batches in _take_turns(plans):
-            for batch, is_known in zip(batches, self._find_known(name, batches), strict=True):
-                if is_known:
-                    report_progress(name, len(batch))
+            for batch, unknown in zip(batches, self._count_unknown(name, batches), strict=True):
+                if not unknown:
                     continue
                 if len(open_requests) >= BULK_REQUESTS * len(tables):
                     finish_request()
                 answer = self.routers[name].score.remote(batch, as_batch=True)
-                open_requests[answer] = (name, len(batch))
+                open_requests[answer] = (name, unknown)
+                counts[name].queued += unknown
         while open_requests:
             finish_request()
+        for name in tables:
+            counts[name].complete()
+            report_progress(name)
         self.flush()
 
     def stats(self) -> dict[str, RouterStats]:
@@ -187,13 +195,21 @@ class ReferenceService:
         answers = {name: getattr(router, method).remote() for name, router in self.routers.items()}
         return {name: wait_for_answer(name, self.routers[name], answer) for name, answer in answers.items()}
 
-    def _find_known(self, name: str, batches: Sequence[ScoreRequest]) -> list[bool]:
-        """Return whether the store has all scores of each batch."""
+    def _count_stored(self, plans: Mapping[str, BulkPlan]) -> dict[str, BulkCounts]:
+        """Count the different responses of each plan, and those that have a stored score."""
+        answers = {name: self.routers[name].missing.remote(plan.keys) for name, plan in plans.items()}
+        missing = {
+            name: wait_for_answer(name, self.routers[name], answer) for name, answer in answers.items()
+        }
+        return {name: BulkCounts(len(plan), len(plan) - missing[name]) for name, plan in plans.items()}
+
+    def _count_unknown(self, name: str, batches: Sequence[ScoreRequest]) -> list[int]:
+        """Return how many scores of each batch the store does not have."""
         router = self.routers[name]
         keys = np.concatenate([batch.keys for batch in batches])
         missing = wait_for_answer(name, router, router.lookup.remote(keys)).missing
         ends = np.cumsum([len(batch) for batch in batches])
-        return [not part.any() for part in np.split(missing, ends[:-1])]
+        return [int(part.sum()) for part in np.split(missing, ends[:-1])]
 
 
 def build_reference_spec(

@@ -16,10 +16,10 @@ from orchestrator.search.report.labels import describe_point, find_varied_fields
 from orchestrator.search.report.tables import build_live_table
 from orchestrator.search.trial import NUMBER_KEY
 from orchestrator.tracking.metrics_file import METRICS_FILE, read_new_lines
-from orchestrator.tracking.progress import LINE_EVERY_S
 from orchestrator.tracking.tracker import Tracker
 
-REFRESH_S = 1.0
+REFRESH_S, LINE_EVERY_S = 1.0, 20.0
+"""How often the table is drawn on a terminal, and a line printed in a log."""
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 """The status of a trial's MLflow run, by how the trial ended."""
 

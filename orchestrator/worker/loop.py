@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,7 @@ from orchestrator.errors import RunFailed
 from orchestrator.files import describe_free_space, is_disk_full
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.scratch import remove_abandoned_scratch
+from orchestrator.tracking.activity import ActivityFile
 from orchestrator.tracking.metrics_file import read_findings
 from orchestrator.tracking.tracker import Tracker
 from orchestrator.worker.batches import BatchLoader
@@ -62,7 +63,7 @@ from orchestrator.worker.start import (
     refuse_unshared_storage,
     resume_training,
 )
-from orchestrator.worker.step import NonFiniteLoss, run_evaluation_pass, run_training_step
+from orchestrator.worker.step import MicroBatch, NonFiniteLoss, run_evaluation_pass, run_training_step
 from orchestrator.worker.stopping import StopListener
 from preferences.batches import BatchPlan
 
@@ -225,6 +226,8 @@ class _TrainingRun:
         self._setup, self._policy, self._loaders, self._plan = setup, policy, loaders, plan
         self._loss, self._tracker, self._mirror = loss, tracker, mirror
         self._watch = None if tracker is None else open_watch(setup, policy, tracker)
+        self._activity = ActivityFile(None if tracker is None or mirror.remote else mirror.folder)
+        self._activity.end()  # of a worker that was killed
         self._stop_listener = StopListener(setup.stop_sign if session.rank == 0 else None)
         self.best = best
         self._reference_names = setup.config.references.ordered
@@ -294,7 +297,7 @@ class _TrainingRun:
         batches, _ = loader.collect_batches(("eval", step), indices)
         table = run_evaluation_pass(
             self._policy.parallel,
-            batches,
+            self._report_batches(batches, step, len(indices)),
             loss=self._loss,
             table=self._make_table(len(indices)),
             equal_reference=None if equal_reference is None else self._reference_names.index(equal_reference),
@@ -302,16 +305,27 @@ class _TrainingRun:
         sets = EvaluationSets.of_split(loader.split, self._setup.config.judged_set)
         metrics = sets.compute_metrics(table, self._flags)
         if self._sampler is not None:
-            metrics |= self._sampler.measure_policy(step)
+            metrics |= self._sampler.measure_policy(
+                step, partial(self._activity.report, f"sampling @{step}", "samples")
+            )
             metrics |= find_best_within_kl_budget(
                 self._sampler.config.kl_budget, metrics, progress.metrics, self._reference_names
             )
+        self._activity.end()
         if self._tracker is not None and self._watch is not None:
             self._tracker.log(step, metrics)
             find_place = self._name_pairs("eval", indices)
             self._watch.check_evaluation(step, table, metrics, find_place, judged=table.select(sets.judged))
         self._save_if_best(metrics, step)
         return replace(progress, metrics=metrics)
+
+    def _report_batches(self, batches: Iterator[MicroBatch], step: int, pairs: int) -> Iterator[MicroBatch]:
+        """Yield this rank's batches of an evaluation, and report about how many pairs all ranks have done."""
+        done, world_size = 0, self._policy.parallel.world_size
+        for batch in batches:
+            self._activity.report(f"evaluating @{step}", "pairs", done * world_size, pairs)
+            yield batch
+            done += len(batch.slots)
 
     def get_exported_metrics(self, progress: TrainingProgress) -> dict[str, float]:
         """Return the metrics of the weights that the run would export now."""

@@ -5,7 +5,7 @@ KL(pi(.|x) || ref(.|x)) in nats per response; its mean over held-out prompts is 
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -83,8 +83,10 @@ class Sampler:
                 "make a reference with the policy's tokenizer the primary, or leave kl_budget out"
             )
 
-    def measure_policy(self, step: int) -> dict[str, float]:
+    def measure_policy(self, step: int, report: Callable[[int, int], None] | None = None) -> dict[str, float]:
         """Sample responses and compute means over the samples of all ranks.
+
+        `report` is called with about how many samples there are on all ranks, and how many there will be.
 
         Every rank calls it and gets the same means: `eval/kl/<reference>` in nats per response, `eval/reward`
         with a reward scorer, `eval/samples/length` in tokens with the end token.
@@ -92,7 +94,7 @@ class Sampler:
         parallel = self._policy.parallel
         parallel.module.eval()
         try:
-            values = self._measure_share(step)
+            values = self._measure_share(step, report)
         finally:
             parallel.module.train()
         # A sample has one row, filled by one rank: the sum is exact for any number of ranks.
@@ -105,7 +107,7 @@ class Sampler:
         return [*(f"eval/kl/{name}" for name in self._names), *reward, "eval/samples/length"]
 
     @torch.no_grad()
-    def _measure_share(self, step: int) -> Tensor:
+    def _measure_share(self, step: int, report: Callable[[int, int], None] | None) -> Tensor:
         """Sample this rank's share: (prompts, columns) float64, zeros in the rows of other ranks."""
         table = np.zeros((len(self._prompts), len(self._column_names)))
         column = {name: table[:, index] for index, name in enumerate(self._column_names)}
@@ -116,6 +118,8 @@ class Sampler:
         for start in starts:
             chunk = slice(start, start + PROMPTS_PER_CHUNK)
             prompts = self._prompts[chunk]
+            if report is not None:
+                report(start, len(self._prompts))  # ranks take chunks in turn, so others are as far
             responses = self._sample_responses(prompts, [self._seed, step, start])
             # References score these samples while the next chunk is sampled.
             self._client.request_sample_scores(start, _build_groups(prompts, responses), self._served)

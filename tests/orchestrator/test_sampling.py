@@ -237,7 +237,9 @@ def test_a_reference_in_process_is_the_policy_without_its_adapter():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.3)
-    moved = sample.measure_policy(1)
+    reported = []
+    moved = sample.measure_policy(1, lambda *counts: reported.append(counts))
+    assert reported == [(0, 12), (8, 12)], "before every chunk"
     assert moved["eval/kl/a"] > 0.05
     assert moved["eval/kl/a"] == pytest.approx(moved["eval/kl/b"], abs=1e-5)
 

@@ -20,8 +20,8 @@ from orchestrator.driver.record import read_record
 from orchestrator.driver.train import score_run, train_run
 from orchestrator.errors import RunFailed
 from orchestrator.references.tolerance import SLACK_TOKENS, allow_difference, choose_tolerance
+from orchestrator.tracking.follow import follow_steps
 from orchestrator.tracking.metrics_file import read_metrics
-from orchestrator.tracking.progress import follow_steps
 from orchestrator.worker.metrics import StepTable
 from orchestrator.worker.watch import (
     NumericalWatch,
@@ -231,7 +231,7 @@ def test_the_console_shows_a_finding_when_it_comes_and_not_again(
 
     write("step 1: found before")
     for message in ("step 1: found now", "step 1: found later"):
-        with follow_steps(tmp_path, 2, Console(width=200)):
+        with follow_steps(tmp_path, 2, 8, Console(width=200)):
             write(message)
         shown = capsys.readouterr().out
         assert [line for line in shown.splitlines() if "watch" in line] == [f"watch: {message}"]

@@ -399,7 +399,7 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
     monkeypatch.setattr("orchestrator.references.service.BULK_REQUESTS", 1)
     tables = {"base": make_table(30), "other": make_table(10, seed=1)}
     specs = [spec(), spec(name="other", fingerprint="0" * 32)]
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, int, int, list[str]]] = []
     with serve(*specs) as service:
         ask_all(service, tables["base"], range(5))
         service.score_all(tables, lambda *progress: seen.append(progress))
@@ -414,7 +414,7 @@ def test_score_all_fills_the_store_with_progress_and_frees_the_replicas(
         }
         assert len(store) == service.stats()["base"].scored == different["base"]
     for name in tables:
-        counts = [done for n, done, total in seen if n == name and total == different[name]]
+        counts = [done for n, done, total, _ in seen if n == name and total == different[name]]
         assert counts == sorted(counts)
         assert counts[-1] == different[name]
 
