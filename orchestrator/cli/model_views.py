@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.config.sections import METRICS
-from orchestrator.registry.changed_settings import list_changed_settings
+from orchestrator.registry.changed_settings import list_changed_settings, list_default_params
 from orchestrator.registry.display import (
     INTERVAL,
     format_measurement,
@@ -91,7 +91,7 @@ def print_version_list(versions: Sequence[VersionView], now: float) -> None:
         ]
         for version in versions
     ]
-    header = ["version", "aliases", "loss", "judged by", "run", "registered"]
+    header = ["version", "aliases", "loss", "judged by", "run", "age"]
     _print_table([header, *rows], has_header=True, may_shrink=(0, 1, 4))
 
 
@@ -99,32 +99,32 @@ def print_version(version: VersionView, now: float) -> None:
     """Print one version in sections: what it is, its results, its origin, its settings, its software."""
     aliases = f"  ({', '.join(version.aliases)})" if version.aliases else ""
     _print_title(f"{version.name}/{version.version}{aliases}")
-    _print_table(_list_facts(version, now))
+    _print_table(_list_facts(version, now), indent=_GAP)
     if results := _list_results(version):
         _print_title("Results", before=True)
-        _print_table(results, has_header=results[0][0] == "")
+        _print_table(results, has_header=results[0][0] == "", indent=_GAP)
     _print_title("Trained", before=True)
-    _print_table(_list_origin(version))
+    _print_table(_list_origin(version), indent=_GAP)
     lineage = version.lineage
     if lineage is None:
         return
     config = {**lineage.config, "loss": lineage.loss}  # with the value that `auto` came to
     if changed := list_changed_settings(config, lineage.preset):
         _print_title("Settings that differ from the defaults", before=True)
-        _print_table([[name, _format_setting(value)] for name, value in sorted(changed.items())])
+        _print_table([[name, _format_setting(value)] for name, value in sorted(changed.items())], indent=_GAP)
     _print_title("Software", before=True)
     versions = {"polyref": lineage.code.get("polyref.version", "unknown"), **lineage.libraries}
     if commit := lineage.code.get("mlflow.source.git.commit"):
         versions["commit"] = shorten_digest(commit)
-    _print_table([[name, text] for name, text in versions.items()])
+    _print_table([[name, text] for name, text in versions.items()], indent=_GAP)
 
 
-def print_comparison(versions: Sequence[VersionView], refusals: Mapping[str, str]) -> None:
+def print_comparison(versions: Sequence[VersionView], differences: Mapping[str, str]) -> None:
     """Print the settings in which versions differ, and their metrics side by side with the better one.
 
     Args:
         versions: two or more.
-        refusals: by metric, why its values cannot be compared.
+        differences: what else differs and makes the values of a metric incomparable, by metric.
     """
     names = [f"{version.name}/{version.version}" for version in versions]
     rows = [[key, *map(_format_setting, values)] for key, values in _list_differences(versions).items()]
@@ -136,13 +136,13 @@ def print_comparison(versions: Sequence[VersionView], refusals: Mapping[str, str
     rows = []
     for name in shown:
         values = [(one.get(name), one.get(f"{name}{INTERVAL}")) for one in metrics]
-        better = "" if name in refusals else _find_better(name, values, names)
+        better = "" if name in differences else _find_better(name, values, names)
         rows.append([shorten_metric_name(name), *(format_measurement(*value) for value in values), better])
     print()
     _print_table([["metrics", *names, "better"], *rows], has_header=True)
-    for reason in dict.fromkeys(refusals[name] for name in shown if name in refusals):
-        of = ", ".join(shorten_metric_name(name) for name in shown if refusals.get(name) == reason)
-        print(f"not comparable, {reason}: {of}")
+    for difference in dict.fromkeys(differences[name] for name in shown if name in differences):
+        of = ", ".join(shorten_metric_name(name) for name in shown if differences.get(name) == difference)
+        _print_line(f"not comparable, as they differ in {difference}: {of}")
 
 
 def _list_facts(version: VersionView, now: float) -> list[list[str]]:
@@ -220,11 +220,19 @@ def _describe_data(lineage: Lineage | None, used_for: str, split: str) -> str:
 
 
 def _list_differences(versions: Sequence[VersionView]) -> dict[str, list[str | None]]:
-    """List settings that differ, by name: one value per version, None where it is not set."""
+    """List settings that differ, by name: one value per version, None where it is not set.
+
+    A default does not differ from what is not set, as with the fields of a reference that only one has.
+    """
     facts = [_list_shown_settings(version) for version in versions]
+    defaults = list_default_params(set().union(*facts))
     names = sorted(set().union(*facts), key=lambda name: (name not in _FIRST, name))
     aligned = {name: [fact.get(name) for fact in facts] for name in names}
-    return {name: values for name, values in aligned.items() if len(set(values)) > 1}
+    return {
+        name: values
+        for name, values in aligned.items()
+        if len(set(values)) > 1 and set(values) != {None, defaults.get(name)}
+    }
 
 
 _FIRST = ("loss.preset", "from", "training data", "held-out data")
@@ -277,23 +285,31 @@ def _format_setting(value: Any) -> str:
 
 
 def _print_title(title: str, *, before: bool = False) -> None:
+    if before:
+        print()
+    _print_line(title, style="bold")
+
+
+def _print_line(text: str, *, style: str = "") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if before:
-        console.print()
-    console.print(Text(title, style="bold"), overflow="ellipsis", no_wrap=True)
+    Console(highlight=False).print(Text(text, style=style), overflow="ellipsis", no_wrap=True)
 
 
 def _print_table(
-    rows: Sequence[Sequence[str]], *, has_header: bool = False, may_shrink: Iterable[int] | None = None
+    rows: Sequence[Sequence[str]],
+    *,
+    has_header: bool = False,
+    indent: str = "",
+    may_shrink: Iterable[int] | None = None,
 ) -> None:
     """Print columns of text without wrapping; what does not fit is cut in its middle.
 
     Args:
         rows: the cells; missing ones at the end of a row are empty. A column that is empty is left out.
         has_header: whether the first row names the columns.
+        indent: in front of each line.
         may_shrink: the columns that may be cut, the widest first; by default all.
     """
     from rich.console import Console
@@ -305,10 +321,10 @@ def _print_table(
     widths = _fit_widths(
         {i: max(len(row[i]) for row in cells) for i in columns},
         set(columns if may_shrink is None else may_shrink) & set(columns),
-        console.width - len(_GAP) * len(columns),
+        console.width - len(indent) - len(_GAP) * (len(columns) - 1),
     )
     for number, row in enumerate(cells):
-        line = "".join(f"{_GAP}{_cut_middle(row[i], widths[i]):<{widths[i]}}" for i in columns)
+        line = indent + _GAP.join(f"{_cut_middle(row[i], widths[i]):<{widths[i]}}" for i in columns)
         style = "bold" if has_header and number == 0 else ""
         console.print(Text(line.rstrip(), style=style), overflow="crop", no_wrap=True)
 

@@ -27,7 +27,7 @@ from orchestrator.registry.aliases import (
     PromotionRefused,
     assign_alias,
     choose_judged_metric,
-    explain_difference,
+    find_difference,
     read_metrics_of_version,
 )
 from orchestrator.registry.display import INTERVAL
@@ -344,13 +344,13 @@ def _align_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]
 
 
 def _find_incomparable(versions: "Sequence[ModelVersion]", metrics: Iterable[str]) -> dict[str, str]:
-    """Say of each metric that the versions cannot be compared by why that is so."""
-    reasons = {
-        metric: [explain_difference(versions[0], other, metric) for other in versions[1:]]
-        for metric in metrics
-    }
-    found = {metric: next(filter(None, several), None) for metric, several in reasons.items()}
-    return {metric: reason for metric, reason in found.items() if reason is not None}
+    """Return what differs between versions that makes a metric incomparable, by metric."""
+    found = {}
+    for metric in metrics:
+        differences = (find_difference(versions[0], other, metric) for other in versions[1:])
+        if (difference := next(filter(None, differences), None)) is not None:
+            found[metric] = difference.description
+    return found
 
 
 def _describe_version(view: VersionView) -> dict[str, Any]:

@@ -92,13 +92,14 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
 
 
 def _render_description(config: RunConfig, lineage: Lineage) -> str:
-    """Return the text of the model card without its metadata; of a run without model a summary."""
+    """Return a summary, whose beginning MLflow shows folded, and of a registered model its card too."""
     from huggingface_hub import ModelCard
 
-    name = config.tracking.registered_model
+    name, summary = config.tracking.registered_model, render_summary(lineage)
     if name is None:
-        return render_summary(lineage)
-    return ModelCard(render_model_card(name, lineage, adapter=config.policy.adapter is not None)).text
+        return summary
+    card = ModelCard(render_model_card(name, lineage, adapter=config.policy.adapter is not None))
+    return f"{summary}\n\n{card.text.strip()}"
 
 
 def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.config.sections import METRICS
@@ -91,7 +92,7 @@ def explain_refusal(
     metric = choose_judged_metric(candidate, {**new, **old})
     if metric is None:  # neither version was evaluated
         return None
-    if (difference := explain_difference(candidate, holder, metric)) is not None:
+    if (difference := find_difference(candidate, holder, metric)) is not None:
         return f"{versions} were evaluated with {difference}, so their {metric} cannot be compared"
     if metric in new and metric in old and not _is_worse(new[metric], old[metric], metric):
         return None
@@ -108,12 +109,23 @@ def choose_judged_metric(version: "ModelVersion", metrics: Collection[str]) -> s
     return next((metric for metric in preferred if metric in METRICS and metric in metrics), None)
 
 
-def explain_difference(one: "ModelVersion", other: "ModelVersion", metric: str) -> str | None:
-    """Name what makes a metric of two versions incomparable, with both digests; None if nothing does."""
+@dataclass(frozen=True)
+class Difference:
+    """What makes a metric of two versions incomparable, and the digests of both."""
+
+    description: str
+    digests: tuple[str | None, str | None]
+
+    def __str__(self) -> str:
+        return f"different {self.description} ({' and '.join(map(shorten_digest, self.digests))})"
+
+
+def find_difference(one: "ModelVersion", other: "ModelVersion", metric: str) -> Difference | None:
+    """Find what makes a metric of two versions incomparable; None if nothing does."""
     for tag, description in _list_comparison_tags(metric).items():
         digests = _read_comparable_value(one, tag), _read_comparable_value(other, tag)
         if digests[0] != digests[1]:
-            return f"different {description} ({' and '.join(map(shorten_digest, digests))})"
+            return Difference(description, digests)
     return None
 
 

@@ -1,6 +1,6 @@
 """The settings of a registered run that differ from the run file's defaults."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from losses.config import LossConfig
@@ -8,6 +8,7 @@ from losses.presets import PRESETS
 from models.config import LoraSettings, PolicyConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sections import ReferenceConfig, ReferencesConfig
+from orchestrator.tracking.mlflow import flatten_settings
 from preferences.config import DataConfig
 
 _SAID_ELSEWHERE = (
@@ -27,6 +28,15 @@ def list_changed_settings(config: Mapping[str, Any], preset: str) -> dict[str, A
     changed: dict[str, Any] = {}
     _collect_changes(config, _build_defaults(config, preset), "", changed)
     return changed
+
+
+def list_default_params(names: Iterable[str]) -> dict[str, str]:
+    """Return defaults as MLflow's parameters have them, with those of the references and adapter named."""
+    parts = [name.split(".") for name in names]
+    models = [part[2] for part in parts if part[:2] == ["references", "models"] and len(part) > 2]
+    adapter = any(part[:2] == ["policy", "adapter"] for part in parts)
+    config = {"references": {"models": dict.fromkeys(models)}, "policy": {"adapter": adapter}}
+    return flatten_settings(_build_defaults(config, "dpo"))
 
 
 def _build_defaults(config: Mapping[str, Any], preset: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ _METRICS = ("eval/accuracy", "eval/label_nll", "eval/loss")
 def render_summary(lineage: Lineage) -> str:
     """Return what was trained, against and on what, and its held-out results, if there are any yet."""
     lines = [f"`{shorten_source_name(lineage.base_model)}`, trained with the loss `{lineage.preset}`."]
+    if results := _list_results(lineage):
+        lines.append("**Result** " + "; ".join(results) + ".")
     references = [
         f"{name}{' (primary)' if name == lineage.primary else ''}: `{shorten_source_name(one.model)}`"
         for name, one in lineage.references.items()
@@ -28,9 +30,7 @@ def render_summary(lineage: Lineage) -> str:
     if lineage.search:
         trial, trials = lineage.search.get("search.trial"), lineage.search.get("search.trials")
         lines.append(f"**Search** `{lineage.search.get('search')}`: trial {trial} of {trials}.")
-    if results := _list_results(lineage):
-        lines.append("**Result** " + "; ".join(results) + ".")
-    return "\n\n".join(lines)
+    return "\\\n".join(lines)  # one paragraph, whose lines end where these do
 
 
 def _list_results(lineage: Lineage) -> list[str]:

@@ -32,7 +32,8 @@ def test_a_run_is_described_before_and_after_training(uri: str, policy: Exported
 
     train_and_finish(prepared, record, policy, 0.75)
     note = client.get_run(run_id).data.tags[NOTE_TAG]
-    assert note.startswith("# films\n")  # the card, without its metadata
+    assert "**Result** accuracy 0.500 ± 0.043 before, 0.750 ± 0.043 after" in note.partition("\n# films\n")[0]
+    assert "library_name" not in note  # the card's metadata
     assert "| eval/accuracy | 0.5 ± 0.043 | 0.75 ± 0.043 |" in note
     assert str(tmp_path) not in note
     described = client.get_model_version("films", "1").description
