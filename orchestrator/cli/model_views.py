@@ -21,7 +21,7 @@ from orchestrator.registry.lineage import Lineage
 from orchestrator.registry.versions import shorten_digest
 
 _NO_VALUE = "-"
-_GAP, _MIN_WIDTH = "  ", 8
+_GAP, _MIN_WIDTH = "  ", 6
 _UNITS = ((365 * 86400, "y"), (30 * 86400, "mo"), (86400, "d"), (3600, "h"), (60, "min"))
 _UNIMPORTANT = ("name", "storage_path", "tracking.", "placement.")
 """Settings whose difference between two runs changes no result."""

@@ -30,7 +30,7 @@ def render_summary(lineage: Lineage) -> str:
     if lineage.search:
         trial, trials = lineage.search.get("search.trial"), lineage.search.get("search.trials")
         lines.append(f"**Search** `{lineage.search.get('search')}`: trial {trial} of {trials}.")
-    return "\\\n".join(lines)  # one paragraph, whose lines end where these do
+    return "  \n".join(lines)  # one paragraph, whose lines end where these do
 
 
 def _list_results(lineage: Lineage) -> list[str]:

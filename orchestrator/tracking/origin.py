@@ -16,7 +16,8 @@ _OWN_PROGRAMS = ("polyref", "__main__.py")
 
 def read_origin_tags() -> dict[str, str]:
     """Return the tags of the user and the command, without secrets."""
-    tags = {_SOURCE_TAG: _read_command(), _SOURCE_TYPE_TAG: "LOCAL"}
+    # Of a source of type LOCAL MLflow's page shows only what is behind the command's last slash.
+    tags = {_SOURCE_TAG: _read_command(), _SOURCE_TYPE_TAG: "JOB"}
     user = _read_user()
     return tags | ({_USER_TAG: user} if user else {})
 

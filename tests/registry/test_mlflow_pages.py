@@ -13,7 +13,7 @@ from orchestrator.driver.execute import open_tracker
 from orchestrator.tracking.mlflow import connect_to_mlflow
 from orchestrator.tracking.origin import NOTE_TAG, cut_note, read_origin_tags
 from orchestrator.tracking.tracker import Tracker
-from tests.support.finished_runs import HELD_OUT, PAIRS, begin_run, train_and_finish
+from tests.support.finished_runs import HELD_OUT, PAIRS, begin_run, train_and_finish, write_pairs
 from tests.support.policies import Exported
 
 
@@ -75,8 +75,6 @@ def test_data_is_named_once_and_not_uploaded(uri: str, policy: Exported, tmp_pat
 
 
 def test_sources_of_a_mixture_are_one_data_set(uri: str, policy: Exported, tmp_path: Path) -> None:
-    from tests.support.finished_runs import write_pairs
-
     paths = [str(write_pairs(tmp_path / name, 6)) for name in ("a.jsonl", "b.jsonl")]
     data = {"train": [{"source": path} for path in paths], "eval_fraction": 0.25}
     prepared, record = begin_run(policy, tmp_path / "here", tracking={"uri": uri}, data=data)
