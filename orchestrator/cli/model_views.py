@@ -10,6 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.config.sections import METRICS
+from orchestrator.registry.aliases import (
+    EVAL_DIGEST_TAG,
+    NO_PRIMARY,
+    PIN_PREFIX,
+    PRIMARY_TAG,
+    REFERENCE_PREFIX,
+)
 from orchestrator.registry.changed_settings import list_changed_settings, list_default_params
 from orchestrator.registry.display import (
     INTERVAL,
@@ -18,7 +25,8 @@ from orchestrator.registry.display import (
     shorten_source_name,
 )
 from orchestrator.registry.lineage import Lineage
-from orchestrator.registry.versions import shorten_digest
+from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, shorten_digest
+from orchestrator.tracking.mlflow import to_metric_key
 
 _NO_VALUE = "-"
 _GAP, _MIN_WIDTH = "  ", 6
@@ -146,18 +154,17 @@ def print_comparison(versions: Sequence[VersionView], differences: Mapping[str, 
 
 
 def _list_facts(version: VersionView, now: float) -> list[list[str]]:
-    tags, lineage = version.tags, version.lineage
-    kind = "model of another program"
-    if lineage is not None:
-        has_adapter = "polyref.adapter_digest" in tags
-        kind = "LoRA adapter, and merged with its base" if has_adapter else "full model"
+    tags = version.tags
+    kind = "full model" if DIGEST_TAG in tags else "model of another program"
+    if ADAPTER_DIGEST_TAG in tags:
+        kind = "LoRA adapter, and merged with its base"
     facts = {
         "model": kind,
         "loss": tags.get("loss.preset"),
         "search": tags.get("search") and _format_search(tags),
         "registered": f"{format_age(version.created, now)} ({format_time(version.created)})",
         "run": version.run and f"{version.run} ({shorten_digest(version.run_id)})",
-        "digest": shorten_digest(tags["polyref.digest"]) if "polyref.digest" in tags else None,
+        "digest": shorten_digest(tags[DIGEST_TAG]) if DIGEST_TAG in tags else None,
     }
     return [[name, fact] for name, fact in facts.items() if fact]
 
@@ -172,9 +179,7 @@ def _list_results(version: VersionView) -> list[list[str]]:
     before = version.lineage.before if version.lineage else {}
     after = version.metrics
     judged = version.judged.metric if version.judged else None
-    names = [
-        name for name in after if not name.endswith(INTERVAL) and "/perf/" not in name and name != "epoch"
-    ]
+    names = [name for name in after if not name.endswith(INTERVAL) and "/perf/" not in name]
     if not names:
         return []
     rows = [["", "before", "after"]] if before else []
@@ -189,17 +194,16 @@ def _list_origin(version: VersionView) -> list[list[str]]:
     """List what the version was trained from, against and on."""
     tags, lineage = version.tags, version.lineage
     rows = [["from", shorten_source_name(tags["base_model"]), ""]] if "base_model" in tags else []
-    pins = {name.removeprefix("pin."): pin for name, pin in tags.items() if name.startswith("pin.")}
-    for name in sorted(
-        {name.removeprefix("reference.") for name in tags if name.startswith("reference.")},
-        key=lambda name: (name != tags.get("references.primary"), name),
-    ):
-        role = " (primary)" if name == tags.get("references.primary") else ""
-        model = f" {shorten_source_name(pins[name])}" if name in pins else ""
-        rows.append(["against", f"{name}{role}{model}", shorten_digest(tags[f"reference.{name}"])])
+    primary = to_metric_key(tags.get(PRIMARY_TAG, NO_PRIMARY))
+    names = [tag.removeprefix(REFERENCE_PREFIX) for tag in tags if tag.startswith(REFERENCE_PREFIX)]
+    for name in sorted(names, key=lambda name: (name != primary, name)):
+        role = " (primary)" if name == primary else ""
+        pin = tags.get(f"{PIN_PREFIX}{name}")
+        model = f" {shorten_source_name(pin)}" if pin else ""
+        rows.append(["against", f"{name}{role}{model}", shorten_digest(tags[f"{REFERENCE_PREFIX}{name}"])])
     for label, used_for, split, digest in (
         ("on", "training", "train", tags.get("data.digest")),
-        ("judged on", "evaluation", "eval", tags.get("data.eval_digest")),
+        ("judged on", "evaluation", "eval", tags.get(EVAL_DIGEST_TAG)),
     ):
         if digest and digest != "none":
             rows.append([label, _describe_data(lineage, used_for, split), shorten_digest(digest)])
@@ -294,7 +298,8 @@ def _print_line(text: str, *, style: str = "") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(highlight=False).print(Text(text, style=style), overflow="ellipsis", no_wrap=True)
+    shown = Text(_hide_control_characters(text), style=style)
+    Console(highlight=False).print(shown, overflow="ellipsis", no_wrap=True)
 
 
 def _print_table(
@@ -316,7 +321,8 @@ def _print_table(
     from rich.text import Text
 
     console = Console(highlight=False)
-    cells = [[*row, *[""] * (max(map(len, rows)) - len(row))] for row in rows]
+    count = max(map(len, rows))
+    cells = [[*map(_hide_control_characters, row), *[""] * (count - len(row))] for row in rows]
     columns = [i for i in range(len(cells[0])) if any(row[i] for row in cells[has_header:])]
     widths = _fit_widths(
         {i: max(len(row[i]) for row in cells) for i in columns},
@@ -327,6 +333,11 @@ def _print_table(
         line = indent + _GAP.join(f"{_cut_middle(row[i], widths[i]):<{widths[i]}}" for i in columns)
         style = "bold" if has_header and number == 0 else ""
         console.print(Text(line.rstrip(), style=style), overflow="crop", no_wrap=True)
+
+
+def _hide_control_characters(text: str) -> str:
+    """Replace what would move the cursor: other programs may have written anything to the registry."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _fit_widths(widths: Mapping[int, int], may_shrink: set[int], room: int) -> dict[int, int]:

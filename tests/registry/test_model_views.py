@@ -127,6 +127,12 @@ def test_a_list_has_one_line_per_version(lines: Show) -> None:
     assert re.fullmatch(r"films/1 +dpo +run-1 +3 h ago", first)
 
 
+def test_what_others_wrote_moves_no_cursor(lines: Show) -> None:
+    print_version_list([view(run="a\n\x1b[2Jb\tc")], NOW)
+    _, version = lines(80)
+    assert "a  [2Jb c" in version
+
+
 def test_a_wide_terminal_is_used(lines: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     long_name = "a-run-with-a-name-that-is-longer-than-what-is-left-of-the-line"
@@ -155,12 +161,13 @@ def test_a_version_is_shown_in_sections(lines: Show) -> None:
         "data.digest": "d" * 40,
         "data.eval_digest": "a" * 40,
         "polyref.digest": "b" * 64,
+        "polyref.adapter_digest": "9" * 64,
     }
     print_version(view(3, origin, tags=tags, aliases=["best", "champion"]), NOW)
     text = [re.sub(r" {2,}", "|", line.strip()) for line in lines(80)]
     assert text == [
         "films/3|(best, champion)",
-        "model|full model",
+        "model|LoRA adapter, and merged with its base",
         "loss|dpo",
         "registered|3 h ago (2027-01-15T05:00Z)",
         "run|run-3 (cccccccccccc)",
