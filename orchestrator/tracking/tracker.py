@@ -33,6 +33,7 @@ from orchestrator.tracking.metrics_file import (
 )
 from orchestrator.tracking.mlflow import (
     connect_to_mlflow,
+    fail_fast,
     flatten_settings,
     get_or_create_experiment,
     log_settings,
@@ -172,17 +173,19 @@ class Tracker:
         """
         with self._warn_on_failure("the description", is_needed=False):
             client = connect_to_mlflow(self.uri)
-            shown = client.get_run(self.run_id).data.tags.get(NOTE_TAG)
-            if not shown or (replaces is not None and shown == cut_note(replaces)):
-                client.set_tag(self.run_id, NOTE_TAG, cut_note(note))
+            with fail_fast():
+                shown = client.get_run(self.run_id).data.tags.get(NOTE_TAG)
+                if not shown or (replaces is not None and shown == cut_note(replaces)):
+                    client.set_tag(self.run_id, NOTE_TAG, cut_note(note))
 
     def log_data(self, data: Sequence[TrackedData]) -> None:
         """Name the data on the run's page, once however often the run is resumed; no data is uploaded."""
         with self._warn_on_failure("the data sets", is_needed=False):
             client = connect_to_mlflow(self.uri)
-            logged = client.get_run(self.run_id).inputs
-            if logged is None or not logged.dataset_inputs:
-                client.log_inputs(self.run_id, build_dataset_inputs(data))
+            with fail_fast():
+                logged = client.get_run(self.run_id).inputs
+                if logged is None or not logged.dataset_inputs:
+                    client.log_inputs(self.run_id, build_dataset_inputs(data))
 
     def catch_up(self) -> None:
         """Start to send the metrics that a killed process left unsent; `close` waits for it."""
