@@ -2,15 +2,23 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli.interruption import turn_ctrl_c_into_interruption
+from orchestrator.cli.model_views import (
+    Measurement,
+    VersionView,
+    format_time,
+    print_comparison,
+    print_version,
+    print_version_list,
+)
 from orchestrator.errors import UsageError
 from orchestrator.redaction import redact
 from orchestrator.registry.aliases import (
@@ -18,20 +26,31 @@ from orchestrator.registry.aliases import (
     METRIC_PREFIX,
     PromotionRefused,
     assign_alias,
+    choose_judged_metric,
+    find_difference,
     read_metrics_of_version,
 )
+from orchestrator.registry.display import INTERVAL
 from orchestrator.registry.download import (
     ADAPTER,
     copy_merged_version,
     copy_version,
     is_adapter_folder,
+    read_version_text,
     resolve_adapter,
     resolve_free_folder,
     resolve_version,
 )
 from orchestrator.registry.hub import HubRepository, PushedCommit, check_repo_name
+from orchestrator.registry.lineage import LINEAGE_FILE, Lineage, parse_lineage
 from orchestrator.registry.publication import prepare_publication, refuse_unpublishable
-from orchestrator.registry.versions import find_version, list_model_names, list_versions, parse_model_ref
+from orchestrator.registry.versions import (
+    DIGEST_TAG,
+    find_version,
+    list_model_names,
+    list_versions,
+    parse_model_ref,
+)
 from orchestrator.tracking.mlflow import (
     URI_VARIABLE,
     check_name,
@@ -87,16 +106,37 @@ class _Registry:
         except MlflowException:  # the run was deleted, the version was not
             return None
 
-    def describe_version(self, version: "ModelVersion") -> dict[str, Any]:
+    def view_version(self, version: "ModelVersion", *, with_lineage: bool = False) -> VersionView:
+        """Collect what is shown of a version; `with_lineage` reads its `lineage.json` too."""
         run = self.find_run(version)
-        return {
-            "name": version.name,
-            "version": int(version.version),
-            "aliases": sorted(version.aliases),
-            "created": _format_time(version.creation_timestamp),
-            ACCURACY: read_metrics_of_version(self.client, version).get(ACCURACY),
-            "run": run.info.run_name if run else None,
-        }
+        metrics = read_metrics_of_version(self.client, version)
+        judged = choose_judged_metric(version, metrics)
+        return VersionView(
+            name=version.name,
+            version=int(version.version),
+            aliases=sorted(version.aliases),
+            created=version.creation_timestamp / 1000,
+            tags=version.tags,
+            run=run.info.run_name if run else None,
+            run_id=version.run_id or None,
+            judged=Measurement(judged, metrics[judged], metrics.get(f"{judged}{INTERVAL}"))
+            if judged
+            else None,
+            metrics=metrics,
+            params=run.data.params if run else {},
+            lineage=self._read_lineage(version) if with_lineage else None,
+        )
+
+    def _read_lineage(self, version: "ModelVersion") -> Lineage | None:
+        """Read the lineage of a version; None for another program's, or if its files cannot be read."""
+        if DIGEST_TAG not in version.tags:
+            return None
+        uri = f"models:/{version.name}/{version.version}"
+        try:
+            return parse_lineage(read_version_text(self.client, version, self.uri, LINEAGE_FILE), uri)
+        except UsageError as error:
+            print(f"only what the registry's tags say is shown: {error}", file=sys.stderr)
+            return None
 
 
 @app.command("list")
@@ -104,7 +144,7 @@ def list_models(uri: _Uri = None, storage: _Storage = "runs", as_json: _Json = F
     """List the versions of all registered models, newest first."""
     registry = _Registry.open(uri, storage)
     versions = [
-        registry.describe_version(v)
+        registry.view_version(v)
         for name in list_model_names(registry.client)
         for v in list_versions(registry.client, name)
     ]
@@ -122,14 +162,19 @@ def show(
     registry = _Registry.open(uri, storage)
     if parse_model_ref(ref).is_bare_name:
         versions = list_versions(registry.client, parse_model_ref(ref).name)
-        _print_versions([registry.describe_version(v) for v in versions], as_json=as_json)
+        _print_versions([registry.view_version(v) for v in versions], as_json=as_json)
         return
     version = find_version(registry.client, ref)
-    details = registry.describe_version(version)
+    is_for_people = not as_json and sys.stdout.isatty()
+    view = registry.view_version(version, with_lineage=is_for_people)
+    if is_for_people:
+        print_version(view, time.time())
+        return
+    details = _describe_version(view)
     details["source"] = redact(version.source)
     details["run_id"] = version.run_id
     details["lineage"] = {k: v for k, v in sorted(version.tags.items()) if not k.startswith(METRIC_PREFIX)}
-    details["metrics"] = read_metrics_of_version(registry.client, version)
+    details["metrics"] = dict(view.metrics)
     if as_json:
         print(json.dumps(details, indent=2))
         return
@@ -138,7 +183,7 @@ def show(
     rows += [
         [key, _format_value(value)] for key, value in sorted(details["metrics"].items()) if key != ACCURACY
     ]
-    _print_table(["", f"{version.name}/{version.version}"], rows)
+    _print_lines(["", f"{version.name}/{version.version}"], rows)
 
 
 @app.command()
@@ -221,15 +266,18 @@ def compare(
         raise UsageError("compare needs two versions or more: NAME@ALIAS or NAME/VERSION each")
     registry = _Registry.open(uri, storage)
     versions = [find_version(registry.client, ref) for ref in refs]
-    runs = [registry.find_run(version) for version in versions]
-    params = _align_columns([run.data.params if run else {} for run in runs])
+    views = [registry.view_version(version) for version in versions]
+    metrics = _align_columns([view.metrics for view in views])
+    if not as_json and sys.stdout.isatty():
+        print_comparison(views, _find_incomparable(versions, metrics))
+        return
+    params = _align_columns([view.params for view in views])
     differing = {key: values for key, values in params.items() if len(set(values)) > 1}
-    metrics = _align_columns([read_metrics_of_version(registry.client, version) for version in versions])
     if as_json:
         print(json.dumps({"versions": refs, "params": differing, "metrics": metrics}, indent=2))
         return
     rows = [[key, *map(_format_value, values)] for key, values in (differing | metrics).items()]
-    _print_table(["", *refs], rows)
+    _print_lines(["", *refs], rows)
 
 
 @app.command()
@@ -295,32 +343,49 @@ def _align_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]
     return {key: [column.get(key) for column in columns] for key in sorted(set().union(*columns))}
 
 
-def _print_versions(versions: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+def _find_incomparable(versions: "Sequence[ModelVersion]", metrics: Iterable[str]) -> dict[str, str]:
+    """Return what differs between versions that makes a metric incomparable, by metric."""
+    found = {}
+    for metric in metrics:
+        differences = (find_difference(versions[0], other, metric) for other in versions[1:])
+        if (difference := next(filter(None, differences), None)) is not None:
+            found[metric] = difference.description
+    return found
+
+
+def _describe_version(view: VersionView) -> dict[str, Any]:
+    """Describe a version to programs: fields are added at the end, and none is taken away."""
+    return {
+        "name": view.name,
+        "version": view.version,
+        "aliases": list(view.aliases),
+        "created": format_time(view.created),
+        ACCURACY: view.metrics.get(ACCURACY),
+        "run": view.run,
+        "loss": view.tags.get("loss.preset"),
+        "judged_by": view.judged.metric if view.judged else None,
+        "judged_value": view.judged.value if view.judged else None,
+        "judged_interval": view.judged.interval if view.judged else None,
+    }
+
+
+def _print_versions(versions: Sequence[VersionView], *, as_json: bool) -> None:
+    descriptions = [_describe_version(version) for version in versions]
     if as_json:
-        print(json.dumps(versions, indent=2))
-        return
-    if not versions:
+        print(json.dumps(descriptions, indent=2))
+    elif not versions:
         print("no models are registered yet", file=sys.stderr)
-        return
-    _print_table(list(versions[0]), [[_format_value(value) for value in row.values()] for row in versions])
+    elif sys.stdout.isatty():
+        print_version_list(versions, time.time())
+    else:
+        rows = [[_format_value(value) for value in row.values()] for row in descriptions]
+        _print_lines(list(descriptions[0]), rows)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a formatted table on a terminal, tab-separated lines for other programs on a pipe."""
-    if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in header:
-        table.add_column(Text(title), overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: a name in [brackets] is not markup
-    Console().print(table)
+def _print_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print tab-separated lines for other programs."""
+    for row in (header, *rows):
+        print("\t".join(row))
 
 
 def _format_value(value: Any) -> str:
@@ -329,7 +394,3 @@ def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def _format_time(milliseconds: int) -> str:
-    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%MZ}"

@@ -11,10 +11,12 @@ from orchestrator.cluster.nodes import list_node_resources
 from orchestrator.cluster.placement import ClusterProfile, build_worker_bundle
 from orchestrator.cluster.shared_storage import refuse_unshared
 from orchestrator.driver.prepare import PreparedRun
+from orchestrator.driver.provenance import describe_origin, list_tracked_data
 from orchestrator.driver.record import RunRecord
 from orchestrator.driver.scoring import prepare_references, report_scores
 from orchestrator.errors import RunFailed, RunStopped, UsageError
 from orchestrator.references.service import ReferenceService
+from orchestrator.registry.summary import render_summary
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import run_location
 from orchestrator.tracking.follow import follow_steps
@@ -48,6 +50,8 @@ def open_tracker(prepared: PreparedRun, record: RunRecord) -> Tracker:
     )
     record.mlflow_run = tracker.run_id
     record.write(mirror)
+    tracker.describe(render_summary(describe_origin(prepared, record)))
+    tracker.log_data(list_tracked_data(prepared))
     return tracker
 
 

@@ -1,6 +1,7 @@
 """The steps after training: plots, artifacts, the registered version, and the report on the console."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -11,12 +12,14 @@ from models.probe import LogitProbe
 from orchestrator.config.run import RunConfig
 from orchestrator.driver.execute import open_tracker
 from orchestrator.driver.prepare import PreparedRun
-from orchestrator.driver.provenance import list_data_sources, read_base_license
+from orchestrator.driver.provenance import describe_origin
 from orchestrator.driver.record import RunRecord
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.files import find_changed_file
-from orchestrator.registry.lineage import Lineage, PinnedReference, read_library_versions
+from orchestrator.registry.lineage import Lineage
+from orchestrator.registry.model_card import render_model_card
 from orchestrator.registry.register import register_model
+from orchestrator.registry.summary import render_summary
 from orchestrator.storage.mirror import Mirror
 from orchestrator.storage.paths import find_working_folder, run_location
 from orchestrator.tracking.metrics_file import read_metrics
@@ -50,6 +53,7 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
     tracker.log_files([run_file], under="config")
     tracker.log_files(draw_run(folder), under="plots")
     tracker.set_tags(_build_result_tags(record))
+    lineage = _build_lineage(prepared, record, search or {})
     if config.tracking.registered_model is not None:
         mirror.pull(EXPORT_FOLDER)
         export = folder / EXPORT_FOLDER
@@ -70,18 +74,32 @@ def finish_run(prepared: PreparedRun, record: RunRecord, *, search: Mapping[str,
             name=config.tracking.registered_model,
             folder=export / "model",
             run_id=tracker.run_id,
-            lineage=_build_lineage(prepared, record, search or {}),
+            lineage=lineage,
             probe=LogitProbe.load(export / "probe.safetensors"),
             adapter=export / "adapter" if config.policy.adapter is not None else None,
             alias=config.tracking.alias,
         )
         record.registered = version.uri_pinned
+    tracker.describe(
+        _render_description(config, lineage), replaces=render_summary(describe_origin(prepared, record))
+    )
     if not tracker.finish():
         record.write(mirror)
         raise RunFailed(f"MLflow has not taken all of run {config.name!r}. {kept}")
     record.finished = True
     mirror.push(run_file.name, PLOTS_FOLDER)
     record.write(mirror)
+
+
+def _render_description(config: RunConfig, lineage: Lineage) -> str:
+    """Return a summary, whose beginning MLflow shows folded, and of a registered model its card too."""
+    from huggingface_hub import ModelCard
+
+    name, summary = config.tracking.registered_model, render_summary(lineage)
+    if name is None:
+        return summary
+    card = ModelCard(render_model_card(name, lineage, adapter=config.policy.adapter is not None))
+    return f"{summary}\n\n{card.text.strip()}"
 
 
 def report_run(config: RunConfig, record: RunRecord, console: Console) -> None:
@@ -137,38 +155,16 @@ def _resolve_loss(config: RunConfig, record: RunRecord) -> LossConfig:
 
 
 def _build_lineage(prepared: PreparedRun, record: RunRecord, search: Mapping[str, str]) -> Lineage:
-    """Collect what the model card says about the model, the data and the code behind a version."""
-    config = prepared.config
+    """Collect what the model card says about the model, its results, the data and the code behind it."""
     evaluations = [
         {name: value for name, value in line.items() if name.startswith("eval/")}
-        for line in _read_evaluations(config, record)
+        for line in _read_evaluations(prepared.config, record)
     ]
-    counts: dict[str, int] = {}
-    for split, rows in record.counts.items():
-        counts |= {
-            f"{split} {key.replace('_', ' ')}": count for key, count in rows.items() if key != "skipped"
-        }
-        counts |= {f"{split} skipped, {reason}": count for reason, count in rows["skipped"].items()}
-    return Lineage(
-        base_model=record.pins["policy"],
-        base_license=read_base_license(prepared.policy.located),
-        preset=config.preset,
-        loss=_resolve_loss(config, record).model_dump(mode="json"),
-        references={
-            name: PinnedReference(record.pins[f"references.models.{name}"], model.fingerprint.digest)
-            for name, model in prepared.references.items()
-        },
-        primary=config.references.primary,
-        data_digest=prepared.digests["train"],
-        eval_digest=prepared.digests.get("eval"),
-        data_sources=list_data_sources(config.data),
-        judged_set=config.judged_set,
-        counts=counts,
+    return replace(
+        describe_origin(prepared, record),
+        loss=_resolve_loss(prepared.config, record).model_dump(mode="json"),
         before=evaluations[0] if evaluations else {},
         after=evaluations[-1] if evaluations else {},
-        config=record.config,
-        code=prepared.code_tags,
-        libraries=read_library_versions(),
         search=search,
     )
 

@@ -1,12 +1,80 @@
-"""What a run was made from, as its model card names it: data sources and licences, without paths."""
+"""What a run is made from, as its model card names it: data sources and licences, without paths."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from models.locate import ModelFiles
+from orchestrator.driver.prepare import PreparedRun
+from orchestrator.driver.record import RunRecord
 from orchestrator.registry.license import License, read_cached_license, read_license
-from orchestrator.registry.lineage import DataSource
+from orchestrator.registry.lineage import DataSource, Lineage, PinnedReference, read_library_versions
+from orchestrator.tracking.data_inputs import TrackedData
 from preferences.config import DataConfig, SourceConfig
 from preferences.reading.sources import is_hub_name
+
+
+def describe_origin(prepared: PreparedRun, record: RunRecord) -> Lineage:
+    """Collect what is known of a run before it is trained: the lineage of its model, without results."""
+    config = prepared.config
+    counts: dict[str, int] = {}
+    for split, rows in record.counts.items():
+        counts |= {
+            f"{split} {key.replace('_', ' ')}": count for key, count in rows.items() if key != "skipped"
+        }
+        counts |= {f"{split} skipped, {reason}": count for reason, count in rows["skipped"].items()}
+    return Lineage(
+        base_model=record.pins["policy"],
+        base_license=read_base_license(prepared.policy.located),
+        preset=config.preset,
+        loss=config.loss.model_dump(mode="json"),
+        references={
+            name: PinnedReference(record.pins[f"references.models.{name}"], model.fingerprint.digest)
+            for name, model in prepared.references.items()
+        },
+        primary=config.references.primary,
+        data_digest=prepared.digests["train"],
+        eval_digest=prepared.digests.get("eval"),
+        data_sources=list_data_sources(config.data),
+        judged_set=config.judged_set,
+        counts=counts,
+        config=record.config,
+        code=prepared.code_tags,
+        libraries=read_library_versions(),
+    )
+
+
+def list_tracked_data(prepared: PreparedRun) -> list[TrackedData]:
+    """List the splits of a run as MLflow's page names them; held-out pairs may be of training sources."""
+    data = prepared.config.data
+    sources = {"train": data.train_sources, "eval": data.eval_sources or data.train_sources}
+    uses: dict[str, Literal["training", "evaluation"]] = {"train": "training", "eval": "evaluation"}
+    return [
+        TrackedData(
+            name=", ".join(dict.fromkeys(_name_source(source) for source in sources[split])),
+            used_for=used_for,
+            digest=prepared.digests[split],
+            rows=prepared.counts[split]["pairs"],
+            **_locate_sources(sources[split]),
+        )
+        for split, used_for in uses.items()
+        if split in prepared.digests
+    ]
+
+
+def _locate_sources(sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    """Return the kind of a source and the fields that MLflow reads of it."""
+    if len(sources) > 1:
+        return {"source_type": "mixture", "source": {"sources": [source.source for source in sources]}}
+    [source] = sources
+    if not is_hub_name(source.source):
+        return {"source_type": "local", "source": {"uri": source.source}}
+    fields = {"path": source.source, "config_name": source.subset, "split": source.split}
+    return {"source_type": "hugging_face", "source": fields | {"revision": source.revision}}
+
+
+def _name_source(source: SourceConfig) -> str:
+    return source.source if is_hub_name(source.source) else Path(source.source).name
 
 
 def read_base_license(files: ModelFiles) -> License | None:

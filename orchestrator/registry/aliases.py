@@ -1,6 +1,8 @@
 """Promotion: give a registered version an alias unless the version that has it is better."""
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.config.sections import METRICS
@@ -87,18 +89,11 @@ def explain_refusal(
         return None
     versions = f"version {candidate.version} and version {holder.version}, which holds it,"
     new, old = read_metrics_of_version(client, candidate), read_metrics_of_version(client, holder)
-    preferred = (candidate.tags.get(EVALUATION_METRIC_TAG), ACCURACY, _LOSS)
-    metric = next((m for m in preferred if m in METRICS and (m in new or m in old)), None)
+    metric = choose_judged_metric(candidate, {**new, **old})
     if metric is None:  # neither version was evaluated
         return None
-    for tag, description in _list_comparison_tags(metric).items():
-        new_digest, old_digest = _read_comparable_value(candidate, tag), _read_comparable_value(holder, tag)
-        if new_digest != old_digest:
-            return (
-                f"{versions} were evaluated with different {description} "
-                f"({shorten_digest(new_digest)} and {shorten_digest(old_digest)}), "
-                f"so their {metric} cannot be compared"
-            )
+    if (difference := find_difference(candidate, holder, metric)) is not None:
+        return f"{versions} were evaluated with {difference}, so their {metric} cannot be compared"
     if metric in new and metric in old and not _is_worse(new[metric], old[metric], metric):
         return None
     values = [f"{metrics[metric]:.4f}" if metric in metrics else "none" for metrics in (new, old)]
@@ -106,6 +101,32 @@ def explain_refusal(
         f"{metric} of version {candidate.version} is {values[0]}, that of version {holder.version}, "
         f"which holds it, is {values[1]}"
     )
+
+
+def choose_judged_metric(version: "ModelVersion", metrics: Collection[str]) -> str | None:
+    """Return the metric of those given that a version is judged by; None if none says what is better."""
+    preferred = (version.tags.get(EVALUATION_METRIC_TAG), ACCURACY, _LOSS)
+    return next((metric for metric in preferred if metric in METRICS and metric in metrics), None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What makes a metric of two versions incomparable, and the digests of both."""
+
+    description: str
+    digests: tuple[str | None, str | None]
+
+    def __str__(self) -> str:
+        return f"different {self.description} ({' and '.join(map(shorten_digest, self.digests))})"
+
+
+def find_difference(one: "ModelVersion", other: "ModelVersion", metric: str) -> Difference | None:
+    """Find what makes a metric of two versions incomparable; None if nothing does."""
+    for tag, description in _list_comparison_tags(metric).items():
+        digests = _read_comparable_value(one, tag), _read_comparable_value(other, tag)
+        if digests[0] != digests[1]:
+            return Difference(description, digests)
+    return None
 
 
 def _is_worse(new: float, old: float, metric: str) -> bool:

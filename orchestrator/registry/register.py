@@ -30,6 +30,7 @@ from orchestrator.registry.aliases import (
 from orchestrator.registry.artifact import build_artifact, refuse_incomplete_export
 from orchestrator.registry.download import ADAPTER, DamagedError, ResolvedModel, check_digest, resolve_version
 from orchestrator.registry.lineage import Lineage
+from orchestrator.registry.summary import render_summary
 from orchestrator.registry.versions import ADAPTER_DIGEST_TAG, DIGEST_TAG, STATE_TAG, VERIFIED, VERIFYING
 from orchestrator.tracking.mlflow import URI_VARIABLE, connect_to_mlflow, to_metric_key
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPORT_TAG = "polyref.export"
+_DESCRIPTION_LENGTH = 5000  # MLflow's limit
 KL_TAG, INITIAL_KL_TAG = "polyref.kl_from_trained", "polyref.kl_of_initial_from_trained"
 
 
@@ -84,7 +86,9 @@ def register_model(
             }
             if adapter is not None:
                 tags[ADAPTER_DIGEST_TAG] = digest_folder(root / "model" / ADAPTER)
-            version = _upload_version(client, name, root, run_id, tags, next(iter(same_weights), None))
+            pending = next(iter(same_weights), None)
+            description = redact(render_summary(lineage))[:_DESCRIPTION_LENGTH]
+            version = _upload_version(client, name, root, run_id, tags, pending, description=description)
         verified = _verify_version(client, version, tracking_uri, probe)
     if alias is not None:
         _try_to_assign_alias(client, verified, alias, tracking_uri)
@@ -138,6 +142,8 @@ def _upload_version(
     run_id: str,
     tags: Mapping[str, str],
     pending: "ModelVersion | None",
+    *,
+    description: str,
 ) -> "ModelVersion":
     """Upload the packed version as artifacts of the run and register it as not yet verified.
 
@@ -151,7 +157,8 @@ def _upload_version(
         _ensure_registered(client, name)
         if pending is None:
             source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_path}"
-            return client.create_model_version(name, source, run_id, tags={**tags, STATE_TAG: VERIFYING})
+            tags = {**tags, STATE_TAG: VERIFYING}
+            return client.create_model_version(name, source, run_id, tags=tags, description=description)
         for key, value in tags.items():
             client.set_model_version_tag(name, str(pending.version), key, value)
         return client.get_model_version(name, str(pending.version))

@@ -174,7 +174,7 @@ def connect_to_mlflow(uri: str) -> "MlflowClient":
             absent.parent.mkdir(parents=True, exist_ok=True)
         elif urlsplit(uri).scheme.partition("+")[0] in _DATABASES:
             _open_database(uri)
-        with _fail_fast():
+        with fail_fast():
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
     except UsageError:
@@ -244,7 +244,8 @@ def find_run_url(uri: str, run_id: str | None) -> str | None:
 
 
 @contextmanager
-def _fail_fast() -> Iterator[None]:
+def fail_fast() -> Iterator[None]:
+    """Let MLflow's requests within the block fail in seconds; by itself it repeats them for minutes."""
     # MLflow reads these variables at every request and offers no argument for them.
     with (
         _environment_lock,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import UsageError
 from orchestrator.files import replace_text
 from orchestrator.redaction import redact, summarize_error
+from orchestrator.tracking.data_inputs import TrackedData, build_dataset_inputs
 from orchestrator.tracking.metrics_file import (
     FINDING,
     METRICS_FILE,
@@ -32,11 +33,13 @@ from orchestrator.tracking.metrics_file import (
 )
 from orchestrator.tracking.mlflow import (
     connect_to_mlflow,
+    fail_fast,
     flatten_settings,
     get_or_create_experiment,
     log_settings,
     to_metric_key,
 )
+from orchestrator.tracking.origin import NOTE_TAG, cut_note, read_origin_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,6 +107,7 @@ class Tracker:
         if existing is None:
             initial_tags = {"mlflow.parentRunId": parent} if parent else {}
             initial_tags |= {_KEY_TAG: key} if key else {}
+            initial_tags |= read_origin_tags()
             run = client.create_run(experiment_id, run_name=name, tags=initial_tags)
             run_id, logged = run.info.run_id, {}
         else:
@@ -162,6 +166,27 @@ class Tracker:
             for path in paths:
                 client.log_artifact(self.run_id, str(path), under)
 
+    def describe(self, note: str, *, replaces: str | None = None) -> None:
+        """Set the text that MLflow's page of the run shows, in Markdown.
+
+        A description that is neither empty nor `replaces` is somebody's own, and stays.
+        """
+        with self._warn_on_failure("the description", is_needed=False):
+            client = connect_to_mlflow(self.uri)
+            with fail_fast():
+                shown = client.get_run(self.run_id).data.tags.get(NOTE_TAG)
+                if not shown or (replaces is not None and shown == cut_note(replaces)):
+                    client.set_tag(self.run_id, NOTE_TAG, cut_note(note))
+
+    def log_data(self, data: Sequence[TrackedData]) -> None:
+        """Name the data on the run's page, once however often the run is resumed; no data is uploaded."""
+        with self._warn_on_failure("the data sets", is_needed=False):
+            client = connect_to_mlflow(self.uri)
+            with fail_fast():
+                logged = client.get_run(self.run_id).inputs
+                if logged is None or not logged.dataset_inputs:
+                    client.log_inputs(self.run_id, build_dataset_inputs(data))
+
     def catch_up(self) -> None:
         """Start to send the metrics that a killed process left unsent; `close` waits for it."""
         if self._sender is None and self._path.exists():
@@ -185,7 +210,7 @@ class Tracker:
         A run of which MLflow misses metrics, tags or files is not marked as FINISHED.
 
         Returns:
-            Whether MLflow has all that this tracker was given.
+            Whether MLflow has all of these that this tracker was given.
         """
         self.close()
         if status == "FINISHED" and self._misses_something:
@@ -195,13 +220,14 @@ class Tracker:
         return not self._misses_something
 
     @contextmanager
-    def _warn_on_failure(self, content: str) -> Iterator[None]:
+    def _warn_on_failure(self, content: str, *, is_needed: bool = True) -> Iterator[None]:
+        """Warn if MLflow does not take some content; without what is needed, the run is not finished."""
         from mlflow.exceptions import MlflowException
 
         try:
             yield
         except (UsageError, MlflowException, OSError) as error:
-            self._misses_something = True
+            self._misses_something |= is_needed
             log.warning("MLflow did not take %s of run %s: %s", content, self.run_id, summarize_error(error))
 
 

@@ -61,7 +61,8 @@ def test_list_is_tab_separated_on_a_pipe(uri: str, tmp_path: Path) -> None:
     result = _models(uri, "list")
     assert result.exit_code == 0
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    assert lines[0] == ["name", "version", "aliases", "created", "eval/accuracy", "run"]
+    assert lines[0][:6] == ["name", "version", "aliases", "created", "eval/accuracy", "run"]
+    assert lines[0][6:] == ["loss", "judged_by", "judged_value", "judged_interval"]
     assert [[line[i] for i in (0, 1, 2, 4, 5)] for line in lines[1:]] == [
         ["sentiment", "2", "", "0.65", "run-0.65"],
         ["sentiment", "1", "champion", "0.7", "run-0.7"],
@@ -69,6 +70,15 @@ def test_list_is_tab_separated_on_a_pipe(uri: str, tmp_path: Path) -> None:
     as_json = json.loads(_models(uri, "list", "--json").stdout)
     assert as_json[1]["aliases"] == ["champion"]
     assert as_json[1]["eval/accuracy"] == 0.7
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\dZ", as_json[1]["created"])
+
+
+def test_list_says_what_a_version_is_judged_by(uri: str, tmp_path: Path) -> None:
+    judged = {"evaluation.metric": "eval/label_nll", "metric.eval/label_nll": "0.61", "loss.preset": "cdpo"}
+    _version(uri, tmp_path, 0.7, **judged, **{"metric.eval/label_nll_interval": "0.02"})
+    [listed] = json.loads(_models(uri, "list", "--json").stdout)
+    shown = [listed[name] for name in ("loss", "judged_by", "judged_value", "judged_interval")]
+    assert shown == ["cdpo", "eval/label_nll", 0.61, 0.02]
 
 
 def test_unverified_versions_are_not_listed(uri: str, tmp_path: Path) -> None:

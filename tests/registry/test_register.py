@@ -217,9 +217,9 @@ def test_killed_in_the_middle_and_run_again_makes_one_version(
 ) -> None:
     whole = getattr(register_module, cut_in)
 
-    def cut(*arguments: Any) -> None:
+    def cut(*arguments: Any, **keywords: Any) -> None:
         if cut_in == "_upload_version":
-            whole(*arguments)
+            whole(*arguments, **keywords)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
