@@ -77,7 +77,9 @@ def config(make_run: MakeRun, place: Path, slow_steps: None) -> RunConfig:
 
 @pytest.mark.parametrize("damage", [cut, flip_bit])
 def test_a_damaged_checkpoint(damage: Callable[[Path], None], config: RunConfig, report: Report) -> None:
-    newest, older = sorted((config.folder / "checkpoints").glob("checkpoint_*/"), reverse=True)[:2]
+    whole = {*(config.folder / "checkpoints").glob("checkpoint_*/progress.json")}
+    whole -= {path.with_name("progress.json") for path in config.folder.rglob("DAMAGED")}
+    newest, older = (path.parent for path in sorted(whole, reverse=True)[:2])
     (state,) = newest.glob("state-*.safetensors")
     damage(state)
     kept = json.loads((older / "progress.json").read_text())["step"]
