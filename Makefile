@@ -46,7 +46,7 @@ test-fast: install $(VENV)/quantization  ## the ground floors and most of what n
 	$(TESTS) -n 2 --dist loadgroup -m "not smollm2 and not long" $(FAST)
 
 test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
-	$(TESTS) -n 2 --dist loadfile -m long tests/orchestrator
+	$(TESTS) -n 2 --dist loadfile --timeout 1200 -m long tests/orchestrator
 
 test-faults: install  ## kill, stop, damage, fill and cut off what a run needs, for real (root on Linux)
 	rm -f .faults.csv

@@ -34,7 +34,7 @@ class Driver:
 
     def until(self, met: Callable[[], bool], *, every: float = 0.02) -> None:
         """Wait for something the run does, looking every few seconds; fails if the run ends first."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not met():
             assert self._process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -46,7 +46,7 @@ class Driver:
 
     def end(self) -> int:
         """Wait for the end; the exit code."""
-        return self._process.wait(300)
+        return self._process.wait(600)
 
     def kill(self) -> None:
         """SIGKILL to the command and its process group, as when a machine is taken away."""
