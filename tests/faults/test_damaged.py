@@ -57,6 +57,12 @@ def stop_run(config: RunConfig, *, after: int = 0) -> None:
         train_run(config)
 
 
+def list_whole_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints that were not set aside, the newest last."""
+    whole = {path.parent for path in folder.glob("checkpoints/checkpoint_*/progress.json")}
+    return sorted(whole - {path.parent for path in folder.rglob("DAMAGED")})
+
+
 @pytest.fixture(scope="module")
 def slow_steps(place: Path) -> Iterator[None]:
     """Steps that take so long that one or two more are taken before a run stops."""
@@ -77,9 +83,9 @@ def config(make_run: MakeRun, place: Path, slow_steps: None) -> RunConfig:
 
 @pytest.mark.parametrize("damage", [cut, flip_bit])
 def test_a_damaged_checkpoint(damage: Callable[[Path], None], config: RunConfig, report: Report) -> None:
-    whole = {*(config.folder / "checkpoints").glob("checkpoint_*/progress.json")}
-    whole -= {path.with_name("progress.json") for path in config.folder.rglob("DAMAGED")}
-    newest, older = (path.parent for path in sorted(whole, reverse=True)[:2])
+    while len(whole := list_whole_checkpoints(config.folder)) < 2:
+        stop_run(config)
+    older, newest = whole[-2:]
     (state,) = newest.glob("state-*.safetensors")
     damage(state)
     kept = json.loads((older / "progress.json").read_text())["step"]
