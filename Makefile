@@ -45,7 +45,7 @@ FAST = tests/losses tests/preferences tests/tune_spaces tests/polyref tests/docs
 test-fast: install $(VENV)/quantization  ## the ground floors and most of what needs no Ray: under two minutes on 2 cores
 	$(TESTS) -n 2 --dist loadgroup -m "not smollm2 and not long" $(FAST)
 
-test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some fifteen minutes on 2 cores
+test-long: install  ## searches and runs in shards, killed and resumed, and jobs: some 25 minutes on 2 cores
 	$(TESTS) -n 2 --dist loadfile --timeout 1200 -m long tests/orchestrator
 
 test-faults: install  ## kill, stop, damage, fill and cut off what a run needs, for real (root on Linux)
