@@ -41,7 +41,7 @@ def read_setting(config: PreTrainedConfig, name: str) -> Any:
 def find_decoder(model: PreTrainedModel) -> nn.Module:
     """Return the module that turns token ids into the last hidden states.
 
-    Raises ModelError where there is none, or not one that can be told from the whole model.
+    Raises ModelError where there is none, or none that is clearly a part of the whole model.
     """
     decoder: Any = model.get_decoder()
     if decoder is model or not isinstance(decoder, PreTrainedModel):

@@ -110,7 +110,7 @@ def choose_judged_metric(version: "ModelVersion", metrics: Collection[str]) -> s
 
 
 @dataclass(frozen=True)
-class Difference:
+class MetricMismatch:
     """What makes a metric of two versions incomparable, and the digests of both."""
 
     description: str
@@ -120,12 +120,12 @@ class Difference:
         return f"different {self.description} ({' and '.join(map(shorten_digest, self.digests))})"
 
 
-def find_difference(one: "ModelVersion", other: "ModelVersion", metric: str) -> Difference | None:
+def find_difference(one: "ModelVersion", other: "ModelVersion", metric: str) -> MetricMismatch | None:
     """Find what makes a metric of two versions incomparable; None if nothing does."""
     for tag, description in _list_comparison_tags(metric).items():
         digests = _read_comparable_value(one, tag), _read_comparable_value(other, tag)
         if digests[0] != digests[1]:
-            return Difference(description, digests)
+            return MetricMismatch(description, digests)
     return None
 
 

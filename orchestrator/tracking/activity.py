@@ -1,4 +1,4 @@
-"""What a worker does between two steps, told to the command in a small file in the run's folder.
+"""What a worker does between two steps, reported to the command by a small file in the run's folder.
 
 The command sees it where both share that folder, and not where a run is stored on an object store.
 """

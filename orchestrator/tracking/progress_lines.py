@@ -21,7 +21,7 @@ _DROPPED = ((), ("bar",), ("bar", "elapsed"), ("bar", "elapsed", "rate"))
 
 @dataclass(frozen=True)
 class Unit:
-    """What a task counts, and what its rate is told in: `rate_scale` of `rate_name` per counted item."""
+    """What a task counts, and what its rate is measured in: `rate_scale` of `rate_name` per counted item."""
 
     name: str
     rate_name: str
@@ -47,7 +47,7 @@ class Task:
         started_at: when the task began.
         done: items that are done.
         total: items in all; None if that is not known.
-        notes: what else is told, in short parts.
+        notes: what else is shown, in short parts.
         notes_below: whether a terminal of any width has the notes on a line of their own.
     """
 
